@@ -1,0 +1,333 @@
+"""The house rules, enforced by reading the source: who imports whom, and what nobody may do.
+
+A rule is a function (module name, source) -> complaints. Each stands in `RULES` beside a made-up
+source that breaks it and one that keeps it, so that a rule which can no longer fail is found out.
+"""
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from echovlm_jax.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "echovlm_jax"
+
+# Who may import whom of ours; the longest matching name rules. A part may always import itself
+# and `errors`. `config` is where all data flows from: whatever is after it may read it.
+_CONVERT = {"config", "model.abstract_params", "model.logical_axes", "mesh", "progress"}
+_LOAD = {"config", "mesh", "model", "processing", "convert", "generate"}
+ANYTHING = {""}
+MAY_IMPORT = {
+    "errors": set(),
+    "progress": set(),
+    "config": set(),
+    "ops": set(),
+    "mesh": {"config"},
+    "model": {"config", "ops"},
+    "processing": {"config"},
+    "data": {"config", "processing", "progress"},
+    "convert": _CONVERT,
+    "convert.parity": _CONVERT | {"model", "ops", "processing", "generate", "load"},
+    "convert.layerwise": _CONVERT | {"model", "ops"},  # parity's forward pass
+    "checkpoint": {"config", "mesh", "progress"},
+    "train": {"config", "mesh", "model", "data", "checkpoint", "progress"},
+    "quantize": {"config", "mesh", "model", "processing", "progress"},
+    "generate": {"config", "mesh", "model", "ops", "processing", "progress"},
+    "load": _LOAD,
+    "evaluate": {"config", "data", "generate", "load", "progress"},
+    "plan": {"config", "mesh", "model", "train", "generate", "progress"},
+    # The package's front door, and the commands that go the whole way.
+    "": {"load"},
+    "demo": ANYTHING,
+    "bench_convert": ANYTHING,
+    "cli": ANYTHING,
+}
+NOBODY_IMPORTS = ("cli", "launch", "configs", "tests")
+READS_THE_OUTSIDE = ("cli", "launch")
+
+# Import name -> name on PyPI, where they differ.
+PYPI_NAMES = {"PIL": "pillow", "orbax": "orbax-checkpoint", "gdcm": "python-gdcm"}
+TOP_LEVEL = {
+    *("pyproject.toml", "Makefile", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *(".ci", ".gitignore", ".gitattributes", ".pre-commit-config.yaml", PACKAGE, "tests"),
+}
+TOP_LEVEL_LATER = {"configs", "launch", "notebooks"}  # git keeps no empty folder
+
+
+def _imports(module: str, source: str) -> Iterator[tuple[str, bool]]:
+    """Every dotted name that `source` imports, and whether only inside a function."""
+    tree = ast.parse(source)
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        lazy = id(node) in inside
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # For a relative import, `module` stands for a file: its first dot is its folder.
+            here = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*here, *([node.module] if node.module else [])])
+            yield from ((f"{base}.{alias.name}", lazy) for alias in node.names)
+
+
+def _matches(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(prefix + ".")
+
+
+def _own(module: str) -> str:
+    """`echovlm_jax.model.vision` -> `model.vision`; the package itself -> the empty string."""
+    return re.sub(rf"^{PACKAGE}\.?|\.?__init__$", "", module)
+
+
+def imports_of_ours(module: str, source: str) -> list[str]:
+    own = _own(module)
+    rules = [rule for rule in MAY_IMPORT if rule and _matches(own, rule)]
+    if own and not rules:
+        return [f"{module} is not in MAY_IMPORT: say what it may import"]
+    allowed = MAY_IMPORT[max(rules, key=len, default="")]
+    part = own.split(".")[0]
+    complaints = []
+    for name, _ in _imports(module, source):
+        ours = _matches(name, PACKAGE)
+        target = _own(name) if ours else name
+        if (ours or target.split(".")[0] in ("configs", "launch", "tests")) and (
+            any(_matches(target, nobody) for nobody in NOBODY_IMPORTS)
+            or not any(_matches(target, prefix) for prefix in {*allowed, part or "load", "errors"})
+        ):
+            complaints.append(f"{module} may not import {name}")
+    return complaints
+
+
+def flax_linen(module: str, source: str) -> list[str]:
+    names = [name for name, _ in _imports(module, source)]
+    found = any(_matches(name, "flax.linen") for name in names)
+    return [f"{module} imports flax.linen"] if found and not _matches(_own(module), "model") else []
+
+
+def torch_is_lazy(module: str, source: str) -> list[str]:
+    """torch only in convert, inside functions: everybody else runs without it."""
+    imports = [lazy for name, lazy in _imports(module, source) if _matches(name, "torch")]
+    allowed = _matches(_own(module), "convert")
+    return [f"{module} imports torch" for lazy in imports if not (lazy and allowed)]
+
+
+def declared_dependencies(module: str, source: str) -> list[str]:
+    """What the package imports is what installing it brings, not what the tests bring."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    normal = re.compile(r"[-_.]+")
+    declared = {
+        normal.sub("-", re.split(r"[^\w.-]", line)[0]).lower() for line in project["dependencies"]
+    }
+    complaints = []
+    for name, _ in _imports(module, source):
+        top = name.split(".")[0]
+        pypi = normal.sub("-", PYPI_NAMES.get(top, top)).lower()
+        ours = top in (PACKAGE, "torch") or top in sys.stdlib_module_names
+        if not ours and pypi not in declared:
+            complaints.append(f"{module} imports {top}, which is not among the dependencies")
+    return complaints
+
+
+def never_unpickles(module: str, source: str) -> list[str]:
+    """A pickle runs whatever code its maker put in it; a checkpoint comes from strangers."""
+    complaints = []
+    for name, _ in _imports(module, source):
+        if name.split(".")[0] in ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve"):
+            complaints.append(f"{module} imports {name}")
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if keywords.get("allow_pickle", "False") != "False":
+            complaints.append(f"{module}:{node.lineno} allows pickles")
+        if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
+            complaints.append(f"{module}:{node.lineno} calls torch.load without weights_only=True")
+    return complaints
+
+
+def outside_world(module: str, source: str) -> list[str]:
+    """Flags, environment and process start-up belong to the command line."""
+    if any(_matches(_own(module), reader) for reader in READS_THE_OUTSIDE):
+        return []
+    names = [name for name, _ in _imports(module, source)]
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute))
+    names += [ast.unparse(node) for node in nodes]
+    banned = ("os.environ", "os.getenv", "sys.argv", "argparse", "absl.flags", "jax.distributed")
+    return [f"{module} uses {name}" for name in names if any(_matches(name, b) for b in banned)]
+
+
+def short_files(module: str, source: str) -> list[str]:
+    lines = source.count("\n")
+    return [f"{module} has {lines} lines: split it"] if lines > 450 else []
+
+
+def no_utils(module: str, source: str) -> list[str]:
+    bad = module.split(".")[-1] in ("utils", "util", "helpers", "misc", "common")
+    return [f"{module}: name the file after what is in it"] if bad else []
+
+
+Rule = Callable[[str, str], list[str]]
+# Each rule with sources, as (module, source), that break it, and with sources that keep it.
+RULES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
+    imports_of_ours: (
+        [
+            ("echovlm_jax.config", "from echovlm_jax.model import EchoVLM"),
+            ("echovlm_jax.ops.rope", "from echovlm_jax.config import ModelConfig"),
+            ("echovlm_jax.model.layers", "def f():\n    from echovlm_jax.mesh import Mesh"),
+            ("echovlm_jax.model.layers", "from ..processing import images"),
+            ("echovlm_jax.model.layers", "from echovlm_jax import mesh"),
+            ("echovlm_jax.data.pipeline", "import echovlm_jax.model.vision"),
+            ("echovlm_jax.convert.from_torch", "from echovlm_jax.model import EchoVLM"),
+            ("echovlm_jax.convert.from_torch", "from echovlm_jax.load import load_model"),
+            ("echovlm_jax.evaluate.report", "from echovlm_jax.train.loop import train"),
+            ("echovlm_jax.demo", "from echovlm_jax.cli import main"),
+            ("echovlm_jax.demo", "from tests.golden import make_golden"),
+            ("echovlm_jax.train.loop", "import launch.pod"),
+            ("echovlm_jax.__init__", "from echovlm_jax.model import EchoVLM"),
+            ("echovlm_jax.nowhere", ""),
+        ],
+        [
+            ("echovlm_jax.model.layers", "from echovlm_jax.ops import rope"),
+            ("echovlm_jax.model.layers", "from . import cache\nfrom ..ops import rope"),
+            ("echovlm_jax.config", "from echovlm_jax.errors import InputError"),
+            ("echovlm_jax.convert.keys", "from echovlm_jax.model import abstract_params"),
+            ("echovlm_jax.convert.parity", "from echovlm_jax.load import load_model"),
+            ("echovlm_jax.__init__", "from echovlm_jax.load import load_model"),
+            ("echovlm_jax.cli", "from echovlm_jax.train.loop import train"),
+        ],
+    ),
+    flax_linen: (
+        [
+            ("echovlm_jax.ops.x", "import flax.linen as nn"),
+            ("echovlm_jax.train.x", "import flax.linen"),
+            ("echovlm_jax.train.x", "def f():\n    from flax import linen"),
+        ],
+        [
+            ("echovlm_jax.model.x", "import flax.linen as nn"),
+            ("echovlm_jax.train.x", "import flax"),
+        ],
+    ),
+    torch_is_lazy: (
+        [
+            ("echovlm_jax.convert.x", "import torch"),
+            ("echovlm_jax.convert.x", "try:\n    from torch import nn\nexcept ImportError: pass"),
+            ("echovlm_jax.generate", "def f():\n    import torch"),
+        ],
+        [("echovlm_jax.convert.x", "def f():\n    import torch")],
+    ),
+    declared_dependencies: (
+        [("echovlm_jax.x", "import safetensors"), ("echovlm_jax.x", "from scipy import stats")],
+        [("echovlm_jax.x", "import os, jax\nfrom PIL import Image\nimport ml_dtypes, flax.linen")],
+    ),
+    never_unpickles: (
+        [
+            ("echovlm_jax.x", "import pickle"),
+            ("echovlm_jax.x", "from cloudpickle import loads"),
+            ("echovlm_jax.x", "np.load(f, allow_pickle=True)"),
+            ("echovlm_jax.x", "np.load(f, allow_pickle=flag)"),
+            ("echovlm_jax.x", "torch.load(f)"),
+            ("echovlm_jax.x", "torch.load(f, weights_only=False)"),
+        ],
+        [("echovlm_jax.x", "np.load(f, allow_pickle=False); torch.load(f, weights_only=True)")],
+    ),
+    outside_world: (
+        [
+            ("echovlm_jax.x", "import os\nos.environ.get('A')"),
+            ("echovlm_jax.x", "from os import getenv"),
+            ("echovlm_jax.x", "import argparse"),
+            ("echovlm_jax.x", "import jax\njax.distributed.initialize()"),
+        ],
+        [
+            ("echovlm_jax.cli", "import os, argparse\nos.environ['A']"),
+            ("echovlm_jax.x", "import os"),
+        ],
+    ),
+    short_files: ([("echovlm_jax.x", "x = 1\n" * 451)], [("echovlm_jax.x", "x = 1\n" * 450)]),
+    no_utils: ([("echovlm_jax.ops.utils", "")], [("echovlm_jax.ops.einsum", "")]),
+}
+EXAMPLES = [
+    (rule, module, source, breaks)
+    for rule, (bad, good) in RULES.items()
+    for breaks, cases in ((True, bad), (False, good))
+    for module, source in cases
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_package_keeps_rule(rule: Rule) -> None:
+    files = sorted((ROOT / PACKAGE).rglob("*.py"))
+    assert len(files) > 5
+    complaints = []
+    for file in files:
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        complaints += rule(module, file.read_text(encoding="utf-8"))
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize(("rule", "module", "source", "breaks"), EXAMPLES)
+def test_rule_tells_good_from_bad(rule: Rule, module: str, source: str, breaks: bool) -> None:
+    assert bool(rule(module, source)) == breaks
+
+
+def _misplaced(entries: set[str]) -> list[str]:
+    missing = [f"{name} is missing" for name in sorted(TOP_LEVEL - entries)]
+    extra = [f"{name} does not belong" for name in sorted(entries - TOP_LEVEL - TOP_LEVEL_LATER)]
+    return missing + extra
+
+
+def test_top_level_is_as_planned() -> None:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    assert not _misplaced({line.split("/")[0] for line in listing.stdout.splitlines()})
+
+
+def test_top_level_check_can_fail() -> None:
+    assert not _misplaced(TOP_LEVEL)
+    assert _misplaced(TOP_LEVEL - {"LICENSE"}) == ["LICENSE is missing"]
+    assert _misplaced(TOP_LEVEL | {"scratch.py"}) == ["scratch.py does not belong"]
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    action = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return action.choices
+
+
+def _without_example(parser: argparse.ArgumentParser) -> list[str]:
+    return [
+        name
+        for name, command in _commands(parser).items()
+        if not re.search(rf"example:\n  {parser.prog} {name} ", command.format_help())
+        and not re.search(rf"example:\n  {parser.prog} {name}$", command.format_help(), re.M)
+    ]
+
+
+def test_every_command_has_an_example_that_parses() -> None:
+    parser = build_parser()
+    assert not _without_example(parser)
+    for name, command in _commands(parser).items():
+        for line in re.findall(rf"^  echovlm ({name}.*)$", command.format_help(), re.M):
+            words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", line)]
+            assert parser.parse_args(words).run, line
+
+
+def test_example_check_can_fail() -> None:
+    parser = argparse.ArgumentParser(prog="echovlm")
+    commands = parser.add_subparsers()
+    commands.add_parser("bare")
+    commands.add_parser("other", epilog="example:\n  echovlm bare x")
+    assert _without_example(parser) == ["bare", "other"]
