@@ -1,0 +1,108 @@
+"""Attention against a plain loop, and its properties."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from echovlm_jax.ops.attention import attention
+
+
+def reference(q, k, v, q_segments, kv_segments, causal_offset):
+    """One query at a time, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, length, heads, dim = q.shape
+    group = heads // k.shape[2]
+    out = np.zeros_like(q)
+    for b in range(batch):
+        for t in range(length):
+            sees = np.flatnonzero(kv_segments[b] == q_segments[b, t])
+            if causal_offset is not None:
+                sees = sees[sees <= t + causal_offset]
+            for n in range(heads):
+                if not len(sees):
+                    out[b, t, n] = v[b, :, n // group].mean(0)
+                    continue
+                scores = k[b, sees, n // group] @ q[b, t, n] / np.sqrt(dim)
+                weights = np.exp(scores - scores.max())
+                out[b, t, n] = weights / weights.sum() @ v[b, sees, n // group]
+    return out
+
+
+def arrays(seed, batch=2, length=13, keys=13, heads=6, kv=2, dim=8):
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((batch, length, heads, dim)).astype(np.float32)
+    k, v = (rng.standard_normal((batch, keys, kv, dim)).astype(np.float32) for _ in "kv")
+    return q, k, v, rng
+
+
+@pytest.mark.parametrize("causal_offset", [None, 0, 4])
+@pytest.mark.parametrize("query_block", [512, 4, 5, 13])
+def test_equals_the_loop(causal_offset, query_block):
+    keys = 13 + (causal_offset or 0)
+    q, k, v, rng = arrays(1, keys=keys)
+    segments = rng.integers(0, 3, (2, keys)).astype(np.int32)
+    q_segments = rng.integers(0, 3, (2, 13)).astype(np.int32)
+    ours = attention(
+        q, k, v,
+        q_segments=q_segments, kv_segments=segments,
+        causal_offset=causal_offset, query_block=query_block,
+    )  # fmt: skip
+    expected = reference(q, k, v, q_segments, segments, causal_offset)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_a_query_that_sees_nothing_is_finite_with_finite_gradients():
+    q, k, v, _ = arrays(2)
+    q_segments, segments = np.full((2, 13), 7, np.int32), np.ones((2, 13), np.int32)
+
+    def total(q, k, v):
+        out = attention(q, k, v, q_segments=q_segments, kv_segments=segments, causal_offset=0)
+        return jnp.sum(out**2)
+
+    for grad in jax.grad(total, argnums=(0, 1, 2))(q, k, v):
+        assert np.isfinite(grad).all()
+
+
+def test_blocks_have_the_same_gradients():
+    q, k, v, rng = arrays(3)
+    segments = rng.integers(1, 3, (2, 13)).astype(np.int32)
+
+    def total(q, k, v, block):
+        out = attention(
+            q, k, v,
+            q_segments=segments, kv_segments=segments, causal_offset=0, query_block=block,
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(3 * out))
+
+    whole = jax.grad(total, argnums=(0, 1, 2))(q, k, v, 512)
+    blocks = jax.grad(total, argnums=(0, 1, 2))(q, k, v, 4)
+    for a, b in zip(whole, blocks, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_no_square_of_scores_beyond_a_block():
+    """The compiled program's largest float buffer has query_block rows, not T."""
+    length = 2048
+    q = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+    segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def run(q, segments):
+        return attention(
+            q, q, q, q_segments=segments, kv_segments=segments, causal_offset=0, query_block=128
+        )
+
+    memory = jax.jit(run).lower(q, segments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * length * length * 4
+
+
+def test_bfloat16_stays_close_to_float32():
+    q, k, v, _ = arrays(4)
+    segments = np.ones((2, 13), np.int32)
+    low = attention(
+        *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)),
+        q_segments=segments, kv_segments=segments, causal_offset=0,
+    )  # fmt: skip
+    assert low.dtype == jnp.bfloat16
+    expected = reference(q, k, v, segments, segments, 0)
+    np.testing.assert_allclose(np.asarray(low, np.float32), expected, atol=0.06)
