@@ -1,0 +1,204 @@
+"""The decoder: Qwen2's layer with a second, sparse path beside its MLP."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from echovlm_jax.config import ModelConfig, TextConfig
+from echovlm_jax.model.cache import Cache
+from echovlm_jax.model.layers import (
+    WEIGHT_INIT,
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    partitioned,
+    scan_layers,
+)
+from echovlm_jax.model.moe import MoE
+from echovlm_jax.ops import Array
+from echovlm_jax.ops.attention import attention
+from echovlm_jax.ops.einsum import einsum
+from echovlm_jax.ops.rope import RopeTable, apply_rope, mrope_table
+
+
+class Context(NamedTuple):
+    """What every layer reads: rotary table, segments of the new tokens and of the cached ones."""
+
+    table: RopeTable
+    q_segments: Array  # [B, T]
+    kv_segments: Array  # [B, S]: cached slots, then the new tokens
+
+
+def make_context(
+    config: TextConfig, positions: Array, segments: Array, cache: Cache | None = None
+) -> Context:
+    """What every layer reads, from the new tokens' positions [B, 3, T] and segments [B, T]."""
+    kv_segments = segments
+    if cache is not None:
+        kv_segments = jnp.concatenate([cache.segments, segments], axis=1)
+    return Context(
+        table=mrope_table(
+            positions,
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            section=config.mrope_section,
+        ),
+        # A padded query looks at the first segment: its result is never used, and it stays equal
+        # to PyTorch's, where padding hides keys and not queries.
+        q_segments=jnp.where(segments == 0, 1, segments),
+        kv_segments=kv_segments,
+    )
+
+
+class LayerOutput(NamedTuple):
+    """What one layer tells beside its result; stacked over L by the scan."""
+
+    kv: tuple[Array, Array]  # [B, T, K, H] each
+    router_logits: Array | None  # [B, T, E] float32
+    coefficient: Array | None  # [B, T, 2] float32, after the softmax
+    hidden: Array | None  # [B, T, D], the layer's input
+
+
+class Embedding(nn.Module):
+    """A table [V, D], read by token and, where tied, multiplied as the output head."""
+
+    shape: tuple[int, int]
+
+    def setup(self) -> None:
+        init = partitioned(WEIGHT_INIT, ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, self.shape)
+
+    def __call__(self, tokens: Array) -> Array:
+        return jnp.take(self.embedding, tokens, axis=0)
+
+    def attend(self, hidden: Array) -> Array:
+        return einsum("BTD,VD->BTV", hidden, self.embedding, out_dtype=jnp.float32)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with biases on q, k and v, over cached and new tokens."""
+
+    config: TextConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, cached: tuple[Array, Array] | None, context: Context
+    ) -> tuple[Array, tuple[Array, Array]]:
+        c = self.config
+        shape = (c.num_heads, c.head_dim, c.hidden_size)
+        kv_shape = (c.num_kv_heads, c.head_dim, c.hidden_size)
+        axes, kv_axes = ("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
+        q = Linear("BTD,NHD->BTNH", shape, axes, bias=True, name="q")(x)
+        k = Linear("BTD,KHD->BTKH", kv_shape, kv_axes, bias=True, name="k")(x)
+        v = Linear("BTD,KHD->BTKH", kv_shape, kv_axes, bias=True, name="v")(x)
+        q, k = apply_rope(q, context.table), apply_rope(k, context.table)
+        keys, values = k, v
+        if cached is not None:
+            keys = jnp.concatenate([cached[0].astype(k.dtype), k], axis=1)
+            values = jnp.concatenate([cached[1].astype(v.dtype), v], axis=1)
+        out = attention(
+            q,
+            keys,
+            values,
+            q_segments=context.q_segments,
+            kv_segments=context.kv_segments,
+            causal_offset=keys.shape[1] - k.shape[1],
+        )
+        proj = Linear("BTNH,DNH->BTD", (shape[2], *shape[:2]), (axes[2], *axes[:2]), name="o")
+        return proj(out), (k, v)
+
+
+class DecoderLayer(nn.Module):
+    """h = x + Attention(norm(x)); u = norm(h); out = h + c₀ · MoE(u) + c₁ · MLP(u).
+
+    c = softmax(W_c u + b_c) is a pair of weights for each token. Without a mixture (`moe=None`)
+    this is Qwen2's layer, out = h + MLP(u).
+    """
+
+    config: ModelConfig
+    keep_hidden: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Array, cached: tuple[Array, Array] | None, context: Context
+    ) -> tuple[Array, LayerOutput]:
+        text = self.config.text
+        width, eps = text.hidden_size, text.rms_norm_eps
+        attn, kv = Attention(text, name="attn")(
+            RMSNorm(width, eps, name="attn_norm")(x), cached, context
+        )
+        h = x + attn
+        u = RMSNorm(width, eps, name="mlp_norm")(h)
+        y = GatedMLP(width, text.mlp_dim, name="mlp")(u)
+        router_logits = coefficient = None
+        if self.config.moe is not None:
+            shell = Linear(
+                "BTD,CD->BTC", (2, width), ("path", "embed"), bias=True, name="coefficient"
+            )
+            coefficient = jax.nn.softmax(shell(u.astype(jnp.float32)), axis=-1)
+            mixture, router_logits = MoE(self.config.moe, width, name="moe")(u)
+            c = coefficient.astype(u.dtype)
+            y = c[..., :1] * mixture + c[..., 1:] * y
+        hidden = x if self.keep_hidden else None
+        return h + y, LayerOutput(kv, router_logits, coefficient, hidden)
+
+
+class Decoder(nn.Module):
+    """Embedding, scanned layers, final norm and output head.
+
+    Attributes:
+      config: sizes.
+      dtype: compute dtype; norms, softmax, router and logits are float32 in any case.
+      keep_hidden: whether to return every layer's input.
+    """
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+    keep_hidden: bool = False
+
+    def setup(self) -> None:
+        text = self.config.text
+        table = (text.vocab_size, text.hidden_size)
+        self.embed = Embedding(table)
+        layers = scan_layers(DecoderLayer, text.num_layers, in_axes=(0, nn.broadcast))
+        self.layers = layers(self.config, self.keep_hidden)
+        self.final_norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        if not text.tie_word_embeddings:
+            self.lm_head = Linear("BTD,VD->BTV", table, ("vocab", "embed"))
+
+    def embed_tokens(self, tokens: Array) -> Array:
+        """[B, T] → [B, T, D] in the compute dtype."""
+        return self.embed(tokens).astype(self.dtype)
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        segments: Array,
+        cache: Cache | None = None,
+    ) -> tuple[Array, LayerOutput]:
+        """
+        Args:
+          x: [B, T, D] embeddings, in the compute dtype.
+          positions: [B, 3, T] int32.
+          segments: [B, T] int32, 0 for padding.
+          cache: what came before; None at the start.
+
+        Returns:
+          The normalised result [B, T, D], and the layers' outputs stacked over L.
+        """
+        cached = None if cache is None else (cache.key, cache.value)
+        context = make_context(self.config.text, positions, segments, cache)
+        x, outputs = self.layers(x, cached, context)
+        return self.final_norm(x), outputs
+
+    def logits(self, hidden: Array) -> Array:
+        """[B, T, D] → [B, T, V] in float32, with the embedding as the head where they are tied."""
+        if self.config.text.tie_word_embeddings:
+            return self.embed.attend(hidden)
+        return self.lm_head(hidden, out_dtype=jnp.float32)

@@ -1,0 +1,132 @@
+"""The assembly: tokens and patches in, hidden states and logits out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from echovlm_jax.config import ModelConfig
+from echovlm_jax.model.cache import Cache
+from echovlm_jax.model.decoder import Decoder
+from echovlm_jax.model.vision import VisionEncoder
+from echovlm_jax.ops import Array
+
+Params = dict[str, Any]
+Batch = Mapping[str, Array]
+
+
+class Output(NamedTuple):
+    """What a forward pass returns; absent parts are None."""
+
+    hidden: Array  # [B, T, D], after the final norm
+    kv: tuple[Array, Array]  # [L, B, T, K, H] each: keys and values of these tokens
+    router_logits: Array | None  # [L, B, T, E] float32
+    coefficient: Array | None  # [L, B, T, 2] float32
+    layer_inputs: Array | None  # [L, B, T, D], with keep_hidden
+    image_tokens: Array | None  # [B, P / merge_unit, D], with patches
+
+
+class EchoVLM(nn.Module):
+    """Vision encoder, projector and dual-path decoder; plain Qwen2-VL where config.moe is None.
+
+    A batch is a dict of arrays with static shapes:
+
+      tokens [B, T] int32, positions [B, 3, T] int32 (time, height, width),
+      segment_ids [B, T] int32 (0 = padding; tokens attend only inside their segment);
+      with images also patches [B, P, patch_dim], patch_segment_ids [B, P] int32 (one id a frame,
+      0 = padding), patch_positions [B, P, 2] int32 (h, w), and patch_index [B, T] int32, which
+      token takes which of the row's P / merge_unit image tokens (−1 for text).
+
+    Example:
+      model = EchoVLM(preset("tiny"))
+      out = model.apply({"params": params}, batch)
+      logits = model.apply({"params": params}, out.hidden, method="logits")
+
+    Attributes:
+      config: sizes.
+      dtype: compute dtype.
+      keep_hidden: whether to return every layer's input.
+    """
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+    keep_hidden: bool = False
+
+    def setup(self) -> None:
+        self.vision = VisionEncoder(self.config.vision, self.dtype)
+        self.text = Decoder(self.config, self.dtype, self.keep_hidden)
+
+    def __call__(self, batch: Batch, cache: Cache | None = None) -> Output:
+        x = self.text.embed_tokens(batch["tokens"])
+        image_tokens = None
+        if "patches" in batch:
+            image_tokens = self.vision(
+                batch["patches"], batch["patch_segment_ids"], batch["patch_positions"]
+            )
+            x = insert_images(x, image_tokens, batch["patch_index"])
+        hidden, layers = self.text(x, batch["positions"], batch["segment_ids"], cache)
+        return Output(
+            hidden=hidden,
+            kv=layers.kv,
+            router_logits=layers.router_logits,
+            coefficient=layers.coefficient,
+            layer_inputs=layers.hidden,
+            image_tokens=image_tokens,
+        )
+
+    def logits(self, hidden: Array) -> Array:
+        """[B, T, D] → [B, T, V] in float32."""
+        return self.text.logits(hidden)
+
+    def forward(self, batch: Batch) -> Array:
+        """The logits of every token: [B, T, V] in float32."""
+        return self.logits(self(batch).hidden)
+
+
+def insert_images(x: Array, image_tokens: Array, patch_index: Array) -> Array:
+    """Token embeddings [B, T, D] with image tokens [B, P / merge_unit, D] where the index says."""
+    index = patch_index[..., None]
+    taken = jnp.take_along_axis(image_tokens, jnp.maximum(index, 0), axis=1)
+    return jnp.where(index >= 0, taken, x)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random parameters in float32: normal with deviation 0.02, biases 0, norm scales 1."""
+    return nn.meta.unbox(_init(config, key))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The parameters' shapes and dtypes (jax.ShapeDtypeStruct), without making them."""
+    return nn.meta.unbox(_abstract(config))
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The same tree with each parameter's logical axis names, a tuple of one name a dimension."""
+    specs = nn.get_partition_spec(_abstract(config))
+    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+
+
+@functools.lru_cache  # tracing takes a second, and many places ask
+def _abstract(config: ModelConfig) -> Params:
+    return jax.eval_shape(lambda key: _init(config, key), jax.random.key(0))
+
+
+def _init(config: ModelConfig, key: jax.Array) -> Params:
+    vision = config.vision
+    patches = vision.merge_unit
+    batch = {
+        "tokens": jnp.zeros((1, 1), jnp.int32),
+        "positions": jnp.zeros((1, 3, 1), jnp.int32),
+        "segment_ids": jnp.ones((1, 1), jnp.int32),
+        "patches": jnp.zeros((1, patches, vision.patch_dim), jnp.float32),
+        "patch_segment_ids": jnp.ones((1, patches), jnp.int32),
+        "patch_positions": jnp.zeros((1, patches, 2), jnp.int32),
+        "patch_index": jnp.zeros((1, 1), jnp.int32),
+    }
+    return dict(EchoVLM(config).init(key, batch, method="forward")["params"])
