@@ -1,0 +1,273 @@
+"""Images and video frames to patches, equal to Hugging Face's Qwen2-VL image processor.
+
+Everything stays uint8 until the last step: resizing works on 8-bit pixels (as PIL does), and
+rescaling and normalising map each of the 256 values a channel can take, so they are one table.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.dicom import read_dicom
+from echovlm_jax.processing.files import file_kind, shown
+
+MAX_PIXELS_IN_FILE = 2**26  # a 64-megapixel PNG or JPEG; beyond that it is a bomb, not an image
+MAX_ASPECT_RATIO = 200  # Qwen2-VL's own limit
+
+_warnings_lock = threading.Lock()  # warnings.catch_warnings changes the whole process
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How pixels become patches: the keys of preprocessor_config.json, Qwen2-VL's defaults."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = 1 / 255
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    resample: int = int(Image.Resampling.BICUBIC)
+    do_resize: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    do_convert_rgb: bool = True
+
+    @property
+    def factor(self) -> int:
+        """Sides are multiples of this: one merged token's width in pixels."""
+        return self.patch_size * self.merge_size
+
+
+_WHOLE = ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size")
+_FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+
+
+def image_config(raw: Mapping[str, Any], source: str = "preprocessor_config.json") -> ImageConfig:
+    """Reads the content of a preprocessor_config.json; silent keys take Qwen2-VL's defaults.
+
+    `min_pixels` and `max_pixels` win over `size.shortest_edge` and `size.longest_edge`, which mean
+    the same. Raises InputError naming the key of an invalid value.
+    """
+    size = raw.get("size") or {}
+    if not isinstance(size, Mapping):
+        raise InputError(f"{source}: size must be an object with shortest_edge and longest_edge")
+    values: dict[str, Any] = {}
+    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        for found in (raw.get(key), size.get(edge), size.get(key)):
+            if found is not None:
+                values[key] = found
+                break
+    for key in (*_WHOLE, *_FLAGS, "image_mean", "image_std", "rescale_factor", "resample"):
+        if key not in values and raw.get(key) is not None:
+            values[key] = raw[key]
+    for key in _WHOLE:
+        value = values.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{source}: {key} must be a whole number of at least 1, not {value!r}")
+    for key in _FLAGS:
+        if not isinstance(values.get(key, True), bool):
+            raise InputError(f"{source}: {key} must be true or false, not {values[key]!r}")
+    for key in ("image_mean", "image_std"):
+        if key in values:
+            values[key] = _three(values[key], key, source)
+    if not all(values.get("image_std", (1.0,))):
+        raise InputError(f"{source}: image_std must not contain 0")
+    if "rescale_factor" in values and not _is_number(values["rescale_factor"]):
+        raise InputError(f"{source}: rescale_factor must be a number")
+    if values.get("resample", 3) not in list(Image.Resampling):
+        raise InputError(f"{source}: resample must be one of PIL's filters, 0 to 5")
+    config = ImageConfig(**values)
+    if config.min_pixels > config.max_pixels:
+        raise InputError(
+            f"{source}: min_pixels {config.min_pixels} exceeds max_pixels {config.max_pixels}"
+        )
+    return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _three(value: Any, key: str, source: str) -> tuple[float, ...]:
+    """A mean or deviation: three numbers, or one for all channels."""
+    listed = [value] * 3 if _is_number(value) else value
+    if not isinstance(listed, list | tuple) or len(listed) != 3 or not all(map(_is_number, listed)):
+        raise InputError(f"{source}: {key} must be three numbers")
+    return tuple(float(v) for v in listed)
+
+
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The size (height, width) an image is resized to (source: Qwen2-VL's processor).
+
+    Both sides become multiples of `factor`, the area goes between `min_pixels` and `max_pixels`
+    where the factor permits, and the aspect ratio is kept as nearly as the factor permits.
+    """
+    if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise InputError(
+            f"image of {height} x {width} pixels: the long side may be at most"
+            f" {MAX_ASPECT_RATIO} times the short one"
+        )
+    new_h, new_w = round(height / factor) * factor, round(width / factor) * factor
+    if new_h * new_w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_h = max(factor, math.floor(height / shrink / factor) * factor)
+        new_w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_h * new_w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_h = math.ceil(height * grow / factor) * factor
+        new_w = math.ceil(width * grow / factor) * factor
+    return new_h, new_w
+
+
+def to_patches(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Resizes, normalises and cuts one image or one video.
+
+    Args:
+      frames: uint8 [H, W, 3] (an image, whose one frame is repeated) or [T, H, W, 3] (a video;
+        where T is not a multiple of temporal_patch_size the last frame is repeated).
+
+    Returns:
+      patches float32 [t·h·w, 3·temporal·patch·patch] and the grid (t, h, w). Rows go by time step,
+      then 2×2 merge blocks row by row, then row by row inside a block; a row is (channel, time,
+      y, x) flattened.
+    """
+    if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[-1] != 3:
+        raise InputError(
+            "an image must be a uint8 array [H, W, 3] or [T, H, W, 3],"
+            f" found {frames.dtype} {list(frames.shape)}"
+        )
+    if 0 in frames.shape:
+        raise InputError(f"an image of shape {list(frames.shape)} has no pixels")
+    if frames.ndim == 3:
+        frames = frames[None]
+    resized = np.stack([_resize(frame, config) for frame in frames])
+    if short := -len(resized) % config.temporal_patch_size:
+        resized = np.concatenate([resized, np.repeat(resized[-1:], short, axis=0)])
+    return _cut(resized, config)
+
+
+def _resize(frame: np.ndarray, config: ImageConfig) -> np.ndarray:
+    height, width = frame.shape[:2]
+    if not config.do_resize:
+        if height % config.factor or width % config.factor:
+            raise InputError(
+                f"image of {height} x {width} pixels: do_resize is false in the preprocessor"
+                f" configuration, so both sides must be multiples of {config.factor}"
+            )
+        return frame
+    new_h, new_w = smart_resize(height, width, config.factor, config.min_pixels, config.max_pixels)
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    return np.asarray(image.resize((new_w, new_h), resample=Image.Resampling(config.resample)))
+
+
+def _cut(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+    p, m, s = config.patch_size, config.merge_size, config.temporal_patch_size
+    t, h, w = len(frames) // s, frames.shape[1] // p, frames.shape[2] // p
+    split = frames.reshape(t, s, h // m, m, p, w // m, m, p, 3)
+    blocks = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, 3, s * p * p)
+    table = _value_table(config)
+    patches = np.empty(blocks.shape, np.float32)
+    for channel in range(3):
+        patches[:, channel] = table[blocks[:, channel], channel]
+    return patches.reshape(t * h * w, -1), (t, h, w)
+
+
+def _value_table(config: ImageConfig) -> np.ndarray:
+    """What each 8-bit value becomes in each channel, float32 [256, 3], rounded as HF rounds."""
+    values = np.arange(256, dtype=np.float64)
+    if config.do_rescale:
+        values = values * config.rescale_factor
+    table = np.repeat(values.astype(np.float32)[:, None], 3, axis=1)
+    if config.do_normalize:
+        mean, std = (np.array(v, np.float32) for v in (config.image_mean, config.image_std))
+        table = (table - mean) / std
+    return table
+
+
+def load_media(
+    item: Any, *, num_frames: int = 16, crop: bool = False, convert_rgb: bool = True
+) -> np.ndarray:
+    """One image or video as uint8 RGB: [H, W, 3], or [T, H, W, 3] for a video.
+
+    Args:
+      item: a path (PNG, JPEG or DICOM, told by content), a PIL image, or a uint8 array
+        [H, W, 3] or [T, H, W, 3]. A DICOM with several frames is a video of up to `num_frames`.
+      crop: cut DICOM frames to their ultrasound regions.
+      convert_rgb: False refuses an image in any other mode than RGB.
+    """
+    if isinstance(item, Image.Image):
+        return _to_rgb(item, "the image", convert_rgb)
+    if isinstance(item, str | Path):
+        if file_kind(item) == "dicom":
+            frames = read_dicom(item, num_frames=num_frames, crop=crop)
+            return frames[0] if len(frames) == 1 else frames
+        return _open(item, convert_rgb)
+    array = np.asarray(item)
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3:
+        raise InputError(
+            "an image must be a path, a PIL image or a uint8 array [H, W, 3] or [T, H, W, 3],"
+            f" found {type(item).__name__} {array.dtype} {list(array.shape)}"
+        )
+    return array
+
+
+def _open(path: str | Path, convert_rgb: bool) -> np.ndarray:
+    """Decodes a PNG or JPEG; its claimed size is checked before any pixel is decoded."""
+    try:
+        with _warnings_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(path, formats=("PNG", "JPEG"))
+        with image:
+            width, height = image.size
+            if width * height > MAX_PIXELS_IN_FILE:
+                raise InputError(
+                    f"{shown(path)}: {height} x {width} pixels is over the limit of"
+                    f" {MAX_PIXELS_IN_FILE} pixels"
+                )
+            return _to_rgb(ImageOps.exif_transpose(image), shown(path), convert_rgb)
+    except InputError:
+        raise
+    except Image.DecompressionBombError:
+        raise InputError(
+            f"{shown(path)}: claims more than {MAX_PIXELS_IN_FILE} pixels; refused unread"
+        ) from None
+    except Exception:  # decoders raise nearly anything on broken bytes
+        raise InputError(f"{shown(path)}: is damaged or truncated, it doesn't decode") from None
+
+
+def _to_rgb(image: Image.Image, name: str, convert_rgb: bool) -> np.ndarray:
+    """uint8 [H, W, 3]; transparency is laid over white, as Hugging Face's processors do."""
+    if image.mode != "RGB" and not convert_rgb:
+        raise InputError(
+            f"{name}: has colour mode {image.mode}, and do_convert_rgb is false; save it as RGB"
+        )
+    if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white; the upper 8 are the image
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def images_to_patches(
+    items: Iterable[np.ndarray], config: ImageConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Several images (or several videos): patches [ΣP, 1176] float32 and grids [N, 3] int64."""
+    patches, grids = zip(*(to_patches(item, config) for item in items), strict=True)
+    return np.concatenate(patches), np.array(grids, np.int64)

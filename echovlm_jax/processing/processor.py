@@ -1,0 +1,229 @@
+"""Images and messages to model inputs, equal to Hugging Face's Qwen2-VL processor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echovlm_jax import config as model_config
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.chat import check_messages, entry_kind, load_chat_template
+from echovlm_jax.processing.files import read_json_if_there, shown
+from echovlm_jax.processing.images import ImageConfig, image_config, images_to_patches, load_media
+from echovlm_jax.processing.tokenizer import load_tokenizer, special_token_text
+
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+
+
+class Processor:
+    """Callable: (images, messages) → the arrays a Qwen2-VL model takes.
+
+    Args:
+      path: a checkpoint folder with tokenizer files; config.json (token ids), the chat template
+        and preprocessor_config.json are honoured where present.
+      max_pixels: overrides the checkpoint's largest area of an image, in pixels.
+      num_frames: a longer DICOM loop is sampled to this many frames.
+      crop: cut DICOM frames to their ultrasound regions.
+
+    Raises:
+      InputError: a file is missing or invalid, or the tokenizer and config.json disagree.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        max_pixels: int | None = None,
+        num_frames: int = 16,
+        crop: bool = False,
+    ) -> None:
+        folder = Path(path)
+        if not folder.is_dir():
+            raise InputError(f"{shown(folder)}: is not a folder with tokenizer files")
+        self.tokenizer = load_tokenizer(folder)
+        self.template = load_chat_template(folder)
+        self.image_config, self.video_config = _pixel_configs(folder, max_pixels)
+        self.num_frames, self.crop = num_frames, crop
+        self.image_token_id = self.tokenizer.token_id(IMAGE_TOKEN)
+        self.video_token_id = self.tokenizer.token_id(VIDEO_TOKEN)
+        self.config = _model_config(folder)
+        if self.config is not None:
+            self._check_against(self.config, folder)
+        self.pad_token_id = self._pad_token_id(folder)
+
+    def __call__(
+        self,
+        images: Sequence[Any] | None,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+    ) -> dict[str, np.ndarray]:
+        """One prompt's inputs.
+
+        Args:
+          images: paths (PNG, JPEG, DICOM), PIL images, uint8 arrays [H, W, 3], or videos
+            [T, H, W, 3]; a DICOM with several frames is a video.
+          messages: a list of {role, content}, or one string: the user's turn. Where no message
+            marks an image, the images go to the front of the first user turn. A mark in a list of
+            entries becomes an image's or a video's by what the file is.
+          add_generation_prompt: end with the opening of the assistant's turn.
+
+        Returns:
+          input_ids, attention_mask int64 [1, S]; pixel_values float32 [P, 1176] and
+          image_grid_thw int64 [N, 3] where there are images; pixel_values_videos and
+          video_grid_thw where there are videos.
+
+        Raises:
+          InputError: a file can't be used, or images and marks differ in number.
+        """
+        if isinstance(images, str | Path):
+            raise InputError("images must be a list; put the one path in brackets")
+        media = [
+            load_media(
+                item,
+                num_frames=self.num_frames,
+                crop=self.crop,
+                convert_rgb=self.image_config.do_convert_rgb,
+            )
+            for item in (images if images is not None else [])
+        ]
+        kinds = ["video" if item.ndim == 4 else "image" for item in media]
+        text = self._prompt(kinds, messages, add_generation_prompt)
+        out: dict[str, np.ndarray] = {}
+        grids: dict[str, np.ndarray] = {}
+        for kind, pixels_key, config in (
+            ("image", "pixel_values", self.image_config),
+            ("video", "pixel_values_videos", self.video_config),
+        ):
+            items = [item for item, k in zip(media, kinds, strict=True) if k == kind]
+            if items:
+                out[pixels_key], grids[kind] = images_to_patches(items, config)
+                out[f"{kind}_grid_thw"] = grids[kind]
+        ids = self._expand(self.tokenizer.encode(text), grids)
+        return {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **out}
+
+    def _prompt(
+        self,
+        kinds: list[str],
+        messages: str | Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+    ) -> str:
+        """The rendered text, its marks checked against the kinds of media given."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        turns = check_messages(messages)
+        written = sum(
+            m["content"].count(mark)
+            for m in turns
+            if isinstance(m["content"], str)
+            for mark in (IMAGE_TOKEN, VIDEO_TOKEN)
+        )
+        entries = [
+            entry
+            for m in turns
+            if isinstance(m["content"], list)
+            for entry in m["content"]
+            if entry_kind(entry) in ("image", "video")
+        ]
+        if kinds and not entries and not written:
+            _put_in_front(turns, kinds)
+        elif len(entries) == len(kinds) and not written:
+            for entry, kind in zip(entries, kinds, strict=True):
+                entry.clear()
+                entry["type"] = kind
+        text = self.template(turns, add_generation_prompt=add_generation_prompt)
+        for kind, mark in (("image", IMAGE_TOKEN), ("video", VIDEO_TOKEN)):
+            if (marked := text.count(mark)) != (given := kinds.count(kind)):
+                raise InputError(
+                    f"the prompt marks {marked} {kind}{'' if marked == 1 else 's'} but {given}"
+                    f" {'is' if given == 1 else 'are'} given: use one mark for each"
+                )
+        return text
+
+    def _expand(self, ids: list[int], grids: dict[str, np.ndarray]) -> np.ndarray:
+        """Repeats each mark's token once for each merged patch of its image: int64 [S]."""
+        tokens = np.array(ids, np.int64)
+        repeats = np.ones(len(tokens), np.int64)
+        for kind, token in (("image", self.image_token_id), ("video", self.video_token_id)):
+            if kind in grids:
+                unit = self.image_config.merge_size**2
+                repeats[tokens == token] = grids[kind].prod(axis=1) // unit
+        return np.repeat(tokens, repeats)
+
+    def _check_against(self, config: model_config.ModelConfig, folder: Path) -> None:
+        for key in ("image_token_id", "video_token_id"):
+            if getattr(self, key) != getattr(config, key):
+                raise InputError(
+                    f"{shown(folder)}: config.json says {key} {getattr(config, key)}, the tokenizer"
+                    f" {getattr(self, key)}; they are not of one checkpoint"
+                )
+        vision = config.vision
+        for ours in (self.image_config, self.video_config):
+            stated = (ours.patch_size, ours.temporal_patch_size, ours.merge_size)
+            needed = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+            if stated != needed:
+                raise InputError(
+                    f"{shown(folder)}: the preprocessor's patch, temporal and merge sizes {stated}"
+                    f" differ from config.json's {needed}"
+                )
+
+    def _pad_token_id(self, folder: Path) -> int:
+        """The tokenizer's stated pad token, else config.json's first token; masked anyhow."""
+        stated = read_json_if_there(folder / "tokenizer_config.json") or {}
+        if token := special_token_text(stated, "pad_token"):
+            return self.tokenizer.token_id(token)
+        return self.config.bos_token_id if self.config is not None else 0
+
+
+def check_length(length: int, limit: int, source: str = "max_position_embeddings") -> None:
+    """Raises InputError when a prompt of `length` tokens exceeds `limit`, naming both."""
+    if length > limit:
+        raise InputError(
+            f"the prompt has {length} tokens, over {source} {limit}; shorten it, use fewer images"
+            " or lower max_pixels"
+        )
+
+
+def _put_in_front(turns: list[dict[str, Any]], kinds: list[str]) -> None:
+    """Marks for all media at the front of the first user turn, in place."""
+    for turn in turns:
+        if turn["role"] == "user":
+            content = turn["content"]
+            rest = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            turn["content"] = [{"type": kind} for kind in kinds] + rest
+            return
+    raise InputError("images are given but no message has the role user")
+
+
+def _pixel_configs(folder: Path, max_pixels: int | None) -> tuple[ImageConfig, ImageConfig]:
+    """For images and for videos; videos take the images' where no file speaks of them."""
+    joint_path = folder / "processor_config.json"
+    joint = read_json_if_there(joint_path) or {}
+    raw = read_json_if_there(folder / "preprocessor_config.json")
+    source = shown(folder / "preprocessor_config.json")
+    if raw is None:
+        raw, source = joint.get("image_processor") or {}, shown(joint_path)
+    video_raw = read_json_if_there(folder / "video_preprocessor_config.json")
+    video_source = shown(folder / "video_preprocessor_config.json")
+    if video_raw is None:
+        video_raw, video_source = joint.get("video_processor"), shown(joint_path)
+    if video_raw is None:
+        video_raw, video_source = raw, source
+    found = [image_config(raw, source), image_config(video_raw, video_source)]
+    if max_pixels is not None:
+        if max_pixels < 1:
+            raise InputError(f"max_pixels must be at least 1, found {max_pixels}")
+        found = [
+            dataclasses.replace(c, max_pixels=max_pixels, min_pixels=min(c.min_pixels, max_pixels))
+            for c in found
+        ]
+    return found[0], found[1]
+
+
+def _model_config(folder: Path) -> model_config.ModelConfig | None:
+    raw = read_json_if_there(folder / "config.json")
+    return None if raw is None else model_config.from_hf(raw, shown(folder / "config.json"))

@@ -1,0 +1,470 @@
+"""DICOM reading: pixels by kind, sampling, cropping, limits, and no patient data anywhere."""
+
+import logging
+import resource
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydicom.data import get_testdata_file
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import (
+    MPEG2MPML,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    RLELossless,
+    UltrasoundMultiFrameImageStorage,
+    generate_uid,
+)
+
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing import dicom, dicom_frames
+from echovlm_jax.processing.dicom import read_dicom
+
+FILES = ["examples_rgb_color", "examples_palette", "examples_jpeg2k", "examples_ybr_color"]
+SECRET = "GEHEIM"  # planted in every tag that could name somebody
+
+
+def sample(name: str) -> str:
+    return str(get_testdata_file(f"{name}.dcm"))
+
+
+def new_dicom(pixels: np.ndarray, photometric: str, **elements) -> FileDataset:
+    """A DICOM data set around uint8/uint16 pixels [T, H, W] or [T, H, W, 3], with planted names."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = UltrasoundMultiFrameImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.SOPClassUID = meta.MediaStorageSOPClassUID
+    dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    dataset.PatientName = f"{SECRET}^Name"
+    dataset.PatientID = f"{SECRET}-4711"
+    dataset.PatientBirthDate = "19700101"
+    dataset.InstitutionName = f"{SECRET} Clinic"
+    dataset.ImageComments = f"{SECRET} comment"
+    bits = pixels.dtype.itemsize * 8
+    dataset.Rows, dataset.Columns = pixels.shape[1:3]
+    dataset.NumberOfFrames = len(pixels)
+    dataset.SamplesPerPixel = 3 if pixels.ndim == 4 else 1
+    dataset.PhotometricInterpretation = photometric
+    dataset.BitsAllocated = dataset.BitsStored = bits
+    dataset.HighBit = bits - 1
+    dataset.PixelRepresentation = 0
+    if pixels.ndim == 4:
+        dataset.PlanarConfiguration = 0
+    dataset.PixelData = pixels.tobytes()
+    for key, value in elements.items():
+        setattr(dataset, key, value)
+    return dataset
+
+
+def save(dataset: FileDataset, path, **options) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset.save_as(path, enforce_file_format=False, **options)
+    return str(path)
+
+
+@pytest.fixture
+def grey():
+    return np.random.default_rng(0).integers(0, 256, (3, 12, 10), np.uint8)
+
+
+@pytest.fixture
+def colour():
+    return np.random.default_rng(1).integers(0, 256, (3, 12, 10, 3), np.uint8)
+
+
+def refused(path, *words) -> str:
+    with pytest.raises(InputError) as caught:
+        read_dicom(path)
+    message = str(caught.value)
+    assert "\n" not in message and SECRET not in message and str(path) in message
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    for word in words:
+        assert word in message, message
+    return message
+
+
+def test_grey_is_as_stored_and_monochrome1_is_inverted(grey, tmp_path):
+    path = save(new_dicom(grey, "MONOCHROME2"), tmp_path / "a.dcm")
+    np.testing.assert_array_equal(read_dicom(path), np.repeat(grey[..., None], 3, axis=-1))
+    path = save(new_dicom(grey, "MONOCHROME1"), tmp_path / "b.dcm")
+    np.testing.assert_array_equal(read_dicom(path)[..., 0], 255 - grey)
+
+
+def test_window_and_sixteen_bits(tmp_path):
+    pixels = np.linspace(100, 4100, 120).astype(np.uint16).reshape(1, 12, 10)
+    whole = read_dicom(save(new_dicom(pixels, "MONOCHROME2"), tmp_path / "a.dcm"))[..., 0]
+    assert whole.min() == 0 and whole.max() == 255  # its own range
+
+    window = {"WindowCenter": [1000, 7], "WindowWidth": [500, 7]}
+    shown = read_dicom(save(new_dicom(pixels, "MONOCHROME2", **window), tmp_path / "b.dcm"))
+    expected = np.clip(np.round(((pixels - 999.5) / 499 + 0.5) * 255), 0, 255)
+    np.testing.assert_array_equal(shown[..., 0], expected)
+
+    signed = (pixels.astype(np.int32) - 2000).astype(np.int16)
+    dataset = new_dicom(signed, "MONOCHROME2", PixelRepresentation=1)
+    signed_shown = read_dicom(save(dataset, tmp_path / "c.dcm"))[..., 0]
+    np.testing.assert_array_equal(signed_shown, whole)
+
+
+def test_rgb_planes_and_uncompressed_422(colour, tmp_path):
+    np.testing.assert_array_equal(
+        read_dicom(save(new_dicom(colour, "RGB"), tmp_path / "a.dcm")), colour
+    )
+    planes = new_dicom(colour, "RGB", PlanarConfiguration=1)
+    planes.PixelData = colour.transpose(0, 3, 1, 2).tobytes()
+    np.testing.assert_array_equal(read_dicom(save(planes, tmp_path / "b.dcm")), colour)
+
+    for kind in ("YBR_FULL", "YBR_FULL_422"):
+        dataset = new_dicom(colour, kind)
+        if kind == "YBR_FULL_422":  # Y Y Cb Cr for each pair of columns
+            pairs = colour.reshape(3, 12, 5, 2, 3)
+            packed = [pairs[..., 0, 0], pairs[..., 1, 0], pairs[..., 0, 1], pairs[..., 0, 2]]
+            dataset.PixelData = np.stack(packed, axis=-1).tobytes()
+        path = save(dataset, tmp_path / f"{kind}.dcm")
+        np.testing.assert_array_equal(read_dicom(path), pixel_array(path))
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, RLELossless])
+def test_other_transfer_syntaxes(syntax, tmp_path):
+    pixels = np.random.default_rng(2).integers(0, 4000, (3, 12, 10), np.uint16)
+    expected = read_dicom(save(new_dicom(pixels, "MONOCHROME2"), tmp_path / "a.dcm"))
+    dataset = new_dicom(pixels, "MONOCHROME2")
+    if syntax == RLELossless:
+        dataset.compress(RLELossless, generate_instance_uid=False)
+        path = save(dataset, tmp_path / "b.dcm")
+    else:
+        dataset.file_meta.TransferSyntaxUID = syntax
+        path = save(dataset, tmp_path / "b.dcm", implicit_vr=True, little_endian=True)
+    np.testing.assert_array_equal(read_dicom(path), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["SC_rgb_jpeg_gdcm", "SC_rgb_jpeg", "SC_rgb_jls_lossy_line", "GDCMJ2K_TextGBR", "SC_rgb_rle"],
+)
+def test_every_compression_decodes(name):
+    """JPEG goes through Pillow, JPEG-LS through gdcm, JPEG 2000 through pylibjpeg."""
+    path = sample(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = pixel_array(pydicom.dcmread(path))
+    np.testing.assert_array_equal(read_dicom(path)[0], expected)
+
+
+def test_one_image_in_several_encodings_reads_the_same():
+    kinds = ["implicit", "bigendian", "expb", "padded", "RLE", "jp2klossless", "jpeg_ls_lossless"]
+    plain = read_dicom(sample("MR_small"))
+    assert len(np.unique(plain)) > 100
+    for kind in kinds:
+        np.testing.assert_array_equal(read_dicom(sample(f"MR_small_{kind}")), plain)
+
+
+def test_a_loop_is_sampled_evenly_and_frame_by_frame(monkeypatch):
+    path = sample("examples_ybr_color")
+    whole, decoded = pixel_array(path), []
+    decode = dicom.FrameDecoder.__call__
+    monkeypatch.setattr(dicom.FrameDecoder, "__call__", lambda *a: decoded.append(1) or decode(*a))
+    for count, picks in ((4, [0, 7, 15, 22]), (1, [0]), (100, list(range(30)))):
+        decoded.clear()
+        np.testing.assert_array_equal(read_dicom(path, num_frames=count), whole[picks])
+        assert len(decoded) == len(picks)  # only what is asked for
+
+
+@pytest.mark.parametrize("table", ["none", "right", "lying"])
+def test_frames_of_several_fragments(table, tmp_path):
+    """A frame in two fragments each, found by the offset table or by where a codestream begins."""
+    dataset = pydicom.dcmread(sample("examples_ybr_color"))
+    from pydicom.encaps import generate_frames
+
+    frames = list(generate_frames(dataset.PixelData, number_of_frames=30))[:3]
+    dataset.NumberOfFrames = 3
+    dataset.PixelData = encapsulate(frames, fragments_per_frame=2, has_bot=table != "none")
+    if table == "lying":
+        dataset.PixelData = dataset.PixelData[:12] + b"\7\0\0\0" + dataset.PixelData[16:]
+    path = save(dataset, tmp_path / "a.dcm")
+    np.testing.assert_array_equal(read_dicom(path), pixel_array(sample("examples_ybr_color"))[:3])
+
+
+def region(kind: int, left: int, top: int, right: int, bottom: int) -> Dataset:
+    item = Dataset()
+    item.RegionSpatialFormat, item.RegionDataType = kind, 1
+    item.RegionLocationMinX0, item.RegionLocationMinY0 = left, top
+    item.RegionLocationMaxX1, item.RegionLocationMaxY1 = right, bottom
+    return item
+
+
+def test_crop_to_the_union_of_spatial_regions(colour, tmp_path):
+    regions = [region(1, 2, 3, 5, 6), region(2, 4, 5, 7, 9), region(4, 0, 0, 9, 11)]
+    path = save(new_dicom(colour, "RGB", SequenceOfUltrasoundRegions=regions), tmp_path / "a.dcm")
+    np.testing.assert_array_equal(read_dicom(path, crop=True), colour[:, 3:10, 2:8])
+    np.testing.assert_array_equal(read_dicom(path), colour)
+    # Of another frame size, or none at all: the frame stays whole.
+    for regions in ([region(1, 2, 3, 500, 600)], [region(1, 5, 5, 5, 5)], []):
+        dataset = new_dicom(colour, "RGB", SequenceOfUltrasoundRegions=regions)
+        path = save(dataset, tmp_path / "b.dcm")
+        np.testing.assert_array_equal(read_dicom(path, crop=True), colour)
+
+
+@pytest.mark.parametrize(
+    "elements, words",
+    [
+        ({"Rows": 60000, "Columns": 60000}, "60000 x 60000 pixels a frame is over the limit"),
+        ({"NumberOfFrames": 2**31 - 1}, "frames is over the limit"),
+        ({"NumberOfFrames": 4}, "truncated"),
+        ({"NumberOfFrames": 0}, "0 frames"),
+        ({"Rows": 0}, "0 rows"),
+        ({"PhotometricInterpretation": f"{SECRET} colours"}, "photometric"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "lookup"),
+        ({"SamplesPerPixel": 3}, "samples"),
+        ({"BitsAllocated": 64}, "bits"),
+        ({"BitsStored": 12}, "bits stored"),
+        ({"WindowCenter": "nan", "WindowWidth": "5"}, "WindowCenter"),
+    ],
+)
+def test_headers_that_lie_are_refused(elements, words, grey, tmp_path):
+    dataset = new_dicom(grey, "MONOCHROME2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for key, value in elements.items():
+            setattr(dataset, key, value)
+    refused(save(dataset, tmp_path / "a.dcm"), words)
+
+
+def test_codestreams_that_lie_are_refused(tmp_path):
+    """Each claims a huge frame inside a small file; a decoder would allocate it."""
+    jpeg = pydicom.dcmread(sample("examples_ybr_color"))
+    data = bytearray(jpeg.PixelData)
+    start = data.index(b"\xff\xc0")
+    data[start + 5 : start + 9] = struct.pack(">HH", 65000, 65000)
+    jpeg.PixelData = bytes(data)
+    refused(save(jpeg, tmp_path / "a.dcm"), "claims 65000 x 65000")
+
+    j2k = pydicom.dcmread(sample("examples_jpeg2k"))
+    siz = j2k.PixelData.index(b"\xff\x4f\xff\x51")
+    data = bytearray(j2k.PixelData)
+    data[siz + 8 : siz + 16] = struct.pack(">LL", 2**30, 2**30)
+    j2k.PixelData = bytes(data)
+    refused(save(j2k, tmp_path / "b.dcm"), "claims")
+
+    data = bytearray(pydicom.dcmread(sample("examples_jpeg2k")).PixelData)
+    data[siz + 24 : siz + 32] = struct.pack(">LL", 1, 1)  # a tile for each pixel
+    j2k.PixelData = bytes(data)
+    refused(save(j2k, tmp_path / "c.dcm"), "tiles")
+
+
+def test_run_length_bombs_are_refused(tmp_path):
+    pixels = np.zeros((1, 64, 64), np.uint8)
+    dataset = new_dicom(pixels, "MONOCHROME2")
+    dataset.compress(RLELossless, generate_instance_uid=False)
+    path = save(dataset, tmp_path / "a.dcm")
+    np.testing.assert_array_equal(read_dicom(path)[..., 0], pixels)
+    head = struct.pack("<16L", 1, 64, *[0] * 14)
+    dataset.PixelData = encapsulate([head + b"\x81\0" * 4000])  # 8 kB for half a megabyte
+    refused(save(dataset, tmp_path / "b.dcm"), "unpacks to more")
+
+
+def test_a_missing_end_mark_is_forgiven(tmp_path):
+    whole = Path(sample("examples_jpeg2k")).read_bytes()
+    end = whole.rindex(b"\xfe\xff\xdd\xe0")
+    path = tmp_path / "a.dcm"
+    path.write_bytes(whole[:end])
+    np.testing.assert_array_equal(read_dicom(path), read_dicom(sample("examples_jpeg2k")))
+
+
+def test_files_that_are_no_images_are_refused(grey, tmp_path):
+    path = tmp_path / "note.dcm"
+    path.write_text(f"Dear {SECRET}, this is only a text file. " * 10)
+    refused(path, "DICOM")
+    path.write_bytes(b"")
+    refused(path)
+    refused(tmp_path / "absent.dcm", "read")
+    refused(tmp_path, "read")  # a folder
+    whole = new_dicom(grey, "MONOCHROME2")
+    del whole.PixelData
+    refused(save(whole, path), "no pixel data")
+    for syntax, words in ((MPEG2MPML, "transfer syntax"), (DeflatedExplicitVRLittleEndian, "")):
+        dataset = new_dicom(grey, "MONOCHROME2")
+        dataset.file_meta.TransferSyntaxUID = syntax
+        if syntax == MPEG2MPML:
+            dataset.PixelData = encapsulate([b"\0" * 100])
+            dataset["PixelData"].VR = "OB"
+        refused(save(dataset, path), words)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_anywhere_is_refused(name, tmp_path):
+    whole = Path(sample(name)).read_bytes()
+    path = tmp_path / "cut.dcm"
+    for part in (0.001, 0.005, 0.01, 0.5, 0.99):
+        path.write_bytes(whole[: int(len(whole) * part)])
+        refused(path)
+
+
+def test_memory_stays_bounded_whatever_a_header_claims(tmp_path):
+    """Under a limit of 1 GB more address space than now, each lie must still end in its error."""
+    pixels = np.zeros((1, 4, 4), np.uint8)
+    lies = []
+    plain = Path(save(new_dicom(pixels, "MONOCHROME2"), tmp_path / "a")).read_bytes()
+    huge_element = bytearray(plain)
+    at = huge_element.index(b"\x28\x00\x02\x00US")  # SamplesPerPixel becomes 4 GB of text
+    huge_element[at + 4 : at + 12] = b"UT\0\0\xfe\xff\xff\xff"
+    lies.append(bytes(huge_element) + b"\0" * (8 * 2**20))
+    items = b"\xfe\xff\x00\xe0\0\0\0\0" * (2**20)  # a million empty regions in 8 MB
+    crowded = b"\x18\x00\x11\x60SQ\0\0" + struct.pack("<L", len(items)) + items
+    at = plain.index(b"\x28\x00\x02\x00US")
+    lies.append(plain[:at] + crowded + plain[at:])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
+    try:
+        for i, lie in enumerate(lies):
+            path = tmp_path / f"lie{i}.dcm"
+            path.write_bytes(lie)
+            refused(path, "header holds more")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_patient_data_never_leaves(grey, tmp_path, caplog, capfd):
+    """Good and broken files full of planted names: nothing in output, logs, warnings or errors."""
+    caplog.set_level(logging.DEBUG)
+    dataset = new_dicom(grey, "MONOCHROME2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset.add_new(0x00280301, "CS", f"{SECRET} lower case and far too long for a code string")
+        dataset.add_new(0x00281050, "DS", "1.00000000000000000000000001")  # WindowCenter, too long
+        dataset.add_new(0x00080005, "CS", SECRET)  # a character set that nobody knows: warned of
+    good = save(dataset, tmp_path / "good.dcm")
+    data = Path(good).read_bytes()
+    caplog.clear()  # writing the file warns; reading it must not
+    capfd.readouterr()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert read_dicom(good).shape == (3, 12, 10, 3)
+        broken = tmp_path / "broken.dcm"
+        for name in ("WindowCenter", "Rows", "NumberOfFrames", "PhotometricInterpretation"):
+            tag = struct.pack("<L", tag_for_keyword(name))
+            tag = tag[2:] + tag[:2]
+            at = data.index(tag)
+            broken.write_bytes(data[: at + 4] + b"LO\x0c\x00" + f"{SECRET} {SECRET[:5]}".encode())
+            refused(broken)
+            length = struct.unpack("<H", data[at + 6 : at + 8])[0]
+            text = SECRET.encode()[:length].ljust(length)
+            broken.write_bytes(data[: at + 8] + text + data[at + 8 + length :])
+            try:
+                read_dicom(broken)
+            except InputError as error:
+                assert SECRET not in str(error) and "GEHE" not in str(error)
+        assert not caught
+    out, err = capfd.readouterr()
+    assert not out and not err and not caplog.records
+    assert logging.getLogger("pydicom").disabled is False  # as it was
+
+
+def test_a_decoder_that_aborts_takes_only_its_own_process(tmp_path, capfd):
+    """A sample precision of 174 bits makes gdcm end its process with a C++ exception."""
+    data = bytearray(Path(sample("SC_rgb_jls_lossy_sample")).read_bytes())
+    data[data.index(b"\xff\xf7") + 4] = 174
+    path = tmp_path / "a.dcm"
+    path.write_bytes(data)
+    refused(path, "doesn't decode")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_decoder_that_never_ends_is_stopped(tmp_path, monkeypatch):
+    """A JP2 box whose length makes pydicom read the same box for ever."""
+    monkeypatch.setattr(dicom_frames, "CHILD_SECONDS", 1)
+    data = bytearray(Path(sample("GDCMJ2K_TextGBR")).read_bytes())
+    data[data.index(b"\xff\x4f\xff\x51") - 1643] = 231
+    path = tmp_path / "a.dcm"
+    path.write_bytes(data)
+    refused(path, "doesn't decode")
+
+
+def must_refuse_or_read(data: bytes, path) -> None:
+    """The whole promise: uint8 frames or a one-line InputError."""
+    path.write_bytes(data)
+    try:
+        frames = read_dicom(path, num_frames=2, crop=True)
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+    else:
+        assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3
+
+
+@st.composite
+def dicom_bytes(draw, originals: list[bytes]) -> bytes:
+    """Truncated, overwritten or spliced real files, or random bytes after a real magic."""
+    whole = draw(st.sampled_from(originals))
+    kind = draw(st.sampled_from(["mutate", "head", "cut", "splice", "random"]))
+    if kind == "random":
+        return b"\0" * 128 + b"DICM" + draw(st.binary(max_size=400))
+    data = bytearray(whole)
+    if kind == "cut":
+        return bytes(data[: draw(st.integers(0, len(data)))])
+    reach = min(len(data), 3000) if kind == "head" else len(data)
+    for _ in range(draw(st.integers(1, 12))):
+        at = draw(st.integers(132, reach - 1))
+        new = draw(st.binary(min_size=1, max_size=8))
+        if kind == "splice":
+            data[at : at + draw(st.integers(0, 16))] = new
+        else:
+            data[at : at + len(new)] = new
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> list[bytes]:
+    """Real files of every compression, small enough to be mutated quickly."""
+    names = [*FILES, "GDCMJ2K_TextGBR", "SC_rgb_jls_lossy_line", "SC_rgb_jpeg_gdcm", "SC_rgb_rle"]
+    names += ["SC_rgb_jpeg_dcmtk", "MR_small_bigendian", "MR_small_RLE", "UN_sequence"]
+    return [Path(sample(name)).read_bytes() for name in names]
+
+
+FUZZ = {"suppress_health_check": list(HealthCheck), "database": None}
+
+
+def fuzz(data, originals, tmp_path) -> None:
+    case = data.draw(dicom_bytes(originals))
+    must_refuse_or_read(case, tmp_path / "fuzz.dcm")
+
+
+@settings(max_examples=150, derandomize=True, **FUZZ)
+@given(data=st.data())
+def test_fuzzed_bytes_never_crash(data, originals, tmp_path):
+    fuzz(data, originals, tmp_path)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, **FUZZ)
+@given(data=st.data())
+def test_2000_fuzzed_files_never_crash(data, originals, tmp_path):
+    fuzz(data, originals, tmp_path)
+
+
+def test_limits_are_what_the_messages_say():
+    assert dicom.MAX_FRAME_PIXELS <= dicom.MAX_SAMPLED_PIXELS
+    with pytest.raises(InputError, match="num_frames"):
+        read_dicom(sample("examples_ybr_color"), num_frames=0)
+
+
+def test_syntaxes_without_an_installed_decoder_say_which(monkeypatch, tmp_path):
+    for syntax in (JPEGBaseline8Bit, JPEG2000Lossless):
+        monkeypatch.setitem(dicom_frames._PLUGINS, syntax, ("imaginary",))
+    refused(sample("examples_ybr_color"), "install imaginary")
+    refused(sample("examples_jpeg2k"), "install imaginary")
