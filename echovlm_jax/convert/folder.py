@@ -1,0 +1,270 @@
+"""What a MODEL folder is: found out once, then read through one interface.
+
+`open_model` accepts a folder in Hugging Face form and a folder that `convert` made. Both give our
+parameters block by block, so that loading, exporting and inspecting need not know which it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from echovlm_jax.config import ModelConfig, from_hf
+from echovlm_jax.convert import source as sources
+from echovlm_jax.convert import store, table
+from echovlm_jax.errors import InputError
+
+CONFIG, PARAMS, REPORT = "config.json", "params", "conversion.json"
+WEIGHT_DTYPES = ("bfloat16", "float32", "float16")
+# Beside the weights: tokenizer, processor, chat template, licence.
+_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+
+class Model(Protocol):
+    """An open model folder.
+
+    Attributes:
+      folder: where it is.
+      config: its configuration.
+      dtypes: every parameter's stored dtype, by path.
+      duplicates: a tied checkpoint's stored lm_head → the tensor that it repeats.
+      digests: SHA-256 of every tensor's stored bytes by released name, where they were recorded.
+    """
+
+    folder: Path
+    config: ModelConfig
+    dtypes: dict[str, np.dtype]
+    duplicates: dict[str, str]
+    digests: dict[str, str]
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """One block of one parameter: a slice with start and stop for every axis."""
+        ...
+
+
+def open_model(path: str | os.PathLike[str]) -> Model:
+    """Opens a MODEL folder without reading its weights.
+
+    Raises:
+      InputError: it is neither form, or what it holds does not fit its config.json.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give a model folder")
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder}: has no {CONFIG}; give a checkpoint or a converted folder")
+    if (folder / PARAMS / "_METADATA").is_file():
+        return _Converted(folder)
+    weights = (sources.SINGLE, sources.INDEX, sources.TORCH_SINGLE, sources.TORCH_INDEX)
+    if not any((folder / name).is_file() for name in weights):
+        raise InputError(
+            f"{folder}: holds no weights; looked for {PARAMS}/_METADATA (made by convert),"
+            f" {', '.join(weights)}"
+        )
+    return _HuggingFace(folder)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a model folder. Raises InputError as `config.from_hf` does."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(f"{path}: is missing; copy the checkpoint's own {CONFIG} there")
+    return from_hf(sources.read_json(path), source=str(path))
+
+
+class _Converted:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        self._reader = store.Reader(folder / PARAMS)
+        expected = table.leaf_shapes(self.config)
+        for path in sorted(expected.keys() | self._reader.shapes.keys()):
+            wanted, found = expected.get(path), self._reader.shapes.get(path)
+            if wanted != found:
+                raise InputError(
+                    f"{folder}: parameter {path} has shape {found and list(found)}, expected"
+                    f" {wanted and list(wanted)} by {CONFIG}; convert again"
+                )
+        self.dtypes = self._reader.dtypes
+        self.duplicates: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+        if (folder / REPORT).is_file():
+            report = sources.read_json(folder / REPORT)
+            if not isinstance(report, dict):
+                raise InputError(f"{folder / REPORT}: is not a JSON object; convert again")
+            self.duplicates = report.get("duplicates", {})
+            self.digests = report.get("sha256", {})
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self._reader.read(path, index)
+
+
+class _HuggingFace:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        self._source = sources.open_source(folder)
+        self._slots = table.slots(self.config)
+        shapes = {name: tensor.shape for name, tensor in self._source.tensors.items()}
+        match = table.match(self._slots, shapes, str(folder))
+        self._found = match.found
+        self.dtypes = leaf_dtypes(self._source, self._slots, match)
+        self.duplicates = match.duplicates
+        self.digests: dict[str, str] = {}
+        check_duplicates(self._source, match)
+        self._places: dict[str, dict[tuple[int, ...], table.Slot]] = {}
+        for slot in self._slots.values():
+            self._places.setdefault(slot.path, {})[slot.index] = slot
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        out = np.empty(store.piece_shape(index), self.dtypes[path])
+        places = self._places[path]
+        stacked = len(next(iter(places)))
+        lead, rest = index[:stacked], index[stacked:]
+        first = rest[0]
+        for place in np.ndindex(*store.piece_shape(lead)):
+            where = tuple(s.start + i for s, i in zip(lead, place, strict=True))
+            slot = places[where]
+            tensor = self._source.tensors[self._found[slot.name]]
+            row = slot.size // slot.part[0]
+            values = tensor.read(first.start * row, first.stop * row)
+            block = values.reshape(first.stop - first.start, *slot.part[1:])
+            out[place] = block[(slice(None), *rest[1:])]
+        return out
+
+
+def leaf_dtypes(
+    source: sources.Source,
+    wanted: Mapping[str, table.Slot],
+    match: table.Match,
+    target: np.dtype | None = None,
+) -> dict[str, np.dtype]:
+    """The dtype of every parameter: the checkpoint's own, or `target` where one is given.
+
+    Raises:
+      InputError: a tensor is not a floating-point weight, or the layers of one parameter differ.
+    """
+    out: dict[str, np.dtype] = {}
+    first: dict[str, str] = {}
+    for released, name in match.found.items():
+        dtype, path = source.tensors[name].dtype, wanted[released].path
+        if dtype.name not in WEIGHT_DTYPES:
+            raise InputError(
+                f"{source.folder}: {name} has the dtype {dtype.name}; weights must be one of"
+                f" {', '.join(WEIGHT_DTYPES)}"
+            )
+        dtype = target or dtype
+        if out.setdefault(path, dtype) != dtype:
+            raise InputError(
+                f"{source.folder}: {first[path]} is {out[path].name} and {name} is {dtype.name},"
+                " and they are layers of one parameter; convert with --dtype"
+            )
+        first.setdefault(path, name)
+    return out
+
+
+def check_duplicates(source: sources.Source, match: table.Match) -> None:
+    """A tied checkpoint may repeat the embedding as lm_head: then bit for bit, or InputError."""
+    for name, original in match.duplicates.items():
+        head, embedding = source.tensors[name], source.tensors[match.found[original]]
+        same = head.dtype == embedding.dtype
+        size = int(np.prod(head.shape))
+        step = store.CHUNK_BYTES // head.dtype.itemsize
+        for start in range(0, size if same else 0, step):
+            stop = min(start + step, size)
+            a, b = head.read(start, stop), embedding.read(start, stop)
+            same = same and np.array_equal(a.view(np.uint8), b.view(np.uint8))
+        if not same:
+            raise InputError(
+                f"{source.folder}: {name} differs from {match.found[original]}, and {CONFIG} says"
+                " tie_word_embeddings true; set it to false or drop the tensor"
+            )
+
+
+def as_dtype(value: Any) -> np.dtype | None:
+    """A weight dtype by name or as a dtype; None stays None. Raises InputError for another."""
+    if value is None:
+        return None
+    try:
+        dtype = np.dtype(jnp.dtype(value))
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in WEIGHT_DTYPES:
+        raise InputError(
+            f"dtype {value} is not supported; choose one of {', '.join(WEIGHT_DTYPES)}"
+        )
+    return dtype
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Values in another float dtype. Raises InputError where that makes an infinity."""
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = values.astype(dtype)
+        if np.dtype(dtype) == np.float16 and (np.isinf(out) & ~np.isinf(values)).any():
+            raise InputError(f"{name} holds values too large for float16; choose bfloat16")
+    return out
+
+
+def copy_side_files(folder: Path, target: Path, dtype: np.dtype | None = None) -> None:
+    """Copies everything but weights; config.json is told of a new dtype where one is given."""
+    for pattern in _SIDE_FILES:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file() and path.name != REPORT and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, target / path.name)
+    if dtype is None:
+        return
+    raw = json.loads((target / CONFIG).read_text("utf-8"))
+    for part in (raw, raw.get("text_config"), raw.get("vision_config")):
+        for key in ("torch_dtype", "dtype"):
+            if isinstance(part, dict) and key in part:
+                part[key] = dtype.name
+    write_json(target / CONFIG, raw)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file durably."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_new(path: Path) -> None:
+    """Refuses to write over something. An empty folder counts as nothing."""
+    if path.is_symlink() or path.exists():
+        if path.is_dir() and not any(path.iterdir()):
+            return
+        raise InputError(f"{path}: exists; delete it or choose another place")
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Refuses early what the disk can't take. `path` is a folder on it."""
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise InputError(
+            f"{path}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; free some space"
+        )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process ever had resident."""
+    try:
+        # Not getrusage: it counts what the process was forked from as well.
+        text = Path("/proc/self/status").read_text()
+        return int(text.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,257 @@
+"""A PyTorch checkpoint into a folder of ours: streaming, bounded in memory, resumable.
+
+Values are never decoded unless another dtype is asked for: a range of a file is read, hashed and
+handed to TensorStore, so that every bit pattern, NaN payloads too, comes out as it went in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echovlm_jax.convert import folder, store, table
+from echovlm_jax.convert import source as sources
+from echovlm_jax.convert.journal import Journal
+from echovlm_jax.errors import InputError
+from echovlm_jax.progress import progress
+
+# Values on their way to the disk: enough to keep it busy while the next ones are read.
+_IN_FLIGHT_BYTES = 256 * 2**20
+_MODEL = "model"  # the folder in DST.partial that becomes DST
+
+
+@dataclass(frozen=True)
+class _Plan:
+    source: sources.Source
+    slots: dict[str, table.Slot]
+    match: table.Match
+    dtypes: dict[str, np.dtype]
+    identity: dict[str, Any]
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
+        """Each parameter's shape, dtype and count of stacked axes."""
+        out = {}
+        for slot in self.slots.values():
+            size = tuple(i + 1 for i in slot.index)  # the last slot of a path has the largest
+            out[slot.path] = (size + slot.part, self.dtypes[slot.path], len(size))
+        return out
+
+    def nbytes(self, name: str) -> int:
+        slot = self.slots[name]
+        return slot.size * self.dtypes[slot.path].itemsize
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+) -> dict[str, Any]:
+    """Converts a Hugging Face-form checkpoint to DST/{config.json, …, params/, conversion.json}.
+
+    Works in DST.partial and renames at the end. After a kill, the same call goes on where it
+    stopped; where DST is this very conversion already, its report is returned.
+
+    Args:
+      src: a folder with config.json and weights, or one weight file in such a folder.
+      dst: the folder to make.
+      dtype: bfloat16, float32 or float16 to cast to; by default every bit stays.
+
+    Returns:
+      The report: tensors, bytes, seconds, peak_rss_bytes, missing, unexpected (both empty: either
+      is refused), ignored, duplicates, dtype, resumed (tensors that an earlier run had finished).
+      conversion.json has in addition sha256, by released tensor name, of the stored bytes.
+
+    Raises:
+      InputError: the source is incomplete, damaged or not of its config.json; DST exists; no space.
+    """
+    started = time.monotonic()
+    plan = _make_plan(src, folder.as_dtype(dtype))
+    target = Path(os.path.abspath(dst))
+    partial = target.with_name(target.name + ".partial")
+    if finished := _finished(target, plan.identity):
+        shutil.rmtree(partial, ignore_errors=True)
+        return finished
+    folder.check_new(target)
+    made = _make_folder(partial)
+    with Journal(partial / "journal.jsonl", plan.identity) as journal:
+        resumed = len(journal.done)
+        left = sum(plan.nbytes(name) for name in plan.slots if name not in journal.done)
+        try:
+            folder.check_space(partial, left)
+        except InputError:
+            if made:
+                shutil.rmtree(partial)
+            raise
+        _make_model(plan, partial, journal)
+        report = _report(plan, resumed, time.monotonic() - started)
+        digests = {name: journal.done[name] for name in plan.slots}
+        folder.write_json(
+            partial / _MODEL / folder.REPORT,
+            {**report, "identity": plan.identity, "sha256": digests},
+        )
+        os.replace(partial / _MODEL, target)
+        _sync_folder(target.parent)
+    shutil.rmtree(partial)
+    return report
+
+
+def _make_model(plan: _Plan, partial: Path, journal: Journal) -> None:
+    """Everything of the model folder but its report."""
+    model = partial / _MODEL
+    if not journal.done:
+        shutil.rmtree(model, ignore_errors=True)
+    try:
+        _write_params(plan, model / folder.PARAMS, journal)
+    except InputError:
+        # Going on would fail again: the values, or what the journal promises, are at fault.
+        shutil.rmtree(partial)
+        raise
+    except ValueError as error:
+        # TensorStore's way to say that the disk refused.
+        raise InputError(
+            f"{partial}: writing failed ({table.quoted(str(error).splitlines()[0])}); free some"
+            " space and run the same command again"
+        ) from error
+    folder.copy_side_files(plan.source.folder, model, folder.as_dtype(plan.identity["dtype"]))
+
+
+def _make_plan(src: str | os.PathLike[str], dtype: np.dtype | None) -> _Plan:
+    source = sources.open_source(src, once=True)
+    slots = table.slots(folder.read_config(source.folder))
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    match = table.match(slots, shapes, str(source.folder))
+    dtypes = folder.leaf_dtypes(source, slots, match, dtype)
+    folder.check_duplicates(source, match)
+    config = (source.folder / folder.CONFIG).read_bytes()
+    identity = {
+        "weights": source.fingerprint(),
+        "config": hashlib.sha256(config).hexdigest(),
+        "dtype": dtype.name if dtype else None,
+        "layout": 1,
+    }
+    return _Plan(source, slots, match, dtypes, identity)
+
+
+def _finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a conversion that is there already, if it is the one asked for."""
+    path = target / folder.REPORT
+    if not path.is_file():
+        return None
+    report = sources.read_json(path)
+    if not isinstance(report, dict) or report.get("identity") != identity:
+        return None
+    return {key: value for key, value in report.items() if key not in ("identity", "sha256")}
+
+
+def _make_folder(path: Path) -> bool:
+    """Makes the folder; False where it was there."""
+    there = path.is_dir()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be made ({error.strerror}); choose another place"
+        ) from None
+    return not there
+
+
+def _report(plan: _Plan, resumed: int, seconds: float) -> dict[str, Any]:
+    names = sorted({dtype.name for dtype in plan.dtypes.values()})
+    return {
+        "tensors": len(plan.slots),
+        "bytes": sum(map(plan.nbytes, plan.slots)),
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": folder.peak_rss_bytes(),
+        "missing": [],
+        "unexpected": [],
+        "ignored": plan.match.ignored,
+        "duplicates": plan.match.duplicates,
+        "dtype": "+".join(names),
+        "resumed": resumed,
+    }
+
+
+def _write_params(plan: _Plan, target: Path, journal: Journal) -> None:
+    """Streams every tensor that the journal lacks, in the order of the source's files."""
+    writer = store.Writer(target, plan.arrays())
+    pending: deque[_Chunk] = deque()
+    in_flight = 0
+
+    def settle(tick: Callable[[int], object]) -> int:
+        chunk = pending.popleft()
+        chunk.written.result()
+        chunk.hashed.result()
+        if chunk.last:
+            journal.add(chunk.name, chunk.digest.hexdigest())
+        tick(chunk.nbytes)
+        return chunk.nbytes
+
+    total = sum(map(plan.nbytes, plan.slots))
+    try:
+        # One thread, so that each tensor's pieces are hashed in order.
+        with progress(total, "B", "convert") as tick, ThreadPoolExecutor(1) as hasher:
+            tick(sum(map(plan.nbytes, journal.done)))
+            for chunk in _chunks(plan, writer, hasher, set(journal.done)):
+                pending.append(chunk)
+                in_flight += chunk.nbytes
+                while in_flight > _IN_FLIGHT_BYTES:
+                    in_flight -= settle(tick)
+            while pending:
+                settle(tick)
+    finally:
+        # After an error: nobody may write into a folder that is being given up.
+        for chunk in pending:
+            chunk.written.exception()
+    writer.finish()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A piece of a tensor on its way: being written and being hashed."""
+
+    name: str
+    nbytes: int
+    written: Any
+    hashed: Future[None]
+    digest: Any
+    last: bool
+
+
+def _chunks(
+    plan: _Plan, writer: store.Writer, hasher: ThreadPoolExecutor, done: set[str]
+) -> Iterator[_Chunk]:
+    tensors = plan.source.tensors
+    names = [name for name in plan.slots if name not in done]
+    for name in sorted(names, key=lambda name: tensors[plan.match.found[name]].order):
+        slot, tensor = plan.slots[name], tensors[plan.match.found[name]]
+        dtype = plan.dtypes[slot.path]
+        digest = hashlib.sha256()
+        cuts = list(store.pieces(slot.part, dtype.itemsize))
+        start = 0
+        for cut in cuts:
+            shape = store.piece_shape(cut)
+            stop = start + int(np.prod(shape))
+            values = folder.cast(tensor.read(start, stop), dtype, name).reshape(shape)
+            start = stop
+            hashed = hasher.submit(digest.update, values.reshape(-1).view(np.uint8).data)
+            written = writer.write(slot.path, (*slot.index, *cut), values)
+            yield _Chunk(name, values.nbytes, written, hashed, digest, cut is cuts[-1])
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,96 @@
+"""A forward pass that holds one decoder layer at a time: proof on a machine smaller than the model.
+
+The released model takes 47 GB in float32. Read layer by layer from its folder it needs the vision
+tower (2.7 GB) or one layer (1.5 GB), whichever runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from echovlm_jax.convert.folder import Model
+from echovlm_jax.convert.table import leaf_shapes, unflatten
+from echovlm_jax.model.decoder import DecoderLayer, LayerOutput, make_context
+from echovlm_jax.model.echovlm import Batch, Output, insert_images
+from echovlm_jax.model.vision import VisionEncoder
+from echovlm_jax.ops import Array
+from echovlm_jax.ops.norms import rms_norm
+
+_LAYERS = "text/layers/"
+_HEAD_ROWS = 16384  # of the output head that are in memory at once
+
+
+def forward(model: Model, batch: Batch) -> tuple[Output, np.ndarray]:
+    """What `EchoVLM.__call__` and `.logits` give in float32, with keep_hidden.
+
+    Args:
+      model: an opened MODEL folder.
+      batch: a model batch (see `EchoVLM`).
+
+    Returns:
+      The output, in numpy arrays, and the logits [B, T, V].
+    """
+    config = model.config
+    text = config.text
+    image_tokens = None
+    if "patches" in batch:
+        tower = VisionEncoder(config.vision)
+        image_tokens = jax.jit(tower.apply)(
+            {"params": _read_tree(model, "vision/")},
+            batch["patches"],
+            batch["patch_segment_ids"],
+            batch["patch_positions"],
+        )
+    used, inverse = np.unique(np.asarray(batch["tokens"]), return_inverse=True)
+    table = _read(model, "text/embed/embedding")[used].astype(np.float32)
+    x = jnp.asarray(table[inverse.reshape(batch["tokens"].shape)])
+    if image_tokens is not None:
+        x = insert_images(x, image_tokens, batch["patch_index"])
+    layer = jax.jit(DecoderLayer(config, keep_hidden=True).apply)
+    context = make_context(text, batch["positions"], batch["segment_ids"])
+    outputs: list[LayerOutput] = []
+    for index in range(text.num_layers):
+        params = _read_tree(model, _LAYERS, index)
+        x, output = layer({"params": params}, x, None, context)
+        outputs.append(jax.tree.map(np.asarray, output))
+    hidden = rms_norm(x, _read(model, "text/final_norm/scale"), text.rms_norm_eps)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *outputs)
+    output = Output(
+        hidden=np.asarray(hidden),
+        kv=stacked.kv,
+        router_logits=stacked.router_logits,
+        coefficient=stacked.coefficient,
+        layer_inputs=stacked.hidden,
+        image_tokens=None if image_tokens is None else np.asarray(image_tokens),
+    )
+    return output, _logits(model, hidden)
+
+
+def _logits(model: Model, hidden: Array) -> np.ndarray:
+    tied = model.config.text.tie_word_embeddings
+    path = "text/embed/embedding" if tied else "text/lm_head/kernel"
+    rows = range(0, model.config.text.vocab_size, _HEAD_ROWS)
+    pieces = (_read(model, path, slice(row, row + _HEAD_ROWS)) for row in rows)
+    product = jax.jit(lambda h, w: jnp.einsum("BTD,VD->BTV", h, w))
+    return np.concatenate([product(hidden, w.astype(np.float32)) for w in pieces], axis=-1)
+
+
+def _read_tree(model: Model, prefix: str, layer: int | None = None) -> dict[str, Any]:
+    """The parameters below `prefix` in float32; of one layer only, if given."""
+    rows = slice(None) if layer is None else slice(layer, layer + 1)
+    paths = [path for path in leaf_shapes(model.config) if path.startswith(prefix)]
+    read = {path: _read(model, path, rows).astype(np.float32) for path in paths}
+    if layer is not None:
+        read = {path: values[0] for path, values in read.items()}
+    return unflatten({path.removeprefix(prefix): values for path, values in read.items()})
+
+
+def _read(model: Model, path: str, rows: slice = slice(None)) -> np.ndarray:
+    """Some rows of a parameter, as stored."""
+    shape = leaf_shapes(model.config)[path]
+    ends = slice(*rows.indices(shape[0])[:2])
+    return model.read(path, (ends, *(slice(0, size) for size in shape[1:])))

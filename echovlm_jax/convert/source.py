@@ -1,0 +1,228 @@
+"""A PyTorch checkpoint on disk behind one small interface: names, shapes, dtypes, ranges of values.
+
+Safetensors files are read by our own reader; .bin and .pt files by `torch.load(weights_only=True)`
+where PyTorch is installed. Nothing here unpickles by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from echovlm_jax.convert import safetensors
+from echovlm_jax.convert.table import quoted
+from echovlm_jax.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_MAX_JSON_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint; `order` sorts tensors as they lie on disk."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    order: tuple[str, int]
+    read: Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open checkpoint.
+
+    Attributes:
+      folder: where config.json and the tokenizer's files are.
+      files: the weight files.
+      tensors: by the checkpoint's own names; `tensors[n].read(a, b)` gives the values [a, b) of
+        tensor n, counted flat, and raises InputError where the file has changed meanwhile.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, Tensor]
+
+    def fingerprint(self) -> str:
+        """A digest of the files' names, sizes and times: differs where the weights may differ."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            stat = path.stat()
+            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def open_source(path: str | os.PathLike[str], *, once: bool = False) -> Source:
+    """Opens a folder in Hugging Face form, or one weight file that lies in such a folder.
+
+    `once` says that the weights will be read once and in order: the page cache is then of no use.
+
+    Raises:
+      InputError: nothing to read there, or a file is missing, damaged or would need unpickling.
+    """
+    where = Path(path)
+    if where.is_file():
+        return _open_files(where.parent, {where.name: None}, where, once)
+    if not where.is_dir():
+        raise InputError(f"{where}: no such folder; give a folder with config.json and weights")
+    for single, index in ((SINGLE, INDEX), (TORCH_SINGLE, TORCH_INDEX)):
+        if (where / single).is_file():
+            return _open_files(where, {single: None}, where / single, once)
+        if (where / index).is_file():
+            return _open_files(where, _read_index(where / index), where / index, once)
+    shards = sorted(p.name for p in where.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
+    if len(shards) == 1:
+        return _open_files(where, {shards[0]: None}, where / shards[0], once)
+    if shards:
+        raise InputError(
+            f"{where}: {len(shards)} weight files ({shards[0]}, …) but no {INDEX}; fetch the index"
+        )
+    raise InputError(f"{where}: no weights; looked for {SINGLE}, {INDEX} and {TORCH_SINGLE}")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises InputError where it is missing, huge or not JSON."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise InputError(f"{path}: too large for a JSON file; check the path")
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); add the file") from None
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: is not valid JSON; fetch it again") from None
+
+
+def _read_index(path: Path) -> dict[str, set[str] | None]:
+    """Each file of an index with the tensors that it is said to hold."""
+    index = read_json(path)
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise InputError(f"{path}: has no weight_map; fetch it again")
+    files: dict[str, set[str] | None] = {}
+    for name, file in weights.items():
+        if not isinstance(file, str) or not file or Path(file).name != file or file == "..":
+            raise InputError(
+                f"{path}: {quoted(name)} points to {quoted(file)}; a shard must be a file of the"
+                " same folder"
+            )
+        members = files.setdefault(file, set())
+        assert members is not None
+        members.add(name)
+    return dict(sorted(files.items()))
+
+
+def _open_files(
+    folder: Path, files: dict[str, set[str] | None], said_by: Path, once: bool
+) -> Source:
+    tensors: dict[str, Tensor] = {}
+    for file, expected in files.items():
+        path = folder / file
+        if not path.is_file():
+            raise InputError(f"{path}: is missing, and {said_by.name} lists it; fetch it")
+        is_torch = path.suffix != ".safetensors"
+        found = _open_torch(path) if is_torch else _open_safetensors(path, once)
+        if expected is not None:
+            _compare(said_by, path, expected, set(found))
+        if twice := tensors.keys() & found.keys():
+            raise InputError(f"{path}: {quoted(min(twice))} is in another shard too; keep one")
+        tensors |= found
+    return Source(folder, tuple(folder / file for file in files), tensors)
+
+
+def _compare(index: Path, shard: Path, expected: set[str], found: set[str]) -> None:
+    if absent := expected - found:
+        raise InputError(
+            f"{shard}: has no tensor {quoted(min(absent))}, and {index.name} says it has; fetch"
+            " both again"
+        )
+    if extra := found - expected:
+        raise InputError(
+            f"{shard}: holds {quoted(min(extra))}, which {index.name} does not list for it; fetch"
+            " both again"
+        )
+
+
+def _open_safetensors(path: Path, once: bool) -> dict[str, Tensor]:
+    entries = safetensors.read_header(path)
+    fd = safetensors.open_file(path, direct=once)
+    # Closed when the last of the readers below is gone.
+    file = os.fdopen(fd, "rb", buffering=0)
+
+    def reader(name: str, entry: safetensors.Entry) -> Callable[[int, int], np.ndarray]:
+        def read(start: int, stop: int) -> np.ndarray:
+            try:
+                return safetensors.read_values(file.fileno(), entry, start, stop)
+            except EOFError:
+                raise InputError(f"{path}: became shorter at {quoted(name)}; fetch it") from None
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+        return read
+
+    return {
+        name: Tensor(e.shape, e.dtype, (path.name, e.offset), reader(name, e))
+        for name, e in entries.items()
+    }
+
+
+def _open_torch(path: Path) -> dict[str, Tensor]:
+    """A PyTorch file, its tensors mapped from disk and not loaded."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            f"{path}: is a PyTorch file and PyTorch is not installed, which alone reads it without"
+            " running code; pip install torch, or save the checkpoint as safetensors"
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        # torch raises a dozen kinds here, with messages of many lines.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{path}: refused by torch.load(weights_only=True, mmap=True)"
+            f" ({quoted(reason[0])}); save the checkpoint as safetensors"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    ):
+        raise InputError(f"{path}: is not a state dict of tensors; save model.state_dict()")
+    return {
+        name: _torch_tensor(path, name, tensor, order)
+        for order, (name, tensor) in enumerate(state.items())
+    }
+
+
+def _torch_tensor(path: Path, name: str, tensor: Any, order: int) -> Tensor:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    kinds = {
+        torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16)),
+        torch.float16: (torch.int16, np.dtype(np.float16)),
+        torch.float32: (torch.int32, np.dtype(np.float32)),
+        torch.float64: (torch.int64, np.dtype(np.float64)),
+        torch.int64: (torch.int64, np.dtype(np.int64)),
+    }
+    if tensor.dtype not in kinds or tensor.layout != torch.strided:
+        raise InputError(
+            f"{path}: tensor {quoted(name)} has the dtype {tensor.dtype} ({tensor.layout}), which"
+            " is not read; save it as bfloat16, float16 or float32"
+        )
+    bits, dtype = kinds[tensor.dtype]
+
+    def read(start: int, stop: int) -> np.ndarray:
+        # Viewed as integers, so that no conversion can touch a NaN's payload.
+        flat = tensor.detach().view(bits).reshape(-1)
+        return flat[start:stop].numpy().view(dtype)
+
+    return Tensor(tuple(tensor.shape), dtype, (path.name, order), read)
