@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.einsum import einsum
@@ -60,7 +60,7 @@ def moe(x: Float[Array, "B T D"], routing: Routing, experts: Experts) -> Float[A
 
 
 def load_balancing_loss(
-    router_logits: Float[Array, "L B T E"], counted: Float[Array, "B T"], *, top_k: int
+    router_logits: Float[Array, "L B T E"], counted: Bool[Array, "B T"], *, top_k: int
 ) -> Float[Array, ""]:
     """Switch Transformer's balancing loss (arXiv 2101.03961, eq. 4 to 6), layers concatenated.
 
@@ -69,7 +69,7 @@ def load_balancing_loss(
 
     Args:
       router_logits: of every layer.
-      counted: 1 for tokens, 0 for padding.
+      counted: which are tokens, and not padding.
       top_k: experts a token goes to.
     """
     layers, _, _, experts = router_logits.shape

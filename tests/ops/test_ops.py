@@ -104,14 +104,14 @@ def test_ties_go_to_the_first_expert():
 def test_balancing_loss_is_least_when_even_and_ignores_padding():
     rng = np.random.default_rng(13)
     logits = rng.standard_normal((2, 1, 4000, 4)).astype(np.float32)
-    even = load_balancing_loss(logits, np.ones((1, 4000), np.float32), top_k=2)
+    even = load_balancing_loss(logits, np.ones((1, 4000), bool), top_k=2)
     assert float(even) == pytest.approx(2.0, abs=0.02)
     skewed = logits + np.array([3, 0, 0, 0], np.float32)
-    assert load_balancing_loss(skewed, np.ones((1, 4000), np.float32), top_k=2) > 2.3
+    assert load_balancing_loss(skewed, np.ones((1, 4000), bool), top_k=2) > 2.3
     half = np.arange(4000)[None] < 2000
     masked = np.where(half[None, ..., None], logits, skewed)
-    kept = load_balancing_loss(masked, half.astype(np.float32), top_k=2)
-    expected = load_balancing_loss(logits[:, :, :2000], np.ones((1, 2000), np.float32), top_k=2)
+    kept = load_balancing_loss(masked, half, top_k=2)
+    expected = load_balancing_loss(logits[:, :, :2000], np.ones((1, 2000), bool), top_k=2)
     np.testing.assert_allclose(kept, expected, rtol=1e-6)
 
 

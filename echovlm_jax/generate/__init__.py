@@ -1,0 +1,6 @@
+"""Token ids, and whole files of answers, out of prompts and images."""
+
+from echovlm_jax.generate.batch_file import generate_file
+from echovlm_jax.generate.decode import Generated, check_room, generate
+
+__all__ = ["Generated", "check_room", "generate", "generate_file"]

@@ -1,0 +1,253 @@
+"""A checkpoint folder as a model that answers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from echovlm_jax.config import ModelConfig
+from echovlm_jax.convert.folder import as_dtype, open_model
+from echovlm_jax.convert.load import load_params
+from echovlm_jax.errors import InputError
+from echovlm_jax.generate import Generated, check_room, generate
+from echovlm_jax.mesh import param_shardings
+from echovlm_jax.model import EchoVLM, abstract_params, logical_axes
+from echovlm_jax.processing.batch import make_batch, pad_batch
+from echovlm_jax.processing.files import read_json_if_there
+from echovlm_jax.processing.processor import Processor
+
+Inputs = dict[str, np.ndarray]
+
+# Whatever a checkpoint's files say, an answer ends with its turn or with the text.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    quantize: str | None = None,
+) -> Model:
+    """Loads a model folder: in Hugging Face form, or made by `convert`.
+
+    Args:
+      path: the folder.
+      mesh: lays the parameters out over its devices (see `mesh.make_mesh`); by default they go to
+        one device.
+      dtype: of parameters and computation: bfloat16, float32 or float16. By default as stored, but
+        float32 on a CPU, whose bfloat16 products are many times slower.
+      quantize: None; nothing else is available yet.
+
+    Example:
+      model = load_model("EchoVLM-hf")
+      print(model.generate(["liver.png"], "Write the report.")["text"])
+
+    Raises:
+      InputError: no model there, damaged data, or a mesh that the parameters can't be split over.
+    """
+    if quantize is not None:
+        raise InputError(f"quantize {quantize}: is not available in this version; leave it out")
+    opened = open_model(path)
+    config, stored = opened.config, set(opened.dtypes.values())
+    wanted = as_dtype(dtype)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if wanted is None and device.platform == "cpu":
+        wanted = np.dtype(np.float32)
+        if stored != {wanted}:
+            _say_once(
+                "on a CPU this computes in float32; dtype bfloat16 halves memory, much slower"
+            )
+    shardings = None
+    if mesh is not None:
+        shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
+    config, params = load_params(path, dtype=wanted, shardings=shardings)
+    return Model(config, params, path)
+
+
+class Model:
+    """Parameters, and the folder's tokenizer and processor, which are read when first needed.
+
+    Attributes:
+      config: sizes.
+      params: nested dict of arrays.
+      dtype: what it computes in: the embedding's.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: dict[str, Any], path: str | os.PathLike[str]
+    ) -> None:
+        self.config, self.params, self._folder = config, params, Path(path)
+        self.dtype = params["text"]["embed"]["embedding"].dtype
+
+    @functools.cached_property
+    def processor(self) -> Processor:
+        """Turns images and messages into inputs. Raises InputError without tokenizer files."""
+        return Processor(self._folder)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: config.json's, generation_config.json's, END_TOKENS."""
+        path = self._folder / "generation_config.json"
+        said = (read_json_if_there(path) or {}).get("eos_token_id")
+        said = said if isinstance(said, list) else [] if said is None else [said]
+        if not all(type(token) is int for token in said):
+            raise InputError(f"{path}: eos_token_id must be a whole number or a list of them")
+        found = {self.config.eos_token_id, *said}
+        for token in END_TOKENS:
+            try:
+                found.add(self.processor.tokenizer.token_id(token))
+            except InputError:  # a small tokenizer of one's own need not have it
+                continue
+        return tuple(sorted(found))
+
+    def generate(
+        self,
+        images: Any,
+        prompt: str,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stream: Callable[[str], object] | None = None,
+    ) -> dict[str, Any]:
+        """Answers one prompt about images.
+
+        Args:
+          images: a list of paths (PNG, JPEG, DICOM), PIL images or uint8 arrays, or one of these;
+            None for none. Several make one exam; a DICOM with several frames is a video.
+          prompt: what to ask.
+          system: the system prompt; by default the chat template's own.
+          max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed: see
+            `generate.generate`.
+          stream: called with each piece of the text as it comes; joined, they are the text. A piece
+            never ends inside a character.
+
+        Returns:
+          text, prompt_tokens, new_tokens, compile_seconds (0 where a program for these sizes is
+          there), prefill_seconds (until the first token), decode_tokens_per_second (of those after
+          it).
+
+        Raises:
+          InputError: a file can't be used, the prompt is too long, or a setting is out of range.
+        """
+        inputs = self.prepare(images, prompt, system=system, max_new_tokens=max_new_tokens)
+        sent = ""
+
+        def send(text: str) -> None:
+            nonlocal sent
+            if stream is not None and len(text) > len(sent) and text.startswith(sent):
+                stream(text[len(sent) :])
+                sent = text
+
+        def listen(tokens: np.ndarray, lengths: np.ndarray) -> None:
+            # U+FFFD at the end is a character whose bytes have not all come yet.
+            send(self._text(tokens[0, : lengths[0]]).rstrip("\ufffd"))
+
+        [result] = self.answer(
+            [inputs],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            on_tokens=None if stream is None else listen,
+        )
+        send(result["text"])
+        return result
+
+    def prepare(
+        self, images: Any, prompt: str, *, system: str | None = None, max_new_tokens: int
+    ) -> Inputs:
+        """The inputs of one prompt, as the processor gives them; see `generate`."""
+        if images is None:
+            images = []
+        elif not isinstance(images, list | tuple):
+            images = [images]
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        inputs = self.processor(images, messages)
+        check_room(self.config, inputs["input_ids"].shape[1], max_new_tokens)
+        return inputs
+
+    def answer(
+        self,
+        inputs: Sequence[Mapping[str, np.ndarray]],
+        *,
+        max_new_tokens: int,
+        **sampling: Any,
+    ) -> list[dict[str, Any]]:
+        """Answers several prepared prompts at once; the results are as `generate`'s.
+
+        Args:
+          inputs: what `prepare` gave for each.
+          max_new_tokens: for each.
+          **sampling: see `generate.generate`.
+        """
+        made = generate(
+            self.config,
+            self.params,
+            pad_batch(inputs, self.processor.pad_token_id),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=self.stop_ids,
+            dtype=self.dtype,
+            **sampling,
+        )
+        return [
+            {
+                "text": self._text(tokens[:length]),
+                "prompt_tokens": int(prompt),
+                "new_tokens": int(length),
+                "compile_seconds": made.compile_seconds,
+                "prefill_seconds": made.prefill_seconds,
+                "decode_tokens_per_second": _rate(made),
+            }
+            for tokens, length, prompt in zip(
+                made.tokens, made.lengths, made.prompt_lengths, strict=True
+            )
+        ]
+
+    def forward(self, batch: Mapping[str, Any]) -> jax.Array:
+        """Logits [B, S, V] in float32 of a model batch, or of Hugging Face-style inputs."""
+        if "input_ids" in batch:
+            batch = make_batch(self.config, batch)
+        return _forward(self.params, dict(batch), config=self.config, dtype=self.dtype)
+
+    def _text(self, tokens: np.ndarray) -> str:
+        ids = tokens.tolist()
+        if ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        return self.processor.tokenizer.decode(ids)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _forward(
+    params: dict[str, Any], batch: dict[str, Any], *, config: ModelConfig, dtype: jnp.dtype
+) -> Any:
+    return EchoVLM(config, dtype).apply({"params": params}, batch, method="forward")
+
+
+def _rate(made: Generated) -> float:
+    """New tokens a second of all rows, the first of each not counted: prefill made that."""
+    later = int(made.lengths.sum()) - len(made.lengths)
+    return later / made.decode_seconds if later else 0.0
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(f"echovlm: {line}", file=sys.stderr)
