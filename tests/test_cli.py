@@ -1,0 +1,300 @@
+"""The command line's frame: what it calls, what it prints where, and how it fails."""
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from echovlm_jax.cli import main
+from echovlm_jax.errors import InputError
+
+INSPECT = "echovlm_jax.convert.inspect"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch):
+    """`fake("echovlm_jax.x", f=...)` puts a made-up module where the command looks for it."""
+
+    def put(name: str, **members: Any) -> None:
+        module = types.ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return put
+
+
+def _recorder(calls: list, result: dict):
+    def function(*args: Any, **kwargs: Any) -> dict:
+        calls.append((args, kwargs))
+        return result
+
+    return function
+
+
+def _raiser(error: BaseException):
+    def function(*args: Any, **kwargs: Any) -> dict:
+        raise error
+
+    return function
+
+
+CALLS = [
+    ("demo", "echovlm_jax.demo", "demo", (Path("demo_out"),), {}),
+    ("demo --out d", "echovlm_jax.demo", "demo", (Path("d"),), {}),
+    (
+        "convert a b",
+        "echovlm_jax.convert.from_torch",
+        "convert",
+        (Path("a"), Path("b")),
+        {"dtype": None},
+    ),
+    (
+        "convert a b --dtype bfloat16",
+        "echovlm_jax.convert.from_torch",
+        "convert",
+        (Path("a"), Path("b")),
+        {"dtype": "bfloat16"},
+    ),
+    (
+        "export a b --max-shard-size 2MB",
+        "echovlm_jax.convert.to_torch",
+        "export",
+        (Path("a"), Path("b")),
+        {"max_shard_size": "2MB"},
+    ),
+    ("inspect a", INSPECT, "inspect", (Path("a"),), {}),
+    (
+        "parity a --golden g.npz --atol 1e-3",
+        "echovlm_jax.convert.parity",
+        "parity",
+        (Path("a"), Path("g.npz")),
+        {"atol": 1e-3},
+    ),
+    (
+        "bench convert --size tiny --dir d",
+        "echovlm_jax.bench_convert",
+        "bench_convert",
+        (Path("d"),),
+        {"size": "tiny"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "module", "name", "args", "kwargs"), CALLS)
+def test_command_calls_its_function(fake, capsys, line, module, name, args, kwargs) -> None:
+    calls: list = []
+    fake(module, **{name: _recorder(calls, {"seconds": 1.5})})
+    assert main([*line.split(), "--json"]) == 0
+    assert calls == [(args, kwargs)]
+    assert json.loads(capsys.readouterr().out) == {"seconds": 1.5}
+
+
+class FakeModel:
+    def __init__(self) -> None:
+        self.asked: list = []
+
+    def generate(self, images, prompt, *, stream=None, **kwargs):
+        self.asked.append((images, prompt, kwargs))
+        if stream:
+            stream("肝脏")
+            stream("正常")
+        return {"text": "肝脏正常", "prompt_tokens": 7, "new_tokens": 2}
+
+
+def test_generate_passes_only_the_options_given(fake, capsys) -> None:
+    model = FakeModel()
+    fake("echovlm_jax.load", load_model=lambda path: model)
+    line = ["generate", "m", "--image", "a.png", "b.dcm", "--image", "c.jpg", "--prompt", "报告"]
+    assert main([*line, "--top-k", "5", "--temperature", "0"]) == 0
+    images = [Path("a.png"), Path("b.dcm"), Path("c.jpg")]
+    sampling = {"top_k": 5, "temperature": 0.0}
+    assert model.asked == [(images, "报告", {"system": None, **sampling})]
+    out = capsys.readouterr()
+    assert out.out == "肝脏正常\n" and "new_tokens: 2" in out.err
+
+
+def test_generate_streams_once(fake, capsys) -> None:
+    fake("echovlm_jax.load", load_model=lambda path: FakeModel())
+    assert main(["generate", "m", "--prompt", "x", "--stream"]) == 0
+    assert capsys.readouterr().out == "肝脏正常\n"
+    assert main(["generate", "m", "--prompt", "x", "--stream", "--json"]) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["text"] == "肝脏正常" and out.err.startswith("肝脏正常")
+
+
+def test_generate_batch(fake, capsys) -> None:
+    calls: list = []
+    fake("echovlm_jax.load", load_model=lambda path: f"model {path}")
+    fake("echovlm_jax.generate", generate_file=_recorder(calls, {"done": 2, "failed": 1}))
+    line = ["generate", "m", "--batch", "f.jsonl", "--out", "g.jsonl", "--seed", "3"]
+    assert main([*line, "--json"]) == 0
+    assert calls == [(("model m", Path("f.jsonl"), Path("g.jsonl")), {"seed": 3})]
+    assert json.loads(capsys.readouterr().out) == {"done": 2, "failed": 1}
+
+
+BAD_USAGE = [
+    "",
+    "nonsense",
+    "convert onlysrc",
+    "parity m",
+    "parity m --golden g --atol much",
+    "generate m --prompt x --max-new 5",
+    "generate m --image a.png",
+    "generate m --batch f.jsonl",
+    "generate m --batch f.jsonl --out g.jsonl --prompt x",
+    "generate m --prompt x --out g.jsonl",
+    "bench nothing",
+]
+
+
+@pytest.mark.parametrize("line", BAD_USAGE)
+def test_bad_usage_is_one_line(capsys, line) -> None:
+    assert main(line.split()) == 2
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert out.err.startswith("echovlm: error: ") and out.err.count("\n") == 1
+
+
+BAD_INPUT = [
+    (InputError("config.json: hidden_size\nis missing"), "config.json: hidden_size is missing"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "x: No such file"),
+    (PermissionError(errno.EACCES, "Permission denied", "y"), "y: Permission denied"),
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+]
+
+
+@pytest.mark.parametrize(("error", "text"), BAD_INPUT)
+def test_bad_input_is_one_line(fake, capsys, error, text) -> None:
+    fake(INSPECT, inspect=_raiser(error))
+    for flags in ([], ["--json"]):
+        assert main(["inspect", "m", *flags]) == 2
+        out = capsys.readouterr()
+        assert out.out == ""
+        assert out.err.startswith(f"echovlm: error: {text}") and out.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(fake, capsys) -> None:
+    fake(INSPECT, inspect=_raiser(InputError("bad")))
+    assert main(["inspect", "m", "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and error.endswith("echovlm: error: bad\n")
+
+
+def test_a_defect_is_told_from_a_failed_check_and_quotes_nothing(fake, capsys) -> None:
+    fake(INSPECT, inspect=_raiser(ValueError("PatientName: Doe^Jane")))
+    assert main(["inspect", "m"]) == 70
+    error = capsys.readouterr().err
+    assert "internal error: ValueError" in error and error.count("\n") == 1
+    assert "Doe" not in error
+
+
+def test_interrupt_is_quiet(fake, capsys) -> None:
+    fake(INSPECT, inspect=_raiser(KeyboardInterrupt()))
+    assert main(["inspect", "m"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("ok", [True, False, np.True_, np.False_])
+def test_parity_exit_code_is_its_verdict(fake, capsys, ok) -> None:
+    stages = [{"name": "logits", "max_abs_err": 0.25}]
+    result = {"ok": ok, "stages": stages, "first_divergence": None}
+    fake("echovlm_jax.convert.parity", parity=lambda *args, **kwargs: result)
+    for flags in ([], ["--json"]):
+        assert main(["parity", "m", "--golden", "g.npz", *flags]) == (0 if ok else 1)
+    human, line = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    assert f"ok: {'yes' if ok else 'no'}" in human
+    assert "name logits  max_abs_err 0.25" in human
+    assert json.loads(line) == {"ok": bool(ok), "stages": stages, "first_divergence": None}
+
+
+def test_json_is_the_only_thing_on_stdout(fake, capfd) -> None:
+    def noisy(model: Path) -> dict:
+        print("from python")
+        os.write(1, b"from C\n")
+        return {
+            "bytes": np.int64(3),
+            "err": np.float32("nan"),
+            "path": Path("报告"),
+            "by_module": {"text": np.arange(2)},
+        }
+
+    fake(INSPECT, inspect=noisy)
+    assert main(["inspect", "m", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1
+    assert json.loads(out) == {
+        "bytes": 3,
+        "err": None,
+        "path": "报告",
+        "by_module": {"text": [0, 1]},
+    }
+    assert "from python" in err and "from C" in err
+    os.write(1, b"again\n")  # given back afterwards
+    assert capfd.readouterr().out == "again\n"
+
+
+def test_summary_for_people(fake, capsys) -> None:
+    result = {"params": 11_700_000_000, "bytes": 3 * 2**30, "by_module": {"text": 5}, "missing": []}
+    fake(INSPECT, inspect=lambda model: result)
+    assert main(["inspect", "m"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "params: 11,700,000,000",
+        "bytes: 3,221,225,472 (3.00 GiB)",
+        "by_module:",
+        "  text: 5",
+        "missing: none",
+    ]
+
+
+def test_libraries_are_quiet_unless_debugging(fake, caplog, recwarn) -> None:
+    before = logging.getLogger("jax").level
+
+    def inspect(model: Path) -> dict:
+        logging.getLogger("jax._src.xla_bridge").warning("no accelerator")
+        logging.getLogger("pydicom").error("bad value Doe^Jane")
+        warnings.warn("value Doe^Jane", stacklevel=1)
+        return {"params": 1}
+
+    fake(INSPECT, inspect=inspect)
+    assert main(["inspect", "m"]) == 0
+    assert not caplog.records and not recwarn.list
+    assert logging.getLogger("jax").level == before
+    assert main(["inspect", "m", "--debug"]) == 0
+    assert len(caplog.records) == 2 and len(recwarn.list) == 1
+
+
+def test_help_is_there_without_jax() -> None:
+    code = (
+        "import sys; from echovlm_jax.cli import main\n"
+        "for line in ('--help', '--version', 'generate --help'): assert main(line.split()) == 0\n"
+        "assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for word in ("convert", "parity", "--prompt", "example:"):
+        assert word in run.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_terminal_can_show_any_text(encoding: str) -> None:
+    code = (
+        "import sys, types; from echovlm_jax.cli import main\n"
+        f"fake = types.ModuleType('{INSPECT}'); fake.inspect = lambda m: {{'text': '肝é'}}\n"
+        f"sys.modules['{INSPECT}'] = fake\n"
+        "sys.exit(main(['inspect', 'm', '--json']) or main(['inspect', 'm']))"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
+    assert run.returncode == 0, run.stderr
+    first, second = run.stdout.decode().splitlines()
+    assert json.loads(first) == {"text": "肝é"}
+    assert second == ("text: 肝é" if encoding == "utf-8" else "text: \\u809d\\xe9")
