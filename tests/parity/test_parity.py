@@ -6,7 +6,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from echovlm_jax.convert.from_torch import convert  # noqa: E402
-
 from echovlm_jax.convert.parity import parity  # noqa: E402
 from echovlm_jax.errors import InputError  # noqa: E402
 from tests.golden.make_golden import record  # noqa: E402
