@@ -370,7 +370,8 @@ def _gradients(
     """
     flat = {path: np.asarray(leaf) for path, leaf in flatten(gradient).items()}
     ours = {
-        name: float(np.linalg.norm(flat[slot.path][slot.index]))
+        # In float64: a float32 sum over millions of squares is off by a thousandth.
+        name: float(np.sqrt(np.sum(np.square(flat[slot.path][slot.index], dtype=np.float64))))
         for name, slot in slots(config).items()
     }
     unknown = sorted(set(norms) - set(ours))

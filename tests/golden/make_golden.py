@@ -75,7 +75,7 @@ def record(
             model.zero_grad()
             loss.backward()
             for name, grad in gradients(model).items():
-                out[f"grad_norm/{name}"] = _np(grad.norm())
+                out[f"grad_norm/{name}"] = _np(grad.double().norm())
     if new_tokens:
         out["generated_ids"] = _greedy(model, torch_inputs, positions, new_tokens)
     return out
