@@ -173,7 +173,9 @@ def _parity(commands: Any) -> None:
 
 def _generate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
-        sampling = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        sampling = {name: given[name] for name in SAMPLING if name in given}
+        loading = {name: given[name] for name in ("dtype", "num_frames", "crop") if name in given}
         if args.batch:
             if not args.out or args.prompt or args.image or args.system or args.stream:
                 raise InputError(
@@ -182,14 +184,16 @@ def _generate(commands: Any) -> None:
             from echovlm_jax.generate import generate_file
             from echovlm_jax.load import load_model
 
-            return generate_file(load_model(args.model), args.batch, args.out, **sampling)
+            return generate_file(
+                load_model(args.model, **loading), args.batch, args.out, **sampling
+            )
         if args.prompt is None or args.out:
             raise InputError("give --prompt (and --image), or --batch with --out")
         from echovlm_jax.load import load_model
 
         if args.stream:
             sampling["stream"] = lambda piece: print(piece, end="", flush=True)
-        model = load_model(args.model)
+        model = load_model(args.model, **loading)
         return model.generate(args.image, args.prompt, system=args.system, **sampling)
 
     command = _command(
@@ -215,6 +219,20 @@ def _generate(commands: Any) -> None:
     command.add_argument("--prompt", metavar="T", help="what to ask")
     command.add_argument("--system", metavar="T", help="the system prompt")
     command.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    command.add_argument(
+        "--num-frames", type=int, metavar="N", help="frames to take of a cine loop (default: 16)"
+    )
+    command.add_argument(
+        "--crop",
+        action="store_const",
+        const=True,
+        help="cut DICOM frames to their ultrasound regions",
+    )
+    command.add_argument(
+        "--dtype",
+        metavar="D",
+        help="compute in float32, bfloat16 or float16; default: as stored, on a CPU float32",
+    )
     command.add_argument(
         "--batch", type=Path, metavar="F.jsonl", help='many: a line {"id", "images", "prompt"} each'
     )

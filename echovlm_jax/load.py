@@ -37,6 +37,8 @@ def load_model(
     mesh: Mesh | None = None,
     dtype: Any = None,
     quantize: str | None = None,
+    num_frames: int = 16,
+    crop: bool = False,
 ) -> Model:
     """Loads a model folder: in Hugging Face form, or made by `convert`.
 
@@ -47,6 +49,8 @@ def load_model(
       dtype: of parameters and computation: bfloat16, float32 or float16. By default as stored, but
         float32 on a CPU, whose bfloat16 products are many times slower.
       quantize: None; nothing else is available yet.
+      num_frames: frames to take of a cine loop, evenly spaced.
+      crop: whether to cut DICOM frames to their ultrasound regions.
 
     Example:
       model = load_model("EchoVLM-hf")
@@ -71,7 +75,7 @@ def load_model(
     if mesh is not None:
         shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
     config, params = load_params(path, dtype=wanted, shardings=shardings)
-    return Model(config, params, path)
+    return Model(config, params, path, num_frames=num_frames, crop=crop)
 
 
 class Model:
@@ -84,15 +88,19 @@ class Model:
     """
 
     def __init__(
-        self, config: ModelConfig, params: dict[str, Any], path: str | os.PathLike[str]
+        self,
+        config: ModelConfig,
+        params: dict[str, Any],
+        path: str | os.PathLike[str],
+        **media: Any,
     ) -> None:
-        self.config, self.params, self._folder = config, params, Path(path)
+        self.config, self.params, self._folder, self._media = config, params, Path(path), media
         self.dtype = params["text"]["embed"]["embedding"].dtype
 
     @functools.cached_property
     def processor(self) -> Processor:
         """Turns images and messages into inputs. Raises InputError without tokenizer files."""
-        return Processor(self._folder)
+        return Processor(self._folder, **self._media)
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:

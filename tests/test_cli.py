@@ -112,7 +112,7 @@ class FakeModel:
 
 def test_generate_passes_only_the_options_given(fake, capsys) -> None:
     model = FakeModel()
-    fake("echovlm_jax.load", load_model=lambda path: model)
+    fake("echovlm_jax.load", load_model=lambda path, **_: model)
     line = ["generate", "m", "--image", "a.png", "b.dcm", "--image", "c.jpg", "--prompt", "报告"]
     assert main([*line, "--top-k", "5", "--temperature", "0"]) == 0
     images = [Path("a.png"), Path("b.dcm"), Path("c.jpg")]
@@ -123,7 +123,7 @@ def test_generate_passes_only_the_options_given(fake, capsys) -> None:
 
 
 def test_generate_streams_once(fake, capsys) -> None:
-    fake("echovlm_jax.load", load_model=lambda path: FakeModel())
+    fake("echovlm_jax.load", load_model=lambda path, **_: FakeModel())
     assert main(["generate", "m", "--prompt", "x", "--stream"]) == 0
     assert capsys.readouterr().out == "肝脏正常\n"
     assert main(["generate", "m", "--prompt", "x", "--stream", "--json"]) == 0
@@ -133,7 +133,7 @@ def test_generate_streams_once(fake, capsys) -> None:
 
 def test_generate_batch(fake, capsys) -> None:
     calls: list = []
-    fake("echovlm_jax.load", load_model=lambda path: f"model {path}")
+    fake("echovlm_jax.load", load_model=lambda path, **_: f"model {path}")
     fake("echovlm_jax.generate", generate_file=_recorder(calls, {"done": 2, "failed": 1}))
     line = ["generate", "m", "--batch", "f.jsonl", "--out", "g.jsonl", "--seed", "3"]
     assert main([*line, "--json"]) == 0

@@ -81,8 +81,8 @@ def _attend(
     visible = q_segments[:, :, None] == kv_segments[:, None, :]
     if causal:
         visible &= jnp.arange(k.shape[1]) <= q_slots[:, None]
-    # Added, not selected: hidden keys get weight 0 either way, and a query that sees nothing has the
-    # gradients that it has in PyTorch, which a loss on a row's first token shows.
+    # Added, not selected: hidden keys get weight 0 either way, and a query that sees nothing has
+    # the gradients that it has in PyTorch, which a loss on a row's first token shows.
     hidden = jnp.where(visible, 0, jnp.finfo(jnp.float32).min)[:, None, None]
     weights = jax.nn.softmax(scores * dim**-0.5 + hidden, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
