@@ -26,6 +26,7 @@ from echovlm_jax.errors import InputError
 
 Result = dict[str, Any]
 MODEL = "a Hugging Face folder or one made by `convert`; the command finds out which"
+LOADING = ("dtype", "num_frames", "crop", "max_pixels")
 SAMPLING = {
     "max_new_tokens": (int, "N", "stop after N tokens at the latest"),
     "temperature": (float, "X", "0 takes the likeliest token; higher is more varied"),
@@ -175,7 +176,11 @@ def _generate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         given = {name: value for name, value in vars(args).items() if value is not None}
         sampling = {name: given[name] for name in SAMPLING if name in given}
-        loading = {name: given[name] for name in ("dtype", "num_frames", "crop") if name in given}
+        loading = {
+            name: given[name]
+            for name in ("dtype", "num_frames", "crop", "max_pixels")
+            if name in given
+        }
         if args.batch:
             if not args.out or args.prompt or args.image or args.system or args.stream:
                 raise InputError(
@@ -221,6 +226,9 @@ def _generate(commands: Any) -> None:
     command.add_argument("--stream", action="store_true", help="print the answer as it comes")
     command.add_argument(
         "--num-frames", type=int, metavar="N", help="frames to take of a cine loop (default: 16)"
+    )
+    command.add_argument(
+        "--max-pixels", type=int, metavar="N", help="larger images are made this small"
     )
     command.add_argument(
         "--crop",

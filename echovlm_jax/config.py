@@ -137,7 +137,7 @@ _TOKEN_KEYS = (
 )
 # Qwen2-VL's own defaults where a config.json may be silent (the released vision_config states
 # almost nothing). Sizes of the decoder are not among them: a wrong guess there is no mercy.
-_TEXT_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
+_TEXT_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768}
 _MOE_DEFAULTS = {"norm_topk_prob": False, "router_aux_loss_coef": 0.001}
 
 
@@ -185,9 +185,19 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     section = rope["mrope_section"]
     if not isinstance(section, list | tuple):
         raise InputError(f"rope_scaling.mrope_section must be a list, found {section!r}")
+    for key in ("type", "rope_type"):
+        if rope.get(key, "default") not in ("default", "mrope"):
+            raise InputError(
+                f"rope_scaling.{key} {rope[key]!r} is not supported; Qwen2-VL says mrope or default"
+            )
     theta = rope.get("rope_theta", text.get("rope_theta", 1e6))
     tied = bool(raw.get("tie_word_embeddings", nested.get("tie_word_embeddings", False)))
     vision = _mapping(raw, "vision_config", {})
+    act = vision.get("hidden_act", "quick_gelu")
+    if act != "quick_gelu":
+        raise InputError(
+            f"vision_config.hidden_act {act!r} is not supported; Qwen2-VL says quick_gelu"
+        )
     if "in_chans" in vision and "in_channels" not in vision:
         vision = {**vision, "in_channels": vision["in_chans"]}
     return ModelConfig(
@@ -336,8 +346,8 @@ def _validate(config: ModelConfig) -> None:
         _validate_moe(moe)
     for key in _TOKEN_KEYS:
         value = getattr(config, key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise InputError(f"{key} must be a whole number, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+            raise InputError(f"{key} must be a whole number below 2**31, found {value!r}")
     for key in ("image_token_id", "video_token_id", "vision_start_token_id"):
         if getattr(config, key) >= text.vocab_size:
             raise InputError(

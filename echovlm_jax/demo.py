@@ -39,7 +39,8 @@ SPECIAL = (
     "<|video_pad|>",
 )
 CONFIG: ModelConfig = preset("tiny").replace(text={"vocab_size": len(SPECIAL) + 256})
-_MARK = "demo.json"  # what tells a folder of ours, that may be replaced
+# What tells a folder of ours, that may be replaced.
+_MARK, _MADE = "demo.json", {"made_by": "echovlm demo"}
 
 
 def demo(out: str | Path, *, image: str | Path | None = None) -> dict[str, Any]:
@@ -55,11 +56,11 @@ def demo(out: str | Path, *, image: str | Path | None = None) -> dict[str, Any]:
     """
     began = time.perf_counter()
     out = Path(out)
-    if out.exists() and not (out / _MARK).exists():
+    if out.is_symlink() or (out.exists() and not _made_by_us(out / _MARK)):
         raise InputError(f"{out}: exists and no demo made it; name a new folder with --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    (out / _MARK).write_text("{}")
+    (out / _MARK).write_text(json.dumps(_MADE))
     _say("1/4  a tiny random checkpoint in Hugging Face form")
     make_checkpoint(out / "torch")
     _say("2/4  converting it")
@@ -90,8 +91,15 @@ def demo(out: str | Path, *, image: str | Path | None = None) -> dict[str, Any]:
         "prompt_tokens": answer["prompt_tokens"],
         "new_tokens": answer["new_tokens"],
     }
-    (out / _MARK).write_text(json.dumps(result, indent=2))
+    (out / _MARK).write_text(json.dumps(_MADE | result, indent=2))
     return result
+
+
+def _made_by_us(mark: Path) -> bool:
+    try:
+        return json.loads(mark.read_text("utf-8")).items() >= _MADE.items()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def make_checkpoint(folder: Path, config: ModelConfig = CONFIG) -> Path:

@@ -39,6 +39,7 @@ def load_model(
     quantize: str | None = None,
     num_frames: int = 16,
     crop: bool = False,
+    max_pixels: int | None = None,
 ) -> Model:
     """Loads a model folder: in Hugging Face form, or made by `convert`.
 
@@ -50,6 +51,7 @@ def load_model(
         float32 on a CPU, whose bfloat16 products are many times slower.
       quantize: None; nothing else is available yet.
       num_frames: frames to take of a cine loop, evenly spaced.
+      max_pixels: larger images are made this small; by default as preprocessor_config.json says.
       crop: whether to cut DICOM frames to their ultrasound regions.
 
     Example:
@@ -75,7 +77,7 @@ def load_model(
     if mesh is not None:
         shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
     config, params = load_params(path, dtype=wanted, shardings=shardings)
-    return Model(config, params, path, num_frames=num_frames, crop=crop)
+    return Model(config, params, path, num_frames=num_frames, crop=crop, max_pixels=max_pixels)
 
 
 class Model:
@@ -108,7 +110,7 @@ class Model:
         path = self._folder / "generation_config.json"
         said = (read_json_if_there(path) or {}).get("eos_token_id")
         said = said if isinstance(said, list) else [] if said is None else [said]
-        if not all(type(token) is int for token in said):
+        if not all(type(token) is int and 0 <= token < 2**31 for token in said):
             raise InputError(f"{path}: eos_token_id must be a whole number or a list of them")
         found = {self.config.eos_token_id, *said}
         for token in END_TOKENS:
@@ -234,6 +236,12 @@ class Model:
         """Logits [B, S, V] in float32 of a model batch, or of Hugging Face-style inputs."""
         if "input_ids" in batch:
             batch = make_batch(self.config, batch)
+        for key in ("tokens", "positions", "segment_ids"):
+            if key not in batch:
+                raise InputError(f"batch key {key} is missing; `make_batch` makes whole batches")
+        tokens, vocab = np.asarray(batch["tokens"]), self.config.text.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
+            raise InputError(f"batch key tokens holds ids outside 0 to {vocab - 1}")
         return _forward(self.params, dict(batch), config=self.config, dtype=self.dtype)
 
     def _text(self, tokens: np.ndarray) -> str:

@@ -110,6 +110,9 @@ def test_full_size_parameter_counts(name, parameters):
         ({"eos_token_id": "x"}, "eos_token_id must be a whole number"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"vision_config": {"hidden_act": "silu"}}, "vision_config.hidden_act"),
+        ({"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24]}}, "type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear", "mrope_section": [16, 24, 24]}}, "rope_type"),
     ],
 )
 def test_an_invalid_value_is_refused_by_key(change, said):

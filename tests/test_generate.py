@@ -160,7 +160,7 @@ def test_fifty_image_sizes_need_one_program_for_each_bucket():
     sizes = [(1, 2 * h, 2 * w) for h in range(1, 11) for w in range(2, 20, 4)]
     assert len(set(sizes)) == 50
     used = {next(b for b in PATCH_BUCKETS if np.prod(size) <= b) for size in sizes}
-    assert len(used) == 3
+    assert len(used) == 4
     before = decode._prefill._cache_size(), decode._decode._cache_size()
     for size in sizes:
         generate(SMALL, params, prompt(9, size, config=SMALL), max_new_tokens=2)
@@ -217,7 +217,12 @@ def test_the_penalty_counts_prompt_and_new_tokens_but_no_padding(params, greedy)
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, found 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": 99999999999}, "below this model's max_position_embeddings 600"),
+        ({"temperature": "a"}, "temperature must be a number"),
+        ({"top_k": 1.5}, "top_k must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": -1}, "top_k"),
@@ -242,7 +247,7 @@ def test_token_outside_the_vocabulary_is_refused(params):
 class Echo:
     """A model that answers with its prompt, and counts."""
 
-    processor = None
+    processor, config = None, CONFIG
 
     def __init__(self, stop_after=10**9):
         self.batches, self.left = [], stop_after
@@ -369,3 +374,17 @@ def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match="line 8: id '病例2' is there twice"):
         generate_file(Echo(), records, out)
     assert not out.exists()
+
+
+def test_a_wrong_setting_stops_a_file_before_anything_is_written(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "images": [], "prompt": "a"}\n')
+    for setting in ({"max_new_tokens": 5000}, {"temperature": -1}):
+        with pytest.raises(InputError, match=next(iter(setting))):
+            generate_file(Echo(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", **setting)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_tiny_temperature_takes_the_likeliest(params):
+    likeliest = generate(CONFIG, params, BATCH, max_new_tokens=2)
+    drawn = generate(CONFIG, params, BATCH, max_new_tokens=2, temperature=1e-40)
+    assert np.array_equal(likeliest.tokens, drawn.tokens)

@@ -202,3 +202,15 @@ def test_a_file_of_prompts(model, tmp_path):
     for record in (records[0], records[2]):
         alone = model.generate([tmp_path / "a.png"], record["prompt"], max_new_tokens=12)
         assert answers[record["id"]]["text"] == alone["text"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "named"),
+    [
+        ({"input_ids": np.array([[1, 2, 99999]])}, "tokens holds ids outside"),
+        ({"tokens": np.array([[1, 2]])}, "positions is missing"),
+    ],
+)
+def test_forward_refuses_what_it_would_compute_wrongly(model, batch, named):
+    with pytest.raises(InputError, match=named):
+        model.forward(batch)

@@ -18,6 +18,7 @@ from echovlm_jax.model.decoder import DecoderLayer, LayerOutput, make_context
 from echovlm_jax.model.echovlm import Batch, Output, insert_images
 from echovlm_jax.model.vision import VisionEncoder
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.norms import rms_norm
 
 _LAYERS = "text/layers/"
@@ -75,7 +76,7 @@ def _logits(model: Model, hidden: Array) -> np.ndarray:
     path = "text/embed/embedding" if tied else "text/lm_head/kernel"
     rows = range(0, model.config.text.vocab_size, _HEAD_ROWS)
     pieces = (_read(model, path, slice(row, row + _HEAD_ROWS)) for row in rows)
-    product = jax.jit(lambda h, w: jnp.einsum("BTD,VD->BTV", h, w))
+    product = jax.jit(lambda h, w: einsum("BTD,VD->BTV", h, w))
     return np.concatenate([product(hidden, w.astype(np.float32)) for w in pieces], axis=-1)
 
 

@@ -43,7 +43,9 @@ INPUTS = (
 # A token whose last chosen and first rejected expert are closer than this in PyTorch's router
 # probabilities may be routed either way by rounding alone.
 NEAR_TIE = 1e-5
-GRADIENT_RTOL = 1e-3
+# A norm that was summed in float32 is itself off, the more the more values it has: torch's own by
+# 2e-3 over 26 M. `ok` allows for that; grad_norm_max_rel_err is the plain figure.
+GRADIENT_RTOL, GRADIENT_RTOL_PER_VALUE = 1e-3, 1e-10
 IGNORED = -100  # the label of a token that does not count
 
 Golden = dict[str, np.ndarray]
@@ -102,6 +104,8 @@ def parity(
     Raises:
       InputError: the golden file is not one, or does not fit the model.
     """
+    if not 0 <= atol < math.inf:
+        raise InputError(f"atol must be a number of at least 0, found {atol}")
     recorded = read_golden(Path(golden))
     opened = open_model(model)
     if stream is None:
@@ -368,28 +372,32 @@ def _gradients(
 
     The floor keeps a gradient that is zero but for rounding from being a division by nothing.
     """
+    wanted = slots(config)
     flat = {path: np.asarray(leaf) for path, leaf in flatten(gradient).items()}
     ours = {
         # In float64: a float32 sum over millions of squares is off by a thousandth.
         name: float(np.sqrt(np.sum(np.square(flat[slot.path][slot.index], dtype=np.float64))))
-        for name, slot in slots(config).items()
+        for name, slot in wanted.items()
     }
     unknown = sorted(set(norms) - set(ours))
     if unknown:
         raise InputError(f"golden key grad_norm/{unknown[0]} names no parameter of this model")
     floor = 1e-4 * max(float(n) for n in norms.values())
-    errors = {k: abs(ours[k] - float(n)) / max(float(n), floor, 1e-30) for k, n in norms.items()}
-    worst = max(errors, key=lambda name: (not np.isfinite(errors[name]), errors[name]))
-    finite = bool(np.isfinite(errors[worst]))
+    scale = {name: max(float(norm), floor, 1e-30) for name, norm in norms.items()}
+    error = {name: abs(ours[name] - float(norm)) / scale[name] for name, norm in norms.items()}
+    limit = {name: GRADIENT_RTOL + GRADIENT_RTOL_PER_VALUE * wanted[name].size for name in norms}
+    # A NaN is no number and worse than any.
+    worst = max(norms, key=lambda name: np.nan_to_num(error[name] / limit[name], nan=np.inf))
+    finite = bool(np.isfinite(error[worst]))
     report.stages.append(
         {
             "name": f"grad_norm/{worst}",
-            "max_abs_err": abs(ours[worst] - float(norms[worst])) if finite else None,
-            "limit": GRADIENT_RTOL * max(float(norms[worst]), floor),
-            "ok": finite and errors[worst] <= GRADIENT_RTOL,
+            "max_abs_err": error[worst] * scale[worst] if finite else None,
+            "limit": limit[worst] * scale[worst],
+            "ok": finite and error[worst] <= limit[worst],
         }
     )
-    return errors[worst] if finite else None
+    return max(error.values()) if finite else None
 
 
 def _generated(config: ModelConfig, params: Params, inputs: Golden, expected: np.ndarray) -> bool:

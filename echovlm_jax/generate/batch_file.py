@@ -7,14 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from echovlm_jax.config import ModelConfig
 from echovlm_jax.errors import InputError
-from echovlm_jax.generate.decode import Inputs
+from echovlm_jax.generate.decode import Inputs, check_new_tokens
+from echovlm_jax.ops.sampling import check_sampling
 from echovlm_jax.processing.files import shown
 from echovlm_jax.progress import progress
 
 
 class Model(Protocol):
     """What `generate_file` asks of a model; `load.Model` is one."""
+
+    config: ModelConfig
 
     @property
     def processor(self) -> Any: ...
@@ -62,6 +66,9 @@ def generate_file(
     """
     batch, out = Path(batch), Path(out)
     _ = model.processor  # made now: a folder without tokenizer files is not the records' fault
+    # A wrong setting is refused before anything is written, and not once a record.
+    check_new_tokens(model.config, max_new_tokens)
+    check_sampling(**sampling)
     records = _read_records(batch)
     if out.exists() and out.samefile(batch):
         raise InputError(f"{shown(out)}: --out must be another file than --batch")

@@ -97,17 +97,16 @@ def generate(
     Raises:
       InputError: a setting out of range, or a prompt that leaves no room for max_new_tokens.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    check_new_tokens(config, max_new_tokens)
     prompt_lengths = (_mask(inputs) != 0).sum(axis=1)
     check_room(config, int(prompt_lengths.max()), max_new_tokens)
     batch, position = _prepare(config, inputs)
     count, columns = batch["tokens"].shape
     settings = sampling(
-        temperature=float(temperature),
+        temperature=temperature,
         top_k=top_k,
-        top_p=float(top_p),
-        repetition_penalty=float(repetition_penalty),
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         rows=range(count) if rows is None else rows,
     )
@@ -147,6 +146,16 @@ def generate(
         state = _decode(params, state, limit, settings, stop, **static)
     seconds = clock() - begun
     return Generated(tokens[:, :step], lengths, prompt_lengths, compiling, prefill, seconds)
+
+
+def check_new_tokens(config: ModelConfig, new: int) -> None:
+    """Refuses a number of new tokens that no prompt leaves room for (InputError)."""
+    limit = config.text.max_position_embeddings
+    if not isinstance(new, int | np.integer) or isinstance(new, bool) or not 1 <= new < limit:
+        raise InputError(
+            f"max_new_tokens must be a whole number, at least 1 and below this model's"
+            f" max_position_embeddings {limit}: {new!r}"
+        )
 
 
 def check_room(config: ModelConfig, prompt: int, new: int) -> None:

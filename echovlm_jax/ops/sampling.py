@@ -27,11 +27,11 @@ class Sampling(NamedTuple):
 
 def sampling(
     *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
-    seed: int,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    repetition_penalty: Any,
+    seed: Any,
     rows: Sequence[int],
 ) -> Sampling:
     """Settings from plain numbers.
@@ -39,23 +39,45 @@ def sampling(
     Raises:
       InputError: a number out of range; the message names it.
     """
-    for name, value, good, wanted in (
-        ("temperature", temperature, 0 <= temperature < np.inf, "a number of at least 0"),
-        ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps all)"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < np.inf, "above 0"),
-        ("seed", seed, 0 <= seed < 2**32, "at least 0 and below 2**32"),
-    ):
-        if not good:
-            raise InputError(f"{name} must be {wanted}, found {value}")
+    check_sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     return Sampling(
-        temperature=np.asarray(temperature or 1, np.float32),  # 0 is greedy: it divides nothing
-        top_k=np.asarray(min(top_k, np.iinfo(np.int32).max), np.int32),
+        # 0 is greedy and divides nothing; what is smaller than a millionth overflows a float32.
+        temperature=np.asarray(max(temperature, 1e-6) if temperature else 1, np.float32),
+        top_k=np.asarray(top_k, np.int32),
         top_p=np.asarray(top_p, np.float32),
         repetition_penalty=np.asarray(repetition_penalty, np.float32),
         key=jax.random.key(seed),
         rows=np.asarray(rows, np.int32),
     )
+
+
+def check_sampling(
+    *,
+    temperature: Any = 0.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    repetition_penalty: Any = 1.0,
+    seed: Any = 0,
+) -> None:
+    """Refuses a setting of the wrong kind or out of range (InputError, which names it)."""
+    real, whole = (int, float, np.integer, np.floating), (int, np.integer)
+    for name, value, kind, least, most in (
+        ("temperature", temperature, real, 0, 1e6),
+        ("top_k", top_k, whole, 0, 2**31 - 1),
+        ("top_p", top_p, real, 1e-9, 1),
+        ("repetition_penalty", repetition_penalty, real, 1e-6, 1e6),
+        ("seed", seed, whole, 0, 2**32 - 1),
+    ):
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        if not (right and least <= value <= most):
+            what = "a whole number" if kind is whole else "a number"
+            raise InputError(f"{name} must be {what} from {least} to {most}, found {value!r}")
 
 
 def choose(

@@ -12,12 +12,13 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.processing.positions import mrope_positions
 
 # Sizes that programs are compiled for: powers of two and the steps halfway between, so at most a
-# third of a buffer is padding. A prompt or image takes the smallest that holds it.
+# third of a buffer is padding, once there is more than the smallest holds. A prompt or image takes
+# the smallest that holds it.
 SEQUENCE_BUCKETS = (
     128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576,
     32768,
 )  # fmt: skip
-PATCH_BUCKETS = (256, 512, *(4 * n for n in SEQUENCE_BUCKETS[1:]))
+PATCH_BUCKETS = (256, 384, *(4 * n for n in SEQUENCE_BUCKETS))
 
 
 def bucket(n: int, buckets: Sequence[int] = SEQUENCE_BUCKETS) -> int:

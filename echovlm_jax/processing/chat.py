@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -38,6 +39,7 @@ MAX_NUMBER = 10_000  # of a factor, an exponent or a width: `'x' * 10**9` is no 
 _TOO_LONG = f"it makes more than {MAX_TEXT} characters of text"
 
 Message = Mapping[str, Any]
+_SIZED = (str, bytes, list, tuple, dict, set)
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -172,10 +174,29 @@ class _Refused(Exception):
     """Raised by a template through raise_exception."""
 
 
+# str's methods that widen a text by a number or a table, and what leads to bytes, whose methods
+# are as many again.
+_WIDENING = {"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "maketrans"} | {
+    "encode",
+    "to_bytes",
+}
+
+
+class _Generator(CodeGenerator):
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        """`a ~ b`, by a function that is bounded; jinja2's own is not."""
+        self.write("environment.concat(map(str, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")))")
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """What Hugging Face's templates rely on, less what makes text without bound."""
 
-    intercepted_binops = frozenset(["*", "**", "%", "//"])
+    intercepted_binops = frozenset(["+", "*", "**", "%", "//"])
+    code_generator_class = _Generator
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:  # type: ignore[override]
@@ -201,7 +222,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("format is not available to templates")
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        wide = attr in ("center", "ljust", "rjust", "zfill", "expandtabs")
+        wide = attr in _WIDENING or isinstance(obj, bytes | bytearray | memoryview)
         return not wide and super().is_safe_attribute(obj, attr, value)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -211,6 +232,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":
+            if isinstance(left, _SIZED) and isinstance(right, _SIZED):
+                _refuse_size(len(left) + len(right))
+            return super().call_binop(context, operator, left, right)
         for side in (left, right):
             if not isinstance(side, int | float) or abs(side) > MAX_NUMBER:
                 raise SecurityError(f"the operator {operator} takes numbers up to {MAX_NUMBER}")
@@ -253,7 +278,13 @@ def _refuse_many_sums(environment: jinja2.Environment, source: str) -> None:
 
 
 def _refuse_long(*values: Any) -> None:
-    if any(isinstance(value, str | list) and len(value) > MAX_TEXT for value in values):
+    for value in values:
+        if isinstance(value, _SIZED):
+            _refuse_size(len(value))
+
+
+def _refuse_size(size: int) -> None:
+    if size > MAX_TEXT:
         raise SecurityError(_TOO_LONG)
 
 
@@ -288,7 +319,9 @@ def _refuse(message: object) -> None:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=min(indent, 8) if indent else None)
+    """Piece by piece: each tojson of a tojson doubles the backslashes."""
+    indent = min(indent, 8) if indent else None
+    return _concat(json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent).iterencode(value))
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom_frames import FrameDecoder, FrameReader, PixelHeader
-from echovlm_jax.processing.files import shown
+from echovlm_jax.processing.files import open_file, shown
 
 MAX_FRAME_PIXELS = 2**24  # 4096 x 4096, several times any ultrasound frame
 MAX_SAMPLED_PIXELS = 2**26  # all sampled frames of one loop together: 200 MB as RGB
@@ -69,10 +69,13 @@ def read_dicom(path: str | Path, *, num_frames: int = 16, crop: bool = False) ->
     if num_frames < 1:
         raise InputError(f"num_frames must be at least 1, found {num_frames}")
     try:
-        with _quietly(), open(path, "rb") as file:
-            return _read(file, num_frames, crop)
-    except InputError as error:
-        raise InputError(f"{shown(path)}: {error}") from None
+        with _quietly(), open_file(path) as file:
+            try:
+                return _read(file, num_frames, crop)
+            except InputError as error:
+                raise InputError(f"{shown(path)}: {error}") from None
+    except InputError:
+        raise
     except InvalidDicomError:
         raise InputError(f"{shown(path)}: is not a DICOM file, whatever its name says") from None
     except OSError as error:

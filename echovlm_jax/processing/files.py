@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from echovlm_jax.errors import InputError
 
@@ -16,6 +18,26 @@ def shown(path: str | Path) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(path))
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """Opens a regular file for reading bytes.
+
+    Raises:
+      InputError: it is a pipe, a device or a folder, any of which could block or never end.
+      OSError, ValueError: as `open`.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for its writer, perhaps forever.
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{shown(path)}: can't be read (it is not a regular file)") from None
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def file_kind(path: str | Path) -> str:
     """'png', 'jpeg' or 'dicom', by content; the name's ending is not looked at.
 
@@ -23,8 +45,10 @@ def file_kind(path: str | Path) -> str:
       InputError: the file can't be read or is none of the three.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             head = file.read(132)
+    except InputError:  # a ValueError itself
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{shown(path)}: can't be read ({_reason(error)})") from None
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -38,23 +62,34 @@ def file_kind(path: str | Path) -> str:
     raise InputError(f"{shown(path)}: is neither PNG, JPEG nor DICOM, whatever its name says")
 
 
-def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
-    """A UTF-8 text file of bounded size. Raises InputError."""
+def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """A regular file of bounded size. Raises InputError."""
     try:
-        if path.stat().st_size > limit:
-            raise InputError(f"{shown(path)}: is larger than {limit} bytes")
-        return path.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{shown(path)}: is not UTF-8 text") from None
+        with open_file(path) as file:
+            data = file.read(limit + 1)
     except OSError as error:
         raise InputError(f"{shown(path)}: can't be read ({_reason(error)})") from None
+    if len(data) > limit:
+        raise InputError(f"{shown(path)}: is larger than {limit} bytes")
+    return data
+
+
+def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
+    """A UTF-8 text file of bounded size, its line ends made plain. Raises InputError."""
+    try:
+        text = read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{shown(path)}: is not UTF-8 text") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError when it is anything else."""
     try:
         value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError):
+    except InputError:
+        raise
+    except (ValueError, RecursionError):  # ValueError also for a number of too many digits
         raise InputError(f"{shown(path)}: is not valid JSON") from None
     if not isinstance(value, dict):
         raise InputError(f"{shown(path)}: must hold a JSON object, found {type(value).__name__}")

@@ -19,9 +19,11 @@ from PIL import Image, ImageOps
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom import read_dicom
-from echovlm_jax.processing.files import file_kind, shown
+from echovlm_jax.processing.files import file_kind, open_file, shown
 
 MAX_PIXELS_IN_FILE = 2**26  # a 64-megapixel PNG or JPEG; beyond that it is a bomb, not an image
+MAX_RESIZED_PIXELS = 2**26  # for min_pixels and max_pixels; Qwen2-VL's own maximum is under 2**24
+MAX_BLOCK = 64  # for the patch, merge and temporal sizes; Qwen2-VL's are 14, 2 and 2
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's own limit
 
 _warnings_lock = threading.Lock()  # warnings.catch_warnings changes the whole process
@@ -51,7 +53,13 @@ class ImageConfig:
         return self.patch_size * self.merge_size
 
 
-_WHOLE = ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size")
+_WHOLE = {  # and the largest value taken: each sets the size of what is allocated
+    "min_pixels": MAX_RESIZED_PIXELS,
+    "max_pixels": MAX_RESIZED_PIXELS,
+    "patch_size": MAX_BLOCK,
+    "temporal_patch_size": MAX_BLOCK,
+    "merge_size": MAX_BLOCK,
+}
 _FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
@@ -73,10 +81,10 @@ def image_config(raw: Mapping[str, Any], source: str = "preprocessor_config.json
     for key in (*_WHOLE, *_FLAGS, "image_mean", "image_std", "rescale_factor", "resample"):
         if key not in values and raw.get(key) is not None:
             values[key] = raw[key]
-    for key in _WHOLE:
+    for key, most in _WHOLE.items():
         value = values.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{source}: {key} must be a whole number of at least 1, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise InputError(f"{source}: {key} must be a whole number from 1 to {most}")
     for key in _FLAGS:
         if not isinstance(values.get(key, True), bool):
             raise InputError(f"{source}: {key} must be true or false, not {values[key]!r}")
@@ -94,11 +102,20 @@ def image_config(raw: Mapping[str, Any], source: str = "preprocessor_config.json
         raise InputError(
             f"{source}: min_pixels {config.min_pixels} exceeds max_pixels {config.max_pixels}"
         )
+    with np.errstate(all="ignore"):
+        if not np.isfinite(_value_table(config)).all():
+            raise InputError(
+                f"{source}: image_mean, image_std and rescale_factor together take a pixel's value"
+                " beyond float32; mend the extreme one"
+            )
     return config
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Within float32. math.isfinite would raise on an int beyond float64."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= float(np.finfo(np.float32).max)
 
 
 def _three(value: Any, key: str, source: str) -> tuple[float, ...]:
@@ -229,17 +246,18 @@ def load_media(
 def _open(path: str | Path, convert_rgb: bool) -> np.ndarray:
     """Decodes a PNG or JPEG; its claimed size is checked before any pixel is decoded."""
     try:
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(path, formats=("PNG", "JPEG"))
-        with image:
-            width, height = image.size
-            if width * height > MAX_PIXELS_IN_FILE:
-                raise InputError(
-                    f"{shown(path)}: {height} x {width} pixels is over the limit of"
-                    f" {MAX_PIXELS_IN_FILE} pixels"
-                )
-            return _to_rgb(ImageOps.exif_transpose(image), shown(path), convert_rgb)
+        with open_file(path) as file:
+            with _warnings_lock, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = Image.open(file, formats=("PNG", "JPEG"))
+            with image:
+                width, height = image.size
+                if width * height > MAX_PIXELS_IN_FILE:
+                    raise InputError(
+                        f"{shown(path)}: {height} x {width} pixels is over the limit of"
+                        f" {MAX_PIXELS_IN_FILE} pixels"
+                    )
+                return _to_rgb(ImageOps.exif_transpose(image), shown(path), convert_rgb)
     except InputError:
         raise
     except Image.DecompressionBombError:
@@ -251,13 +269,16 @@ def _open(path: str | Path, convert_rgb: bool) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image, name: str, convert_rgb: bool) -> np.ndarray:
-    """uint8 [H, W, 3]; transparency is laid over white, as Hugging Face's processors do."""
+    """uint8 [H, W, 3], by the rules of Hugging Face's processors.
+
+    Transparency is laid over white. 16-bit grey is clipped at 255, not scaled: a file that holds
+    0 to 255 in 16 bits keeps its grey levels, one that uses the whole range goes mostly white, and
+    must be saved as 8 bits first.
+    """
     if image.mode != "RGB" and not convert_rgb:
         raise InputError(
             f"{name}: has colour mode {image.mode}, and do_convert_rgb is false; save it as RGB"
         )
-    if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white; the upper 8 are the image
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

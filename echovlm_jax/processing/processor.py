@@ -13,8 +13,14 @@ from echovlm_jax import config as model_config
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.chat import check_messages, entry_kind, load_chat_template
 from echovlm_jax.processing.files import read_json_if_there, shown
-from echovlm_jax.processing.images import ImageConfig, image_config, images_to_patches, load_media
-from echovlm_jax.processing.tokenizer import load_tokenizer, special_token_text
+from echovlm_jax.processing.images import (
+    MAX_RESIZED_PIXELS,
+    ImageConfig,
+    image_config,
+    images_to_patches,
+    load_media,
+)
+from echovlm_jax.processing.tokenizer import Tokenizer, load_tokenizer, special_token_text
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
@@ -48,8 +54,8 @@ class Processor:
         self.template = load_chat_template(folder)
         self.image_config, self.video_config = _pixel_configs(folder, max_pixels)
         self.num_frames, self.crop = num_frames, crop
-        self.image_token_id = self.tokenizer.token_id(IMAGE_TOKEN)
-        self.video_token_id = self.tokenizer.token_id(VIDEO_TOKEN)
+        self.image_token_id = _one_token(self.tokenizer, IMAGE_TOKEN)
+        self.video_token_id = _one_token(self.tokenizer, VIDEO_TOKEN)
         self.config = _model_config(folder)
         if self.config is not None:
             self._check_against(self.config, folder)
@@ -188,6 +194,18 @@ def check_length(length: int, limit: int, source: str = "max_position_embeddings
         )
 
 
+def _one_token(tokenizer: Tokenizer, mark: str) -> int:
+    """The id of a mark. Raises InputError where the tokenizer would cut it to pieces in a text."""
+    number = tokenizer.token_id(mark)
+    if (found := tokenizer.encode(mark)) != [number]:
+        raise InputError(
+            f"{tokenizer.source}: cuts {mark!r} into {len(found)} tokens, not its id {number};"
+            " list it among the added tokens (added_tokens of tokenizer.json, added_tokens_decoder"
+            " of tokenizer_config.json)"
+        )
+    return number
+
+
 def _put_in_front(turns: list[dict[str, Any]], kinds: list[str]) -> None:
     """Marks for all media at the front of the first user turn, in place."""
     for turn in turns:
@@ -215,8 +233,8 @@ def _pixel_configs(folder: Path, max_pixels: int | None) -> tuple[ImageConfig, I
         video_raw, video_source = raw, source
     found = [image_config(raw, source), image_config(video_raw, video_source)]
     if max_pixels is not None:
-        if max_pixels < 1:
-            raise InputError(f"max_pixels must be at least 1, found {max_pixels}")
+        if not 1 <= max_pixels <= MAX_RESIZED_PIXELS:
+            raise InputError(f"max_pixels must be from 1 to {MAX_RESIZED_PIXELS}")
         found = [
             dataclasses.replace(c, max_pixels=max_pixels, min_pixels=min(c.min_pixels, max_pixels))
             for c in found

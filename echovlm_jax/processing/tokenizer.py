@@ -16,7 +16,13 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import read_json, read_json_if_there, read_text, shown
+from echovlm_jax.processing.files import (
+    read_bytes,
+    read_json,
+    read_json_if_there,
+    read_text,
+    shown,
+)
 
 MAX_MODEL_BYTES = 64 * 2**20
 
@@ -30,6 +36,11 @@ QWEN2_PRETOKENIZE = (
 
 class Tokenizer(Protocol):
     """What the rest of the package knows of a tokenizer."""
+
+    @property
+    def source(self) -> str:
+        """The file or folder it was read from, as errors show it."""
+        ...
 
     @property
     def vocab_size(self) -> int:
@@ -51,7 +62,8 @@ class HubTokenizer:
     """A tokenizer of the `tokenizers` library."""
 
     def __init__(self, inner: tokenizers.Tokenizer, source: str) -> None:
-        self._inner, self._source = inner, source
+        self._inner = inner
+        self.source: str = source
         inner.no_truncation()
         inner.no_padding()
         vocab = inner.get_vocab(with_added_tokens=True)
@@ -71,7 +83,7 @@ class HubTokenizer:
     def token_id(self, token: str) -> int:
         found = self._inner.token_to_id(token)
         if found is None:
-            raise InputError(f"{self._source}: the tokenizer has no token {token!r}")
+            raise InputError(f"{self.source}: the tokenizer has no token {token!r}")
         return found
 
 
@@ -81,7 +93,7 @@ class SentencePieceTokenizer:
     def __init__(self, data: bytes, source: str) -> None:
         import sentencepiece  # only models trained from scratch need it
 
-        self._source = source
+        self.source = source
         try:
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=data)
         except Exception:
@@ -127,7 +139,7 @@ class SentencePieceTokenizer:
 
     def token_id(self, token: str) -> int:
         if token not in self._ids:
-            raise InputError(f"{self._source}: the tokenizer has no token {token!r}")
+            raise InputError(f"{self.source}: the tokenizer has no token {token!r}")
         return self._ids[token]
 
 
@@ -144,9 +156,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return _from_vocab_and_merges(folder)
     if (folder / "tokenizer.model").is_file():
         path = folder / "tokenizer.model"
-        if path.stat().st_size > MAX_MODEL_BYTES:
-            raise InputError(f"{shown(path)}: is larger than {MAX_MODEL_BYTES} bytes")
-        return SentencePieceTokenizer(path.read_bytes(), shown(path))
+        return SentencePieceTokenizer(read_bytes(path, MAX_MODEL_BYTES), shown(path))
     raise InputError(
         f"{shown(folder)}: no tokenizer here; it takes tokenizer.json, vocab.json with merges.txt,"
         " or tokenizer.model"

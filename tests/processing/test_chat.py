@@ -142,6 +142,19 @@ def test_what_templates_rely_on_still_works():
         "{% set ns.x = [ns.x, ns.x] | join(ns.x) %}{% endfor %}",
         "{% set t %}{% for i in range(99999) %}{{ 'abcdefgh' }}{% endfor %}{% endset %}"
         "{% for i in range(99) %}{{ t }}{% endfor %}",
+        "{{ 'aaa'.translate({97: 'xyz'}) }}",
+        "{{ 'aaa'|attr('translate')({97: 'xyz'}) }}",
+        "{{ ''.maketrans({'a': 'xyz'}) }}",
+        "{{ 'aaa'.encode().replace('a'.encode(), 'xyz'.encode()) }}",
+        "{{ (5).to_bytes(9, 'big') | length }}",
+        "{{ data.upper() }}",
+        "{% set ns = namespace(x=(1, 2)) %}{% for i in range(24) %}"
+        "{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=['ab']) %}{% for i in range(24) %}"
+        "{% set ns.x = [ns.x[0] ~ ns.x[0]] %}{% endfor %}",
+        "{% set ns = namespace(x=['ab']) %}{% for i in range(24) %}"
+        "{% set ns.x = [ns.x[0] + ns.x[0]] %}{% endfor %}",
+        "{{ '\"'" + " | tojson" * 24 + " | length }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{" + "(" * 500 + "1" + ")" * 500 + "}}",
         "{{ 'a'" + " ~ 'a'" * 600 + " }}",
@@ -151,7 +164,9 @@ def test_what_templates_rely_on_still_works():
 def test_broken_and_hostile_templates_are_one_line(template, monkeypatch):
     monkeypatch.setattr(chat, "MAX_STEPS", 5_000)  # as real as more, and quicker
     with pytest.raises(InputError) as caught:
-        compile_template(template, "chat_template.jinja")([{"role": "user", "content": "hi"}])
+        compile_template(template, "chat_template.jinja", {"data": b"ab"})(
+            [{"role": "user", "content": "hi"}]
+        )
     assert str(caught.value).startswith("chat_template.jinja: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 

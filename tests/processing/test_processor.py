@@ -193,6 +193,29 @@ def test_bad_checkpoint_folders_are_one_line(small_folder, tmp_path, name, conte
         Processor(tmp_path / "absent")
 
 
+def test_a_mark_that_is_not_one_token_is_the_tokenizers_fault(tmp_path):
+    """In the vocabulary but not among the added tokens: a text's mark is cut to letters."""
+    marks = ["<|image_pad|>", "<|video_pad|>"]
+    vocab = {t: i for i, t in enumerate(sorted({*"".join(marks), *marks}))}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("")
+    added = {vocab[m]: {"content": m} for m in marks[1:]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(InputError) as caught:
+        Processor(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: cuts '<|image_pad|>' into 13 tokens")
+    assert "added_tokens_decoder" in message and "\n" not in message
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Processor(tmp_path).image_token_id == vocab["<|image_pad|>"]
+
+
+def test_an_absurd_max_pixels_is_refused(small_folder):
+    for bad in (0, 10**10):
+        with pytest.raises(InputError, match="max_pixels must be from 1 to"):
+            Processor(small_folder, max_pixels=bad)
+
+
 def test_newer_exporters_joint_file(tmp_path):
     write_sentencepiece_model(tmp_path)
     joint = {"image_processor": {"max_pixels": 784 * 9}, "video_processor": {"max_pixels": 784 * 4}}
