@@ -19,6 +19,7 @@ import numpy as np
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import store, table
+from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
 
 CONFIG, PARAMS, REPORT = "config.json", "params", "conversion.json"
@@ -62,11 +63,10 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         raise InputError(f"{folder}: has no {CONFIG}; give a checkpoint or a converted folder")
     if (folder / PARAMS / "_METADATA").is_file():
         return _Converted(folder)
-    weights = (sources.SINGLE, sources.INDEX, sources.TORCH_SINGLE, sources.TORCH_INDEX)
-    if not any((folder / name).is_file() for name in weights):
+    if sources.weight_file(folder) is None:
         raise InputError(
-            f"{folder}: holds no weights; looked for {PARAMS}/_METADATA (made by convert),"
-            f" {', '.join(weights)}"
+            f"{folder}: no weights; looked for {PARAMS}/_METADATA (made by convert),"
+            f" {sources.LOOKED_FOR}"
         )
     return _HuggingFace(folder)
 
@@ -99,11 +99,26 @@ class _Converted:
             report = sources.read_json(folder / REPORT)
             if not isinstance(report, dict):
                 raise InputError(f"{folder / REPORT}: is not a JSON object; convert again")
-            self.duplicates = report.get("duplicates", {})
-            self.digests = report.get("sha256", {})
+            slots = table.slots(self.config)
+            self.duplicates = _names(report, "duplicates", folder / REPORT)
+            for name, original in self.duplicates.items():
+                if name in slots or original not in slots:
+                    raise InputError(
+                        f"{folder / REPORT}: duplicates says that {quoted(name)} repeats"
+                        f" {quoted(original)}, which does not fit {CONFIG}; convert again"
+                    )
+            self.digests = _names(report, "sha256", folder / REPORT)
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         return self._reader.read(path, index)
+
+
+def _names(report: dict[str, Any], key: str, path: Path) -> dict[str, str]:
+    """A part of the report that maps tensor names to text."""
+    found = report.get(key, {})
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise InputError(f"{path}: {key} is not an object of strings; convert again")
+    return found
 
 
 class _HuggingFace:
@@ -193,14 +208,15 @@ def as_dtype(value: Any) -> np.dtype | None:
     if value is None:
         return None
     try:
-        dtype = np.dtype(jnp.dtype(value))
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name not in WEIGHT_DTYPES:
+        # A string is looked up: numpy would parse it, as a list of fields for one.
+        name = value if isinstance(value, str) else np.dtype(value).name
+    except (TypeError, ValueError):
+        name = None
+    if name not in WEIGHT_DTYPES:
         raise InputError(
-            f"dtype {value} is not supported; choose one of {', '.join(WEIGHT_DTYPES)}"
+            f"dtype {quoted(value)} is not supported; choose one of {', '.join(WEIGHT_DTYPES)}"
         )
-    return dtype
+    return np.dtype(jnp.dtype(name))
 
 
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -240,8 +256,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Refuses to write over something. An empty folder counts as nothing."""
-    if path.is_symlink() or path.exists():
+    """Refuses to write over something. An empty folder counts as nothing, a link to one not."""
+    if path.is_symlink():
+        raise InputError(f"{path}: is a link; delete it, or name the place that it points to")
+    if path.exists():
         if path.is_dir() and not any(path.iterdir()):
             return
         raise InputError(f"{path}: exists; delete it or choose another place")

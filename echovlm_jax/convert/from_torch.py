@@ -6,6 +6,7 @@ handed to TensorStore, so that every bit pattern, NaN payloads too, comes out as
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -21,13 +22,12 @@ import numpy as np
 
 from echovlm_jax.convert import folder, store, table
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert.journal import Journal
+from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 
 # Values on their way to the disk: enough to keep it busy while the next ones are read.
 _IN_FLIGHT_BYTES = 256 * 2**20
-_MODEL = "model"  # the folder in DST.partial that becomes DST
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def convert(
 ) -> dict[str, Any]:
     """Converts a Hugging Face-form checkpoint to DST/{config.json, …, params/, conversion.json}.
 
-    Works in DST.partial and renames at the end. After a kill, the same call goes on where it
-    stopped; where DST is this very conversion already, its report is returned.
+    Works in DST.partial and renames at the end. After a kill or an error, the same call goes on
+    where it stopped; where DST is this very conversion already, its report is returned.
 
     Args:
       src: a folder with config.json and weights, or one weight file in such a folder.
@@ -76,52 +76,68 @@ def convert(
       InputError: the source is incomplete, damaged or not of its config.json; DST exists; no space.
     """
     started = time.monotonic()
-    plan = _make_plan(src, folder.as_dtype(dtype))
+    wanted = folder.as_dtype(dtype)
     target = Path(os.path.abspath(dst))
-    partial = target.with_name(target.name + ".partial")
+    partial = work_folder(target, ".partial")
+    if not (target / folder.REPORT).is_file():
+        folder.check_new(target)
+    plan = _make_plan(src, wanted)
     if finished := _finished(target, plan.identity):
-        shutil.rmtree(partial, ignore_errors=True)
+        _drop_leftover(partial, plan.identity)
         return finished
     folder.check_new(target)
-    made = _make_folder(partial)
-    with Journal(partial / "journal.jsonl", plan.identity) as journal:
+    made = make_folder(partial)
+    with Journal(partial / JOURNAL, plan.identity) as journal:
         resumed = len(journal.done)
-        left = sum(plan.nbytes(name) for name in plan.slots if name not in journal.done)
         try:
-            folder.check_space(partial, left)
-        except InputError:
-            if made:
-                shutil.rmtree(partial)
+            folder.check_new(target)  # again: the last one to hold the lock may have made it
+            _check_left(plan, partial, journal)
+            _make_model(plan, partial, journal)
+        except store.LostChunksError:
+            discard(partial)  # the journal promises what is gone
             raise
-        _make_model(plan, partial, journal)
+        except InputError:
+            # Finished tensors may be hours of work, and a source that failed once may be read yet.
+            if made and not journal.done:
+                discard(partial)
+            raise
         report = _report(plan, resumed, time.monotonic() - started)
         digests = {name: journal.done[name] for name in plan.slots}
         folder.write_json(
-            partial / _MODEL / folder.REPORT,
+            partial / MODEL / folder.REPORT,
             {**report, "identity": plan.identity, "sha256": digests},
         )
-        os.replace(partial / _MODEL, target)
+        os.replace(partial / MODEL, target)
         _sync_folder(target.parent)
-    shutil.rmtree(partial)
+        discard(partial)
     return report
+
+
+def _check_left(plan: _Plan, partial: Path, journal: Journal) -> None:
+    """Refuses a journal of other tensors, and a disk that can't take those that are left."""
+    if odd := journal.done.keys() - plan.slots.keys():
+        raise InputError(
+            f"{partial}: its {JOURNAL} names {table.quoted(min(odd))}, which is no tensor of this"
+            " model; delete that folder to start over"
+        )
+    left = plan.slots.keys() - journal.done.keys()
+    folder.check_space(partial, sum(map(plan.nbytes, left)))
 
 
 def _make_model(plan: _Plan, partial: Path, journal: Journal) -> None:
     """Everything of the model folder but its report."""
-    model = partial / _MODEL
+    model = partial / MODEL
     if not journal.done:
         shutil.rmtree(model, ignore_errors=True)
     try:
         _write_params(plan, model / folder.PARAMS, journal)
     except InputError:
-        # Going on would fail again: the values, or what the journal promises, are at fault.
-        shutil.rmtree(partial)
         raise
     except ValueError as error:
         # TensorStore's way to say that the disk refused.
         raise InputError(
-            f"{partial}: writing failed ({table.quoted(str(error).splitlines()[0])}); free some"
-            " space and run the same command again"
+            f"{partial}: writing failed ({store.reason(error)}); free some space and run the same"
+            " command again"
         ) from error
     folder.copy_side_files(plan.source.folder, model, folder.as_dtype(plan.identity["dtype"]))
 
@@ -154,16 +170,11 @@ def _finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return {key: value for key, value in report.items() if key not in ("identity", "sha256")}
 
 
-def _make_folder(path: Path) -> bool:
-    """Makes the folder; False where it was there."""
-    there = path.is_dir()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be made ({error.strerror}); choose another place"
-        ) from None
-    return not there
+def _drop_leftover(partial: Path, identity: dict[str, Any]) -> None:
+    """Removes what a kill between the last rename and the end of this conversion left."""
+    if (partial / JOURNAL).is_file():
+        with contextlib.suppress(InputError), Journal(partial / JOURNAL, identity):
+            discard(partial)
 
 
 def _report(plan: _Plan, resumed: int, seconds: float) -> dict[str, Any]:

@@ -1,15 +1,64 @@
-"""What a killed conversion leaves for the next one: which tensors are already durable."""
+"""The folder beside a target that work goes on in, and what a killed run leaves there.
+
+It holds a journal, which is also the lock, and the model being made; anything else in it is
+somebody else's and refused, so that clearing it away never deletes what we did not make.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
+
+JOURNAL, MODEL = "journal.jsonl", "model"
+
+
+def work_folder(target: Path, suffix: str) -> Path:
+    """The folder beside `target` to work in. Raises InputError for "/", which has no beside."""
+    if not target.name:
+        raise InputError(f"{target}: exists; choose another place")
+    return target.with_name(target.name + suffix)
+
+
+def make_folder(path: Path) -> bool:
+    """Makes a work folder; False where it was there.
+
+    Raises:
+      InputError: it can't be made, or what is there is not a work folder's.
+    """
+    try:
+        there = path.is_dir()
+        held = {inside.name for inside in path.iterdir()} if there else set()
+        odd = held - {JOURNAL, MODEL} or (held if JOURNAL not in held else set())
+        if odd or path.is_symlink():
+            what = f"holds {quoted(min(odd))}" if odd else "is a link"
+            raise InputError(
+                f"{path}: {what} and is no unfinished work of ours, but its name is needed; delete"
+                " it or move it away"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be made ({error.strerror}); choose another place"
+        ) from None
+    return not there
+
+
+def discard(path: Path) -> None:
+    """Removes a work folder whose journal this process holds; the journal, which says so, last."""
+    shutil.rmtree(path / MODEL, ignore_errors=True)
+    (path / JOURNAL).unlink(missing_ok=True)
+    # Whatever else came into it meanwhile is not ours.
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 class Journal:
@@ -21,50 +70,77 @@ class Journal:
       done: the finished tensors' digests by name.
 
     Raises:
-      InputError: another process holds it, or it belongs to another conversion.
+      InputError: another process holds it, it belongs to another conversion, or it is damaged.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._folder = path.parent
+        try:
+            self._file = open(path, "a+b")  # noqa: SIM115 - closed by __exit__
+        except OSError as error:
+            raise InputError(f"{path}: cannot be opened ({error.strerror}); try again") from None
+        try:
+            self._lock(path)
+            self._synced = 0.0
+            self.done = self._read(identity)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self, path: Path) -> None:
+        busy = f"{self._folder}: another process is writing into it; wait for it to end"
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one that held it may just have ended and removed the file that we opened.
+            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
+                raise InputError(busy)
         except OSError:
-            self._file.close()
-            raise InputError(
-                f"{path.parent}: another process is converting into it; wait for it to end"
-            ) from None
-        self._synced = 0.0
-        self.done: dict[str, str] = {}
-        lines = self._complete_lines()
+            raise InputError(busy) from None
+
+    def _read(self, identity: dict[str, Any]) -> dict[str, str]:
+        """What is done. Changes nothing in a file that is not of this very conversion."""
+        lines, end = self._complete_lines()
         if not lines:
-            self._file.truncate(0)
+            if self._file.tell() or len(os.listdir(self._folder)) > 1:
+                raise self._damaged()
             self._append(identity)
-        elif lines[0] != identity:
-            self._file.close()
+            return {}
+        if lines[0] != identity:
             raise InputError(
-                f"{path.parent}: holds an unfinished conversion of another source or dtype;"
+                f"{self._folder}: holds an unfinished conversion of another source or dtype;"
                 " delete that folder to start over"
             )
-        else:
-            self.done = {line["name"]: line["sha256"] for line in lines[1:]}
+        self._file.truncate(end)
+        done: dict[str, str] = {}
+        for line in lines[1:]:
+            name, digest = line.get("name"), line.get("sha256")
+            if not isinstance(name, str) or not isinstance(digest, str):
+                raise self._damaged()
+            done[name] = digest
+        return done
 
-    def _complete_lines(self) -> list[Any]:
-        """The lines before the first torn one, which a kill or a power cut left; it is cut off."""
+    def _complete_lines(self) -> tuple[list[dict[str, Any]], int]:
+        """The lines before the first torn one, which a kill or a power cut left; their size."""
         self._file.seek(0)
+        data = self._file.read()
         lines, end = [], 0
-        for line in self._file:
+        for line in data.splitlines(keepends=True):
             try:
-                lines.append(json.loads(line) if line.endswith("\n") else None)
-            except ValueError:
-                lines.append(None)
-            if not isinstance(lines[-1], dict):
-                lines.pop()
+                content = json.loads(line.decode()) if line.endswith(b"\n") else None
+            except UnicodeDecodeError:
+                raise self._damaged() from None
+            except (RecursionError, ValueError):
+                content = None
+            if not isinstance(content, dict):
                 break
-            end += len(line.encode())
-        self._file.seek(0, os.SEEK_END)
-        if self._file.tell() > end:
-            self._file.truncate(end)
-        return lines
+            lines.append(content)
+            end += len(line)
+        return lines, end
+
+    def _damaged(self) -> InputError:
+        return InputError(
+            f"{self._folder}: its {JOURNAL} is damaged; delete that folder to start over"
+        )
 
     def add(self, name: str, digest: str) -> None:
         """Notes a tensor whose data is durable."""
@@ -72,7 +148,7 @@ class Journal:
         self._append({"name": name, "sha256": digest})
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         # A kill loses nothing that was flushed; only a power cut does, and then a second's work.
         if time.monotonic() - self._synced > 1:

@@ -23,6 +23,9 @@ from echovlm_jax.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_WEIGHT_FILES = (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX)  # in this order
+_SUFFIXES = (".safetensors", ".bin", ".pt")
+LOOKED_FOR = f"{', '.join(_WEIGHT_FILES)} or one file *{', *'.join(_SUFFIXES)}"
 _MAX_JSON_BYTES = 100_000_000
 
 
@@ -73,19 +76,28 @@ def open_source(path: str | os.PathLike[str], *, once: bool = False) -> Source:
         return _open_files(where.parent, {where.name: None}, where, once)
     if not where.is_dir():
         raise InputError(f"{where}: no such folder; give a folder with config.json and weights")
-    for single, index in ((SINGLE, INDEX), (TORCH_SINGLE, TORCH_INDEX)):
-        if (where / single).is_file():
-            return _open_files(where, {single: None}, where / single, once)
-        if (where / index).is_file():
-            return _open_files(where, _read_index(where / index), where / index, once)
-    shards = sorted(p.name for p in where.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
-    if len(shards) == 1:
-        return _open_files(where, {shards[0]: None}, where / shards[0], once)
-    if shards:
+    found = weight_file(where)
+    if found is None:
+        raise InputError(f"{where}: no weights; looked for {LOOKED_FOR}")
+    is_index = found.name in (INDEX, TORCH_INDEX)
+    return _open_files(where, _read_index(found) if is_index else {found.name: None}, found, once)
+
+
+def weight_file(folder: Path) -> Path | None:
+    """The file that a folder's weights are in, or the index of several; None without weights.
+
+    Raises:
+      InputError: several weight files and no index.
+    """
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    shards = sorted(p.name for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+    if len(shards) > 1:
         raise InputError(
-            f"{where}: {len(shards)} weight files ({shards[0]}, …) but no {INDEX}; fetch the index"
+            f"{folder}: {len(shards)} weight files ({shards[0]}, …) but no {INDEX}; fetch the index"
         )
-    raise InputError(f"{where}: no weights; looked for {SINGLE}, {INDEX} and {TORCH_SINGLE}")
+    return folder / shards[0] if shards else None
 
 
 def read_json(path: Path) -> Any:

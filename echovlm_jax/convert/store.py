@@ -28,6 +28,7 @@ CHUNK_BYTES = 16 * 2**20
 # Orbax's layout of one process's data, which its readers reach through the merged database.
 _PROCESS = "ocdbt.process_0"
 _CACHE_BYTES = 256 * 2**20
+_REASON_CHARS = 200
 
 
 def chunk_shape(part: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -80,6 +81,10 @@ def _kvstore(folder: Path, *, create: bool) -> dict[str, Any]:
             },
         }
     return spec
+
+
+class LostChunksError(InputError):
+    """Chunks whose writing had been confirmed are gone."""
 
 
 class Writer:
@@ -138,7 +143,7 @@ class Writer:
         """Turns what was written into a checkpoint that Orbax restores. May be run again.
 
         Raises:
-          InputError: chunks that were written are gone.
+          LostChunksError: chunks that were written are gone.
         """
         self._stores = {}
         for left in ("manifest.ocdbt", "d"):
@@ -151,7 +156,7 @@ class Writer:
             for folder in (self._folder / _PROCESS, self._folder)
         )
         if (found := len(written.list().result())) != self._keys():
-            raise InputError(
+            raise LostChunksError(
                 f"{self._folder}: {self._keys() - found} chunks are lost; run the same command"
                 " again to start over"
             )
@@ -266,7 +271,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            metadata = json.loads((folder / "_METADATA").read_text())
+            metadata = json.loads((folder / "_METADATA").read_text("utf-8"))
             keys = [
                 "/".join(part["key"] for part in leaf["key_metadata"])
                 for leaf in metadata["tree_metadata"].values()
@@ -289,9 +294,9 @@ class Reader:
                 for key in keys
             }
             self._stores = {path: future.result() for path, future in opened.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{folder}: not a readable checkpoint ({_first_line(error)}); convert again"
+                f"{folder}: not a readable checkpoint ({reason(error)}); convert again"
             ) from None
         self.shapes = {path: tuple(store.shape) for path, store in self._stores.items()}
         self.dtypes = {path: store.dtype.numpy_dtype for path, store in self._stores.items()}
@@ -302,9 +307,18 @@ class Reader:
             return self._stores[path][index].read().result()
         except ValueError as error:
             raise InputError(
-                f"{self._folder}: {path} cannot be read ({_first_line(error)}); convert again"
+                f"{self._folder}: {path} cannot be read ({reason(error)}); convert again"
             ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def reason(error: Exception) -> str:
+    """An error of TensorStore's on one line, cut between its clauses where it is long."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    # What was asked for follows in brackets, as JSON.
+    clauses = line.split(" [tensorstore_spec=")[0].split(": ")
+    text = clauses[0]
+    for clause in clauses[1:]:
+        if len(text) + len(clause) > _REASON_CHARS:
+            break
+        text += f": {clause}"
+    return text

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from echovlm_jax.convert import folder, safetensors, store, table
+from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
 from echovlm_jax.convert.source import INDEX, SINGLE
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
@@ -34,7 +35,8 @@ def export(
     """Writes safetensors (one file, or shards with an index), config.json and the side files.
 
     Every tensor is checked against the digest that the conversion recorded. Works in
-    DST.exporting and renames at the end.
+    DST.exporting, which only one process can hold, and renames at the end. What a killed export
+    left there is made anew.
 
     Args:
       model: a MODEL folder.
@@ -49,30 +51,29 @@ def export(
     """
     started = time.monotonic()
     limit = parse_size(max_shard_size)
-    opened = folder.open_model(model)
     target = Path(os.path.abspath(dst))
+    work = work_folder(target, ".exporting")
     folder.check_new(target)
+    opened = folder.open_model(model)
     tensors = _tensors(opened)
     total = sum(_nbytes(opened, slot) for slot in tensors.values())
-    work = target.with_name(target.name + ".exporting")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(
-            f"{work}: cannot be made ({error.strerror}); choose another place"
-        ) from None
-    try:
-        folder.check_space(work, total)
-        _write_shards(opened, tensors, work, limit, total)
-        folder.copy_side_files(opened.folder, work)
-        os.replace(work, target)
-    except OSError as error:
-        raise InputError(
-            f"{target}: cannot be written ({error.strerror}); check the disk"
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    make_folder(work)
+    with Journal(work / JOURNAL, {"export": 1}):
+        made = work / MODEL
+        try:
+            folder.check_new(target)  # again: the last one to hold the lock may have made it
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            folder.check_space(work, total)
+            _write_shards(opened, tensors, made, limit, total)
+            folder.copy_side_files(opened.folder, made)
+            os.replace(made, target)
+        except OSError as error:
+            raise InputError(
+                f"{target}: cannot be written ({error.strerror}); check the disk"
+            ) from error
+        finally:
+            discard(work)
     return {
         "tensors": len(tensors),
         "bytes": total,
@@ -83,10 +84,13 @@ def export(
 
 def parse_size(text: str | int) -> int:
     """ "5GB" → 5·10⁹, "2GiB" → 2·2³⁰. Raises InputError for what is not a size above 0."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    # So few digits that no float overflows.
+    found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*", str(text))
     size = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
     if size < 1:
-        raise InputError(f"max shard size {text!r} is not a size; write it like 5GB or 500MB")
+        raise InputError(
+            f"max shard size {table.quoted(text)} is not a size; write it like 5GB or 500MB"
+        )
     return size
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from echovlm_jax.config import to_hf
 from echovlm_jax.convert import convert, export, inspect, load_params, safetensors
 from echovlm_jax.convert.to_torch import parse_size
 from echovlm_jax.errors import InputError
-from tests.convert.checkpoints import DENSE, MINI, Tensors, new_name, tensors, write
+from tests.convert.checkpoints import DENSE, MINI, Tensors, digests, new_name, tensors, write
 
 HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
@@ -139,8 +140,10 @@ def test_dtype_that_no_weight_has(tmp_path: Path) -> None:
 
 def test_dtype_option(tmp_path: Path) -> None:
     source = write(tmp_path / "source", tensors())
-    for dtype in ("int8", "bf16x", "float64"):
-        with pytest.raises(InputError, match=f"dtype {dtype} is not supported; choose one of bfl"):
+    for dtype in ("int8", "bf16x", "float64", "(2,"):
+        with pytest.raises(
+            InputError, match=f"dtype {re.escape(dtype)} is not supported; choose one of bfl"
+        ):
             convert(source, tmp_path / "ours", dtype=dtype)
 
 
@@ -225,9 +228,56 @@ def test_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no weights; looked for model\.safetensors"):
         convert(tmp_path, tmp_path / "out")
     (tmp_path / "params").mkdir()
-    (tmp_path / "params/_METADATA").write_text('{"tree_metadata": {"x": {"key_metadata": []}}}')
-    with pytest.raises(InputError, match="not a readable checkpoint"):
-        inspect(tmp_path)
+    for tree in ('{"x": {"key_metadata": []}}', "[1]", "3", '{"x": [1]}', "[" * 100_000):
+        (tmp_path / "params/_METADATA").write_text(f'{{"tree_metadata": {tree}}}')
+        with pytest.raises(InputError, match="not a readable checkpoint"):
+            inspect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("report", "says"),
+    [
+        ({"duplicates": []}, "duplicates is not an object of strings"),
+        ({"duplicates": {"x": [1]}}, "duplicates is not an object of strings"),
+        ({"duplicates": {"x": "nope"}}, "duplicates says that x repeats nope"),
+        ({"duplicates": {HEAD: NORM}}, rf"duplicates says that {HEAD} repeats {NORM}"),
+        ({"sha256": []}, "sha256 is not an object of strings"),
+    ],
+)
+def test_a_damaged_report(tmp_path: Path, report: dict, says: str) -> None:
+    convert(write(tmp_path / "source", tensors()), tmp_path / "ours")
+    (tmp_path / "ours/conversion.json").write_text(json.dumps(report))
+    for what in (inspect, lambda model: export(model, tmp_path / "back")):
+        with pytest.raises(InputError, match=rf"conversion\.json: {says}.*; convert again"):
+            what(tmp_path / "ours")
+
+
+def test_one_weight_file_of_any_name(tmp_path: Path) -> None:
+    """What convert takes, the others take."""
+    source = write(tmp_path / "source", tensors())
+    (source / "model.safetensors").rename(source / "foo.safetensors")
+    convert(source, tmp_path / "ours")
+    assert inspect(source) == inspect(tmp_path / "ours")
+    export(source, tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(source)
+    (source / "bar.safetensors").touch()
+    for what in (inspect, load_params, lambda path: convert(path, tmp_path / "again")):
+        with pytest.raises(InputError, match=r"2 weight files .* but no"):
+            what(source)
+
+
+def test_long_reasons_end_with_a_clause(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 120)
+    convert(write(tmp_path / "source", tensors()), deep)
+    manifest = deep / "params/manifest.ocdbt"
+    manifest.write_bytes(b"nonsense" + manifest.read_bytes())
+    with pytest.raises(InputError) as caught:
+        inspect(deep)
+    text = str(caught.value)
+    assert re.search(
+        r'not a readable checkpoint \([A-Z_]*:? ?Error opening "zarr" driver\b.*\); conv', text
+    )
+    assert text.count('"') % 2 == 0 and "tensorstore_spec" not in text
 
 
 def test_a_converted_folder_with_another_config(tmp_path: Path) -> None:
@@ -266,6 +316,6 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 def test_sizes() -> None:
     sizes = {"5GB": 5 * 10**9, "500 MB": 5 * 10**8, "2GiB": 2**31, "1.5kb": 1500, 7: 7, "8B": 8}
     assert {text: parse_size(text) for text in sizes} == sizes
-    for bad in ("", "GB", "-1GB", "5XB", "0GB", "1e9", "nan"):
+    for bad in ("", "GB", "-1GB", "5XB", "0GB", "1e9", "nan", "9" * 400, "1" + "0" * 400 + "GB"):
         with pytest.raises(InputError, match="is not a size; write it like 5GB"):
             parse_size(bad)
