@@ -48,7 +48,7 @@ def load_model(
       mesh: lays the parameters out over its devices (see `mesh.make_mesh`); by default they go to
         one device.
       dtype: of parameters and computation: bfloat16, float32 or float16. By default as stored, but
-        float32 on a CPU, whose bfloat16 products are many times slower.
+        float32 on a CPU, where bfloat16 products take longer.
       quantize: None; nothing else is available yet.
       num_frames: frames to take of a cine loop, evenly spaced.
       max_pixels: larger images are made this small; by default as preprocessor_config.json says.
@@ -71,7 +71,7 @@ def load_model(
         wanted = np.dtype(np.float32)
         if stored != {wanted}:
             _say_once(
-                "on a CPU this computes in float32; dtype bfloat16 halves memory, much slower"
+                "on a CPU this computes in float32; dtype bfloat16 halves memory, but is slower"
             )
     shardings = None
     if mesh is not None:

@@ -23,7 +23,7 @@ import tensorstore as ts
 from echovlm_jax.errors import InputError
 
 # Large enough that a disk streams; small enough that a shard's reader fetches little it doesn't
-# need, and that the allocator reuses the memory: 64 MiB took a fifth more processor time.
+# need, and that the allocator reuses the memory.
 CHUNK_BYTES = 16 * 2**20
 # Orbax's layout of one process's data, which its readers reach through the merged database.
 _PROCESS = "ocdbt.process_0"

@@ -20,7 +20,7 @@ class Linear(nn.Module):
     """A weight product with an optional bias.
 
     The kernel keeps PyTorch's order, outputs before inputs: converting a checkpoint moves bytes and
-    never transposes them, and a matrix unit reads either order equally well.
+    never transposes them.
 
     Attributes:
       spec: the einsum of input and kernel, e.g. "BTD,NHD->BTNH".
