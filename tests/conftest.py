@@ -6,6 +6,7 @@ from pathlib import Path
 # Before anything imports jax: it reads these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would wait for a metadata server
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by each of the tests' workers
 # The tests compile many small programs and run each for milliseconds: a compiler that optimises
 # less makes them three times as fast. XLA_FLAGS that are already set win.
 _FLAGS = {

@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "progress": set(),
     "config": set(),
     "ops": set(),
-    "mesh": {"config"},
+    "flops": {"config"},
+    "mesh": {"config", "ops.layout"},
     "model": {"config", "ops"},
     "processing": {"config"},
     "data": {"config", "processing", "progress"},
@@ -38,16 +39,17 @@ MAY_IMPORT = {
     "convert.parity": _CONVERT | {"model", "ops", "processing", "generate", "load"},
     "convert.layerwise": _CONVERT | {"model", "ops"},  # parity's forward pass
     "checkpoint": {"config", "mesh", "progress"},
-    "train": {"config", "mesh", "model", "data", "checkpoint", "progress"},
+    "train": {"config", "flops", "mesh", "model", "ops", "data", "checkpoint", "progress"},
     "quantize": {"config", "mesh", "model", "processing", "progress"},
     "generate": {"config", "mesh", "model", "ops", "processing", "progress"},
     "load": _LOAD,
     "evaluate": {"config", "data", "generate", "load", "progress"},
-    "plan": {"config", "mesh", "model", "train", "generate", "progress"},
+    "plan": {"config", "flops", "mesh", "model", "train", "generate", "progress"},
     # The package's front door, and the commands that go the whole way.
     "": {"load"},
     "demo": ANYTHING,
     "bench_convert": ANYTHING,
+    "bench_moe": ANYTHING,
     "cli": ANYTHING,
 }
 NOBODY_IMPORTS = ("cli", "launch", "configs", "tests")

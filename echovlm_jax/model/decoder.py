@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from echovlm_jax.config import ModelConfig, TextConfig
 from echovlm_jax.model.cache import Cache
+from echovlm_jax.model.compute import Compute
 from echovlm_jax.model.layers import (
     WEIGHT_INIT,
     GatedMLP,
@@ -23,6 +25,7 @@ from echovlm_jax.model.moe import MoE
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.attention import attention
 from echovlm_jax.ops.einsum import einsum
+from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.rope import RopeTable, apply_rope, mrope_table
 
 
@@ -32,6 +35,7 @@ class Context(NamedTuple):
     table: RopeTable
     q_segments: Array  # [B, T]
     kv_segments: Array  # [B, S]: cached slots, then the new tokens
+    valid: Array | None = None  # [B, T] bool: which new tokens are not padding; None = all
 
 
 def make_context(
@@ -52,6 +56,7 @@ def make_context(
         # to PyTorch's, where padding hides keys and not queries.
         q_segments=jnp.where(segments == 0, 1, segments),
         kv_segments=kv_segments,
+        valid=segments != 0,
     )
 
 
@@ -61,6 +66,7 @@ class LayerOutput(NamedTuple):
     kv: tuple[Array, Array]  # [B, T, K, H] each
     router_logits: Array | None  # [B, T, E] float32
     coefficient: Array | None  # [B, T, 2] float32, after the softmax
+    dropped: Array | None  # [], choices of tokens that found no room at their expert
     hidden: Array | None  # [B, T, D], the layer's input
 
 
@@ -68,13 +74,19 @@ class Embedding(nn.Module):
     """A table [V, D], read by token and, where tied, multiplied as the output head."""
 
     shape: tuple[int, int]
+    layout: Layout = Layout()
 
     def setup(self) -> None:
         init = partitioned(WEIGHT_INIT, ("vocab", "embed"))
         self.embedding = self.param("embedding", init, self.shape)
 
-    def __call__(self, tokens: Array) -> Array:
-        return jnp.take(self.embedding, tokens, axis=0)
+    def __call__(self, tokens: Array, dtype: Any) -> Array:
+        # Every device looks up its own slice of the width for the tokens of all that share the
+        # table; only then are slices exchanged for rows. The table itself never travels.
+        tokens = self.layout.constrain(tokens, "lookup_batch", "length")
+        x = jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+        x = self.layout.constrain(x, "lookup_batch", "length", "embed")
+        return self.layout.constrain(x, "batch", "length", None)
 
     def attend(self, hidden: Array) -> Array:
         return einsum("BTD,VD->BTV", hidden, self.embedding, out_dtype=jnp.float32)
@@ -84,6 +96,7 @@ class Attention(nn.Module):
     """Grouped-query attention with biases on q, k and v, over cached and new tokens."""
 
     config: TextConfig
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(
@@ -93,10 +106,15 @@ class Attention(nn.Module):
         shape = (c.num_heads, c.head_dim, c.hidden_size)
         kv_shape = (c.num_kv_heads, c.head_dim, c.hidden_size)
         axes, kv_axes = ("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
-        q = Linear("BTD,NHD->BTNH", shape, axes, bias=True, name="q")(x)
-        k = Linear("BTD,KHD->BTKH", kv_shape, kv_axes, bias=True, name="k")(x)
-        v = Linear("BTD,KHD->BTKH", kv_shape, kv_axes, bias=True, name="v")(x)
+        layout = self.compute.layout
+        place = {"bias": True, "layout": layout}
+        q = Linear("BTD,NHD->BTNH", shape, axes, **place, name="q")(x)
+        k = Linear("BTD,KHD->BTKH", kv_shape, kv_axes, **place, name="k")(x)
+        v = Linear("BTD,KHD->BTKH", kv_shape, kv_axes, **place, name="v")(x)
         q, k = apply_rope(q, context.table), apply_rope(k, context.table)
+        q = layout.constrain(q, "batch", None, "attn_heads", None)
+        k, v = (layout.constrain(x, "batch", None, "attn_kv_heads", None) for x in (k, v))
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         keys, values = k, v
         if cached is not None:
             keys = jnp.concatenate([cached[0].astype(k.dtype), k], axis=1)
@@ -108,9 +126,11 @@ class Attention(nn.Module):
             q_segments=context.q_segments,
             kv_segments=context.kv_segments,
             causal_offset=keys.shape[1] - k.shape[1],
+            implementation=self.compute.attention,
+            layout=layout,
         )
-        proj = Linear("BTNH,DNH->BTD", (shape[2], *shape[:2]), (axes[2], *axes[:2]), name="o")
-        return proj(out), (k, v)
+        shape, axes = (shape[2], *shape[:2]), (axes[2], *axes[:2])
+        return Linear("BTNH,DNH->BTD", shape, axes, layout=layout, name="o")(out), (k, v)
 
 
 class DecoderLayer(nn.Module):
@@ -121,31 +141,40 @@ class DecoderLayer(nn.Module):
     """
 
     config: ModelConfig
-    keep_hidden: bool
+    compute: Compute = Compute()
+    keep_hidden: bool = False
 
     @nn.compact
     def __call__(
         self, x: Array, cached: tuple[Array, Array] | None, context: Context
     ) -> tuple[Array, LayerOutput]:
-        text = self.config.text
+        text, layout = self.config.text, self.compute.layout
         width, eps = text.hidden_size, text.rms_norm_eps
-        attn, kv = Attention(text, name="attn")(
+        x = layout.constrain(x, "batch", "length", None)
+        attn, kv = Attention(text, self.compute, name="attn")(
             RMSNorm(width, eps, name="attn_norm")(x), cached, context
         )
         h = x + attn
         u = RMSNorm(width, eps, name="mlp_norm")(h)
-        y = GatedMLP(width, text.mlp_dim, name="mlp")(u)
-        router_logits = coefficient = None
+        y = GatedMLP(width, text.mlp_dim, layout, name="mlp")(u)
+        router_logits = coefficient = dropped = None
         if self.config.moe is not None:
             shell = Linear(
-                "BTD,CD->BTC", (2, width), ("path", "embed"), bias=True, name="coefficient"
+                "BTD,CD->BTC",
+                (2, width),
+                ("path", "embed"),
+                bias=True,
+                layout=layout,
+                name="coefficient",
             )
             coefficient = jax.nn.softmax(shell(u.astype(jnp.float32)), axis=-1)
-            mixture, router_logits = MoE(self.config.moe, width, name="moe")(u)
+            moe = MoE(self.config.moe, width, self.compute, name="moe")
+            mixture, router_logits, dropped = moe(u, context.valid)
             c = coefficient.astype(u.dtype)
             y = c[..., :1] * mixture + c[..., 1:] * y
         hidden = x if self.keep_hidden else None
-        return h + y, LayerOutput(kv, router_logits, coefficient, hidden)
+        out = layout.constrain(h + y, "batch", "length", None)
+        return out, LayerOutput(kv, router_logits, coefficient, dropped, hidden)
 
 
 class Decoder(nn.Module):
@@ -155,25 +184,31 @@ class Decoder(nn.Module):
       config: sizes.
       dtype: compute dtype; norms, softmax, router and logits are float32 in any case.
       keep_hidden: whether to return every layer's input.
+      compute: how it is computed.
     """
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
     keep_hidden: bool = False
+    compute: Compute = Compute()
 
     def setup(self) -> None:
         text = self.config.text
         table = (text.vocab_size, text.hidden_size)
-        self.embed = Embedding(table)
-        layers = scan_layers(DecoderLayer, text.num_layers, in_axes=(0, nn.broadcast))
-        self.layers = layers(self.config, self.keep_hidden)
+        self.embed = Embedding(table, self.compute.layout)
+        layers = scan_layers(
+            DecoderLayer, text.num_layers, in_axes=(0, nn.broadcast), compute=self.compute
+        )
+        self.layers = layers(self.config, self.compute, self.keep_hidden)
         self.final_norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         if not text.tie_word_embeddings:
-            self.lm_head = Linear("BTD,VD->BTV", table, ("vocab", "embed"))
+            self.lm_head = Linear(
+                "BTD,VD->BTV", table, ("vocab", "embed"), layout=self.compute.layout
+            )
 
     def embed_tokens(self, tokens: Array) -> Array:
         """[B, T] → [B, T, D] in the compute dtype."""
-        return self.embed(tokens).astype(self.dtype)
+        return self.embed(tokens, self.dtype)
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.model.cache import Cache
+from echovlm_jax.model.compute import Compute
 from echovlm_jax.model.decoder import Decoder
 from echovlm_jax.model.vision import VisionEncoder
 from echovlm_jax.ops import Array
@@ -28,6 +29,7 @@ class Output(NamedTuple):
     kv: tuple[Array, Array]  # [L, B, T, K, H] each: keys and values of these tokens
     router_logits: Array | None  # [L, B, T, E] float32
     coefficient: Array | None  # [L, B, T, 2] float32
+    dropped: Array | None  # [L], choices of tokens that found no room at their expert
     layer_inputs: Array | None  # [L, B, T, D], with keep_hidden
     image_tokens: Array | None  # [B, P / merge_unit, D], with patches
 
@@ -52,15 +54,17 @@ class EchoVLM(nn.Module):
       config: sizes.
       dtype: compute dtype.
       keep_hidden: whether to return every layer's input.
+      compute: how it is computed: dispatch, attention, rematerialisation, layout on a mesh.
     """
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
     keep_hidden: bool = False
+    compute: Compute = Compute()
 
     def setup(self) -> None:
-        self.vision = VisionEncoder(self.config.vision, self.dtype)
-        self.text = Decoder(self.config, self.dtype, self.keep_hidden)
+        self.vision = VisionEncoder(self.config.vision, self.dtype, self.compute)
+        self.text = Decoder(self.config, self.dtype, self.keep_hidden, self.compute)
 
     def __call__(self, batch: Batch, cache: Cache | None = None) -> Output:
         x = self.text.embed_tokens(batch["tokens"])
@@ -76,6 +80,7 @@ class EchoVLM(nn.Module):
             kv=layers.kv,
             router_logits=layers.router_logits,
             coefficient=layers.coefficient,
+            dropped=layers.dropped,
             layer_inputs=layers.hidden,
             image_tokens=image_tokens,
         )

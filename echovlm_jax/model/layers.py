@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,20 @@ import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
 
+from echovlm_jax.model.compute import REMAT, Compute
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.einsum import einsum
+from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.norms import layer_norm, rms_norm
 
 WEIGHT_INIT = nn.initializers.normal(stddev=0.02)
 
 
 class Linear(nn.Module):
-    """A weight product with an optional bias.
+    """A weight product with an optional bias, and with a low-rank update where one is given.
+
+    The update (Hu et al., arXiv 2106.09685) is read from the collection "lora": `a` [rank, *in] and
+    `b` [*out, rank], its scale already in `b`.
 
     The kernel keeps PyTorch's order, outputs before inputs: converting a checkpoint moves bytes and
     never transposes them.
@@ -27,20 +33,29 @@ class Linear(nn.Module):
       shape: the kernel's shape.
       axes: the kernel's logical axes, a name a dimension.
       bias: whether there is one; its shape is the kernel's output dimensions.
+      layout: where activations lie.
     """
 
     spec: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     bias: bool = False
+    layout: Layout = Layout()
 
     @nn.compact
     def __call__(self, x: Array, out_dtype: DTypeLike | None = None) -> Array:
         kernel = self.param("kernel", partitioned(WEIGHT_INIT, self.axes), self.shape)
-        y = einsum(self.spec, x, kernel, out_dtype=out_dtype)
+        y = einsum(self.spec, x, kernel, axes=self.axes, layout=self.layout, out_dtype=out_dtype)
+        inputs, letters, result = re.split(",|->", self.spec)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            rest = "".join(letter for letter in inputs if letter not in letters)
+            narrow = "".join(letter for letter in letters if letter not in result)
+            wide = "".join(letter for letter in letters if letter in result)
+            low = einsum(f"{inputs},r{narrow}->{rest}r", x, a)
+            y = y + einsum(f"{rest}r,{wide}r->{result}", low, b, out_dtype=y.dtype)
         if not self.bias:
             return y
-        letters, result = self.spec.split(",")[1].split("->")
         out = [i for i, letter in enumerate(letters) if letter in result]
         shape, axes = zip(*[(self.shape[i], self.axes[i]) for i in out], strict=True)
         bias = self.param("bias", partitioned(nn.initializers.zeros, axes), shape)
@@ -77,13 +92,16 @@ class GatedMLP(nn.Module):
 
     width: int
     mlp_dim: int
+    layout: Layout = Layout()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape, axes = (self.mlp_dim, self.width), ("mlp", "embed")
-        gate = Linear("BTD,FD->BTF", shape, axes, name="gate")(x)
-        up = Linear("BTD,FD->BTF", shape, axes, name="up")(x)
-        return Linear("BTF,DF->BTD", shape[::-1], axes[::-1], name="down")(jax.nn.silu(gate) * up)
+        place = {"layout": self.layout}
+        gate = Linear("BTD,FD->BTF", shape, axes, **place, name="gate")(x)
+        up = Linear("BTD,FD->BTF", shape, axes, **place, name="up")(x)
+        hidden = self.layout.constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
+        return Linear("BTF,DF->BTD", shape[::-1], axes[::-1], **place, name="down")(hidden)
 
 
 def partitioned(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Callable[..., Any]:
@@ -91,17 +109,23 @@ def partitioned(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Cal
     return nn.with_logical_partitioning(init, axes)
 
 
-def scan_layers(layer: type[nn.Module], length: int, in_axes: Any) -> Callable[..., Any]:
+def scan_layers(
+    layer: type[nn.Module], length: int, in_axes: Any, compute: Compute
+) -> Callable[..., Any]:
     """`length` copies of a layer as one loop: parameters are stacked, compile time stays constant.
 
     Args:
       layer: its call takes a carry first, and returns (carry, output).
       length: L.
       in_axes: for each further argument 0 (a slice a layer) or nn.broadcast (the same for all).
+      compute: its `remat` says what the backward pass finds stored.
     """
+    if compute.remat != "none":
+        # A scan's body is compiled once: nothing there could be merged with its recomputation.
+        layer = nn.remat(layer, policy=REMAT[compute.remat], prevent_cse=False)
     return nn.scan(
         layer,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=length,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from echovlm_jax.config import MoEConfig
+from echovlm_jax.model.compute import Compute
 from echovlm_jax.model.layers import WEIGHT_INIT, GatedMLP, Linear, partitioned
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.moe_dispatch import Experts, moe, route
@@ -33,7 +34,8 @@ class RoutedExperts(nn.Module):
     def __call__(self) -> Experts:
         inner = (self.config.num_experts, self.config.expert_mlp_dim, self.width)
         outer = (self.config.num_experts, self.width, self.config.expert_mlp_dim)
-        axes = ("expert", "expert_mlp", "embed")
+        # Not `embed`: that may be split over the mesh axis which splits the experts already.
+        axes = ("expert", "expert_mlp", "expert_embed")
         return Experts(
             gate=ExpertWeights(inner, axes, name="gate")(),
             up=ExpertWeights(inner, axes, name="up")(),
@@ -46,17 +48,35 @@ class MoE(nn.Module):
 
     config: MoEConfig
     width: int
+    compute: Compute = Compute()
 
     @nn.compact
-    def __call__(self, u: Array) -> tuple[Array, Array]:
-        """[B, T, D] → the mixture [B, T, D] and the router logits [B, T, E] in float32."""
+    def __call__(self, u: Array, valid: Array | None = None) -> tuple[Array, Array, Array]:
+        """
+        Args:
+          u: [B, T, D].
+          valid: [B, T] bool, which are tokens, and not padding; None = all.
+
+        Returns:
+          The mixture [B, T, D], the router logits [B, T, E] in float32, and how many choices of
+          tokens found no room at their expert [].
+        """
         c = self.config
-        router = Linear(
-            "BTD,ED->BTE", (c.num_experts, self.width), ("router", "embed"), name="router"
-        )
+        place = {"layout": self.compute.layout}
+        shape = (c.num_experts, self.width)
+        router = Linear("BTD,ED->BTE", shape, ("router", "embed"), **place, name="router")
         logits = router(u.astype(jnp.float32))
         routing = route(logits, top_k=c.top_k, normalize=c.norm_topk_prob)
-        routed = moe(u, routing, RoutedExperts(c, self.width, name="experts")())
-        gate = Linear("BTD,FD->BTF", (1, self.width), ("gate", "embed"), name="shared_gate")(u)
-        shared = GatedMLP(self.width, c.shared_mlp_dim, name="shared")(u)
-        return routed + jax.nn.sigmoid(gate) * shared, logits
+        routed, dropped = moe(
+            u,
+            routing,
+            RoutedExperts(c, self.width, name="experts")(),
+            dispatch=self.compute.moe_dispatch,
+            valid=valid,
+            capacity_factor=self.compute.capacity_factor,
+            layout=self.compute.layout,
+        )
+        shape, axes = (1, self.width), ("gate", "embed")
+        gate = Linear("BTD,FD->BTF", shape, axes, **place, name="shared_gate")(u)
+        shared = GatedMLP(self.width, c.shared_mlp_dim, self.compute.layout, name="shared")(u)
+        return routed + jax.nn.sigmoid(gate) * shared, logits, dropped

@@ -5,13 +5,16 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from echovlm_jax.config import VisionConfig
+from echovlm_jax.model.compute import Compute
 from echovlm_jax.model.layers import LayerNorm, Linear, scan_layers
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.activations import quick_gelu
 from echovlm_jax.ops.attention import attention
+from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.rope import RopeTable, apply_rope, vision_table
 
 
@@ -19,6 +22,7 @@ class VisionAttention(nn.Module):
     """Attention in both directions inside one frame: patches of equal segment id."""
 
     config: VisionConfig
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, x: Array, table: RopeTable, segments: Array) -> Array:
@@ -26,66 +30,79 @@ class VisionAttention(nn.Module):
         heads = (c.num_heads, c.head_dim)
         axes = ("vision_heads", "head_dim", "vision_embed")
         # Query, key and value are one weight in the checkpoint; C is that dimension of three.
-        qkv = Linear(
-            "BPD,CNHD->BPCNH", (3, *heads, c.embed_dim), ("qkv", *axes), bias=True, name="qkv"
-        )(x)
+        layout = self.compute.layout
+        place = {"bias": True, "layout": layout}
+        shape = (3, *heads, c.embed_dim)
+        qkv = Linear("BPD,CNHD->BPCNH", shape, ("qkv", *axes), **place, name="qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k = apply_rope(q, table), apply_rope(k, table)
+        q, k, v = (layout.constrain(x, "batch", None, "attn_heads", None) for x in (q, k, v))
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         out = attention(
-            apply_rope(q, table),
-            apply_rope(k, table),
+            q,
+            k,
             v,
             q_segments=segments,
             kv_segments=segments,
             causal_offset=None,
+            implementation=self.compute.attention,
+            layout=layout,
         )
-        proj = Linear(
-            "BPNH,DNH->BPD", (c.embed_dim, *heads), (axes[2], *axes[:2]), bias=True, name="proj"
-        )
-        return proj(out)
+        shape, axes = (c.embed_dim, *heads), (axes[2], *axes[:2])
+        return Linear("BPNH,DNH->BPD", shape, axes, **place, name="proj")(out)
 
 
 class VisionMLP(nn.Module):
     """fc2(quick_gelu(fc1(x))), with biases."""
 
     config: VisionConfig
+    layout: Layout = Layout()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.config.mlp_dim, self.config.embed_dim)
         axes = ("vision_mlp", "vision_embed")
-        x = quick_gelu(Linear("BPD,FD->BPF", shape, axes, bias=True, name="fc1")(x))
-        return Linear("BPF,DF->BPD", shape[::-1], axes[::-1], bias=True, name="fc2")(x)
+        place = {"bias": True, "layout": self.layout}
+        x = quick_gelu(Linear("BPD,FD->BPF", shape, axes, **place, name="fc1")(x))
+        x = self.layout.constrain(x, "batch", "length", "mlp")
+        return Linear("BPF,DF->BPD", shape[::-1], axes[::-1], **place, name="fc2")(x)
 
 
 class VisionBlock(nn.Module):
     """One pre-norm block, in nn.scan's form: (carry, shared inputs) → (carry, None)."""
 
     config: VisionConfig
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, x: Array, table: RopeTable, segments: Array) -> tuple[Array, None]:
-        width = self.config.embed_dim
-        attn = VisionAttention(self.config, name="attn")
+        width, layout = self.config.embed_dim, self.compute.layout
+        x = layout.constrain(x, "batch", "length", None)
+        attn = VisionAttention(self.config, self.compute, name="attn")
         x = x + attn(LayerNorm(width, name="norm1")(x), table, segments)
-        return x + VisionMLP(self.config, name="mlp")(LayerNorm(width, name="norm2")(x)), None
+        mlp = VisionMLP(self.config, layout, name="mlp")
+        x = x + mlp(LayerNorm(width, name="norm2")(x))
+        return layout.constrain(x, "batch", "length", None), None
 
 
 class Merger(nn.Module):
     """The projector: every merge_unit consecutive patches become one token of the decoder."""
 
     config: VisionConfig
+    layout: Layout = Layout()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
+        place = {"bias": True, "layout": self.layout}
         wide = c.embed_dim * c.merge_unit
         x = LayerNorm(c.embed_dim, name="ln_q")(x)
         x = x.reshape(x.shape[0], x.shape[1] // c.merge_unit, wide)
         axes = ("merger_mlp", "merger_embed")
-        x = Linear("BPD,FD->BPF", (wide, wide), axes, bias=True, name="fc1")(x)
+        x = Linear("BPD,FD->BPF", (wide, wide), axes, **place, name="fc1")(x)
         x = jax.nn.gelu(x, approximate=False)
         axes = ("embed", "merger_mlp")
-        return Linear("BPF,DF->BPD", (c.hidden_size, wide), axes, bias=True, name="fc2")(x)
+        return Linear("BPF,DF->BPD", (c.hidden_size, wide), axes, **place, name="fc2")(x)
 
 
 class VisionEncoder(nn.Module):
@@ -94,10 +111,12 @@ class VisionEncoder(nn.Module):
     Attributes:
       config: sizes.
       dtype: compute dtype; norms and softmax are float32 in any case.
+      compute: how it is computed.
     """
 
     config: VisionConfig
     dtype: DTypeLike = jnp.float32
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, patches: Array, segments: Array, positions: Array) -> Array:
@@ -115,9 +134,11 @@ class VisionEncoder(nn.Module):
             "BPCZYX,DCZYX->BPD",
             (c.embed_dim, *pixels),
             ("vision_embed", "channel", "patch_t", "patch_h", "patch_w"),
+            layout=self.compute.layout,
             name="patch_embed",
         )(x)
         table = vision_table(positions, head_dim=c.head_dim)
-        blocks = scan_layers(VisionBlock, c.depth, in_axes=(nn.broadcast, nn.broadcast))
-        x, _ = blocks(c, name="blocks")(x, table, segments)
-        return Merger(c, name="merger")(x)
+        broadcast = (nn.broadcast, nn.broadcast)
+        blocks = scan_layers(VisionBlock, c.depth, in_axes=broadcast, compute=self.compute)
+        x, _ = blocks(c, self.compute, name="blocks")(x, table, segments)
+        return Merger(c, self.compute.layout, name="merger")(x)

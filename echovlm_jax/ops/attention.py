@@ -1,4 +1,4 @@
-"""Scaled dot-product attention over segments, in blocks of queries."""
+"""Scaled dot-product attention over segments, without a square of scores in memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from echovlm_jax.errors import InputError
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.layout import Layout
 
-# Rows of the score matrix that exist at one time. Below this a row is computed in one piece.
-QUERY_BLOCK = 512
+# What a rematerialisation policy calls the kernel's result and the row sums that its backward pass
+# needs: a policy that saves the name keeps the forward kernel from running twice.
+RESIDUALS = "attention_kernel"
+IMPLEMENTATIONS = ("xla", "splash", "triton", "splash_interpret", "triton_interpret")
+# Scores that exist at one time, over all rows and heads of a device: 16 MiB in float32 ...
+SCORES = 2**22
+# ... unless that would be fewer queries than make a matrix product worth its while. More than the
+# maximum gains nothing.
+MIN_QUERY_BLOCK, MAX_QUERY_BLOCK = 16, 512
+
+
+def default_implementation(platform: str) -> str:
+    """The implementation for a platform by JAX's names: tpu, gpu or cuda, cpu, …"""
+    return {"tpu": "splash", "gpu": "triton", "cuda": "triton"}.get(platform, "xla")
 
 
 def attention(
@@ -22,7 +36,9 @@ def attention(
     q_segments: Int[Array, "B T"],
     kv_segments: Int[Array, "B S"],
     causal_offset: int | None,
-    query_block: int = QUERY_BLOCK,
+    implementation: str = "xla",
+    layout: Layout = Layout(),
+    query_block: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention; softmax in float32.
 
@@ -31,47 +47,189 @@ def attention(
     [cache…, new] and causal_offset S, so that the new token sees every slot of its own segment;
     empty slots carry segment 0.
 
-    A query that sees nothing gets a finite result (the mean of all values), so that padding never
-    spreads NaN. Queries go in blocks, so no [T, S] matrix exists where T exceeds the block.
+    A query that sees nothing gets a finite result, so that padding never spreads NaN: the mean of
+    all values from "xla", as in PyTorch, and 0 without a gradient from the kernels. "triton" does
+    that to every query that does not see its own position, whatever else it would see.
+
+    Implementations, equal at every query that sees its own position, up to rounding:
+
+    - "xla": blocks of queries against all keys, on any platform; memory is linear in T.
+    - "splash": the Pallas kernel for TPUs, `ops.splash`.
+    - "triton": the Pallas kernel for NVIDIA's GPUs, `ops.triton_attention`.
+    - "splash_interpret", "triton_interpret": the kernels' steps one by one on any platform, slowly:
+      for tests.
+
+    The kernels compute a whole sequence's attention to itself. Everything else (a cache, more keys
+    than queries) is "xla" whatever the argument says.
+
+    Under a mesh each device computes its own rows (logical axis "batch") and heads ("attn_heads",
+    for keys and values too); lengths are whole. Key/value heads that don't divide over the devices
+    are repeated as often as it takes. A batch that doesn't divide, as in a model's initialisation,
+    is computed everywhere.
 
     Args:
       q, k, v: heads; N is a multiple of K, and head n reads key/value head n // (N / K).
       q_segments, kv_segments: who belongs together.
       causal_offset: None for attention in both directions.
-      query_block: rows computed at a time.
+      implementation: one of IMPLEMENTATIONS; `default_implementation` names a platform's.
+      layout: how rows and heads are split over the mesh.
+      query_block: queries that "xla" computes at a time; None bounds the block's scores.
+
+    Raises:
+      InputError: an unknown implementation, or heads that don't divide over the devices.
     """
-    block = functools.partial(
-        _attend, k=k, v=v, kv_segments=kv_segments, causal=causal_offset is not None
+    if implementation not in IMPLEMENTATIONS:
+        choices = ", ".join(IMPLEMENTATIONS)
+        raise InputError(f"attention {implementation!r} is unknown; choose one of {choices}")
+    if q.shape[1] != k.shape[1] or causal_offset not in (None, 0):
+        implementation = "xla"
+    repeats = _kv_repeats(q.shape[2], k.shape[2], layout)
+    if repeats > 1:
+        k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
+    batch = "batch" if q.shape[0] % layout.size("batch") == 0 else None
+    rows, heads = (batch, None), (batch, None, "attn_heads", None)
+    local = functools.partial(
+        _local, causal_offset=causal_offset, implementation=implementation, query_block=query_block
     )
-    batch, length = q.shape[:2]
-    slots = jnp.arange(length) + (causal_offset or 0)
-    if length <= query_block:
-        return block(q, q_segments, slots)
-    count = -(-length // query_block)
-    padding = count * query_block - length
+    split = layout.shard_map(local, [heads, heads, heads, rows, rows], heads)
+    return split(q, k, v, q_segments, kv_segments)
 
-    def split(x: Array, axis: int) -> jax.Array:
-        widths = [(0, padding if a == axis else 0) for a in range(x.ndim)]
-        x = jnp.pad(x, widths)
-        x = x.reshape(*x.shape[:axis], count, query_block, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
 
-    # Recomputing a block in the backward pass keeps its scores from being stored.
-    out = jax.lax.map(
-        lambda args: jax.checkpoint(block)(*args),
-        (split(q, 1), split(q_segments, 1), split(slots, 0)),
+def pad_length(x: Array, length: int, value: int = 0) -> jax.Array:
+    """x [B, T, …] with its second axis filled up to a length."""
+    widths = [(0, length - x.shape[1] if axis == 1 else 0) for axis in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _kv_repeats(heads: int, kv_heads: int, layout: Layout) -> int:
+    """How often each key/value head has to be there, for every device to hold those it reads."""
+    shards = layout.size("attn_heads")
+    if heads % shards:
+        axes = " × ".join(layout.mesh_axes("attn_heads"))
+        sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise InputError(
+            f"{heads} attention heads do not divide over {shards} devices of the mesh's {axes}; "
+            f"choose sizes whose product is one of {sizes}"
+        )
+    group = heads // kv_heads
+    return next(n for n in range(1, group + 1) if group % n == 0 and kv_heads * n % shards == 0)
+
+
+def _local(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array,
+    kv_segments: Array,
+    *,
+    causal_offset: int | None,
+    implementation: str,
+    query_block: int | None,
+) -> Array:
+    """Attention on one device. The kernels' modules are imported where one is wanted."""
+    kernel, _, mode = implementation.partition("_")
+    if kernel == "xla":
+        block = query_block or _query_block(q.shape, k.shape[1])
+        if q.shape[1] <= block:
+            slots = jnp.arange(q.shape[1]) + (causal_offset or 0)
+            return _attend(q, k, v, q_segments, kv_segments, slots, causal_offset is not None)
+        return _in_blocks(q, k, v, q_segments, kv_segments, causal_offset, block)
+    if kernel == "splash":
+        from echovlm_jax.ops.splash import splash_attention as compute
+    else:
+        from echovlm_jax.ops.triton_attention import triton_attention as compute
+    return compute(
+        q,
+        k,
+        v,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        causal=causal_offset is not None,
+        interpret=mode == "interpret",
     )
-    return jnp.moveaxis(out, 0, 1).reshape(batch, count * query_block, *q.shape[2:])[:, :length]
+
+
+def _query_block(shape: tuple[int, ...], keys: int) -> int:
+    """The power of two of queries whose scores over all rows and heads stay within SCORES."""
+    batch, _, heads, _ = shape
+    fits = max(SCORES // (batch * heads * keys), 1)
+    return min(max(2 ** (fits.bit_length() - 1), MIN_QUERY_BLOCK), MAX_QUERY_BLOCK)
+
+
+# The gradient is written out for two reasons: the backward pass computes a block's scores again
+# instead of finding them stored, and keys' and values' gradients add up over the blocks in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _in_blocks(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array,
+    kv_segments: Array,
+    causal_offset: int | None,
+    block: int,
+) -> jax.Array:
+    def one(queries: tuple[Array, Array, Array]) -> jax.Array:
+        q, segments, slots = queries
+        return _attend(q, k, v, segments, kv_segments, slots, causal_offset is not None)
+
+    out = jax.lax.map(one, _split_queries(q, q_segments, causal_offset, block))
+    return _join(out, q.shape[1])
+
+
+def _in_blocks_forward(q, k, v, q_segments, kv_segments, causal_offset, block):
+    out = _in_blocks(q, k, v, q_segments, kv_segments, causal_offset, block)
+    return out, (q, k, v, q_segments, kv_segments)
+
+
+def _in_blocks_backward(causal_offset, block, residuals, d_out):
+    q, k, v, q_segments, kv_segments = residuals
+
+    def one(sums, queries):
+        (q, segments, slots), d_out = queries
+
+        def attend(q, k, v):
+            return _attend(q, k, v, segments, kv_segments, slots, causal_offset is not None)
+
+        dq, dk, dv = jax.vjp(attend, q, k, v)[1](d_out)
+        return (sums[0] + dk, sums[1] + dv), dq
+
+    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    queries = _split_queries(q, q_segments, causal_offset, block)
+    (dk, dv), dq = jax.lax.scan(one, sums, (queries, _split(d_out, block)))
+    return _join(dq, q.shape[1]), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
+
+
+def _split_queries(
+    q: Array, segments: Array, causal_offset: int | None, block: int
+) -> tuple[Array, Array, Array]:
+    q, segments = _split(q, block), _split(segments, block)
+    slots = jnp.arange(q.shape[0] * block).reshape(-1, block) + (causal_offset or 0)
+    return q, segments, slots
+
+
+def _split(x: Array, block: int) -> jax.Array:
+    """[B, T, …] → [blocks, B, block, …], filled up."""
+    count = -(-x.shape[1] // block)
+    x = pad_length(x, count * block)
+    return jnp.moveaxis(x.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array, length: int) -> jax.Array:
+    """[blocks, B, block, …] → [B, T, …]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def _attend(
     q: Array,
-    q_segments: Array,
-    q_slots: Array,
-    *,
     k: Array,
     v: Array,
+    q_segments: Array,
     kv_segments: Array,
+    q_slots: Array,
     causal: bool,
 ) -> jax.Array:
     batch, length, heads, dim = q.shape

@@ -2,22 +2,113 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.collectives import reduce_scatter
+from echovlm_jax.ops.layout import Layout
+
+Axes = tuple[str, ...]
 
 
-def einsum(spec: str, x: Array, weight: Array, *, out_dtype: DTypeLike | None = None) -> jax.Array:
+def einsum(
+    spec: str,
+    x: Array,
+    weight: Array,
+    *,
+    axes: Axes | None = None,
+    layout: Layout = Layout(),
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
     """`jnp.einsum(spec, x, weight)` in x's dtype, whatever dtype the weight is stored in.
 
+    Where the weight is split over devices that have rows of their own (ZeRO, arXiv 1910.02054), it
+    is gathered in x's dtype for this one product, and its gradient is reduced and scattered at
+    once: it is never whole for longer, and no device holds the whole sum.
+
     Args:
-      spec: an einsum of two operands, in the axis alphabet of `ops`.
+      spec: an einsum of two operands, in the axis alphabet of `ops`; x has the batch first and the
+        length second, as has the result.
       x: activations; their dtype is the dtype of the product.
       weight: the weight, of any float dtype.
+      axes: the weight's logical axes; without them the compiler decides what travels.
+      layout: where x and the weight lie.
       out_dtype: dtype of the result (the accumulation is at least this wide); x's by default.
     """
-    return jnp.einsum(
-        spec, x, jnp.asarray(weight, x.dtype), preferred_element_type=out_dtype or x.dtype
-    )
+    out_dtype = out_dtype or x.dtype
+    shared = set(layout.mesh_axes("batch"))
+    if axes is None or not any(shared & set(layout.mesh_axes(axis)) for axis in axes):
+        return _product(spec, x, weight, out_dtype)
+    return _gathered(x, weight, spec, axes, layout, jnp.dtype(out_dtype))
+
+
+def _product(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Array:
+    return jnp.einsum(spec, x, jnp.asarray(weight, x.dtype), preferred_element_type=out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _gathered(
+    x: Array, weight: Array, spec: str, axes: Axes, layout: Layout, out_dtype: Any
+) -> jax.Array:
+    return _product(spec, x, _whole(weight, x.dtype, axes, layout), out_dtype)
+
+
+def _whole(weight: Array, dtype: Any, axes: Axes, layout: Layout) -> jax.Array:
+    """The weight, split no more over devices with rows of their own."""
+    shared = layout.mesh_axes("batch")
+    spec = [[m for m in layout.mesh_axes(axis) if m not in shared] or None for axis in axes]
+    spec = PartitionSpec(*[tuple(entry) if entry else None for entry in spec])
+    return jax.lax.with_sharding_constraint(jnp.asarray(weight, dtype), spec)
+
+
+def _gathered_fwd(
+    x: Array, weight: Array, spec: str, axes: Axes, layout: Layout, out_dtype: Any
+) -> tuple[jax.Array, tuple[Array, Array]]:
+    return _gathered(x, weight, spec, axes, layout, out_dtype), (x, weight)
+
+
+def _gathered_bwd(
+    spec: str, axes: Axes, layout: Layout, out_dtype: Any, saved: Any, gradient: Array
+) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    gradient = gradient.astype(x.dtype)
+    inputs, letters, result = re.split(",|->", spec)
+    whole = _whole(weight, x.dtype, axes, layout)
+    dx = _product(f"{result},{letters}->{inputs}", gradient, whole, x.dtype)
+
+    batch, length = layout.mesh_axes("batch"), layout.mesh_axes("length")
+    targets = [layout.mesh_axes(axis) for axis in axes]
+    scattered = {m for target in targets for m in target if m in batch}
+
+    def local(x: Array, gradient: Array) -> jax.Array:
+        dw = jnp.einsum(
+            f"{inputs},{result}->{letters}", x, gradient, preferred_element_type=x.dtype
+        )
+        for dim, target in enumerate(targets):
+            dw = reduce_scatter(dw, [m for m in target if m in batch], dim)
+        rest = [m for m in (*batch, *length) if m not in scattered]
+        return jax.lax.psum(dw, rest) if rest else dw
+
+    def activation(names: str) -> PartitionSpec:
+        """Batch and length first, then what the weight's axes say, rows' own devices left out."""
+        kept = dict(zip(letters, targets, strict=True))
+        rest = [tuple(m for m in kept.get(n, ()) if m not in batch) or None for n in names[2:]]
+        return PartitionSpec(batch or None, length or None, *rest)
+
+    dw = jax.shard_map(
+        local,
+        in_specs=(activation(inputs), activation(result)),
+        out_specs=PartitionSpec(*[target or None for target in targets]),
+        check_vma=False,
+    )(x, gradient)
+    return dx, dw.astype(weight.dtype)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)

@@ -1,83 +1,100 @@
-"""Routing tokens to experts, and the mixture itself.
+"""The mixture of routed experts, in three forms that compute the same sum.
 
-`route` decides, `moe` computes. The routed experts are one gated-silu MLP each, with weights
-stacked over E.
+`dense` runs every expert on every token; `ragged` sorts each device's tokens by expert and
+multiplies group by group; `einsum` gives every expert a fixed number of places in each group of
+tokens. The first two never drop a token.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from echovlm_jax.ops import Array
+from echovlm_jax.errors import InputError
+from echovlm_jax.ops import Array, moe_einsum, moe_ragged
 from echovlm_jax.ops.einsum import einsum
+from echovlm_jax.ops.layout import Layout
+from echovlm_jax.ops.moe_routing import Experts, Routing, load_balancing_loss, route
+
+__all__ = ["DISPATCHES", "Experts", "Routing", "load_balancing_loss", "moe", "route"]
+
+DISPATCHES = ("dense", "ragged", "einsum")
 
 
-class Routing(NamedTuple):
-    """Each token's experts, best first, and the weights of their results (float32)."""
-
-    expert: Int[Array, "B T k"]
-    weight: Float[Array, "B T k"]
-
-
-class Experts(NamedTuple):
-    """Weights of the routed experts, in torch's [out, in] order."""
-
-    gate: Array  # [E, F, D]
-    up: Array  # [E, F, D]
-    down: Array  # [E, D, F]
-
-
-def route(logits: Float[Array, "B T E"], *, top_k: int, normalize: bool) -> Routing:
-    """Softmax over all experts in float32, then the top k.
+def moe(
+    x: Float[Array, "B T D"],
+    routing: Routing,
+    experts: Experts,
+    *,
+    dispatch: str = "dense",
+    valid: Bool[Array, "B T"] | None = None,
+    capacity_factor: float | None = None,
+    group_size: int = 256,
+    layout: Layout = Layout(),
+) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
+    """Σ over a token's experts of weight · expert(x), in x's dtype.
 
     Args:
-      logits: router logits.
-      top_k: experts a token goes to.
-      normalize: whether the k weights are scaled to sum to 1 (`norm_topk_prob`).
+      x: tokens.
+      routing: each token's experts, which are different ones, and their weights.
+      experts: the weights, of any float dtype.
+      dispatch: "dense", "ragged" or "einsum".
+      valid: which tokens count; the others get 0 and take no expert's place. All by default.
+      capacity_factor: einsum's places for each expert and group, as a multiple of what an even
+        load needs. None: as many as can ever be needed.
+      group_size: einsum's tokens a group.
+      layout: splits x over "batch" and "length", the experts over "expert", their width over
+        "mlp". The mesh axes of "expert" have to be the last ones of "batch".
+
+    Returns:
+      The sums, and how many choices of valid tokens found no place (0 but for einsum with a
+      capacity_factor). Such a choice adds nothing to its token's sum.
+
+    Raises:
+      InputError: an unknown dispatch, or a capacity_factor or group_size that isn't positive.
+
+    Example: 4 experts, 2 choices a token, groups of 256 and a capacity_factor of 1.25: an expert
+    has 1.25 · 2 · 256 / 4 = 160 places in a group.
     """
-    weight, expert = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), top_k)
-    if normalize:
-        weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-    return Routing(expert, weight)
+    if dispatch not in DISPATCHES:
+        raise InputError(f"moe_dispatch {dispatch!r} is unknown; choose {', '.join(DISPATCHES)}")
+    if capacity_factor is not None and not capacity_factor > 0:
+        raise InputError(f"capacity_factor must be above 0 or None, found {capacity_factor}")
+    if group_size < 1:
+        raise InputError(f"group_size must be at least 1, found {group_size}")
+    if valid is None:
+        valid = jnp.ones(x.shape[:2], bool)
+    if dispatch == "einsum":
+        return moe_einsum.moe(
+            x,
+            routing,
+            experts,
+            valid,
+            capacity_factor=capacity_factor,
+            group_size=group_size,
+            layout=layout,
+        )
+    form = moe_ragged.moe if dispatch == "ragged" else _dense
+    return form(x, routing, experts, valid, layout=layout), jnp.zeros((), jnp.int32)
 
 
-def moe(x: Float[Array, "B T D"], routing: Routing, experts: Experts) -> Float[Array, "B T D"]:
-    """Σ over a token's experts of weight · expert(x). Dropless: every expert runs on every token.
+def _dense(
+    x: Float[Array, "B T D"],
+    routing: Routing,
+    experts: Experts,
+    valid: Bool[Array, "B T"],
+    *,
+    layout: Layout,
+) -> Float[Array, "B T D"]:
+    """Every expert on every token: no sorting, no capacity, and E / k times the products needed.
 
-    With 4 narrow experts that costs a tenth of a layer's work more than the chosen two alone, and
-    needs no sorting, no capacity and no communication.
+    Experts that are split over devices are gathered: every device runs all of them.
     """
-    count = experts.gate.shape[0]
-    chosen = jax.nn.one_hot(routing.expert, count, dtype=jnp.float32)
-    weight = jnp.einsum("BTkE,BTk->BTE", chosen, routing.weight).astype(x.dtype)
-    hidden = jax.nn.silu(einsum("BTD,EFD->BTEF", x, experts.gate))
-    hidden = hidden * einsum("BTD,EFD->BTEF", x, experts.up) * weight[..., None]
+    chosen = jax.nn.one_hot(routing.expert, experts.gate.shape[0], dtype=jnp.float32)
+    weight = jnp.einsum("BTkE,BTk,BT->BTE", chosen, routing.weight, valid.astype(jnp.float32))
+    axes = ("batch", "length", None, "mlp")
+    gate = layout.constrain(einsum("BTD,EFD->BTEF", x, experts.gate), *axes)
+    up = layout.constrain(einsum("BTD,EFD->BTEF", x, experts.up), *axes)
+    hidden = jax.nn.silu(gate) * up * weight.astype(x.dtype)[..., None]
     return einsum("BTEF,EDF->BTD", hidden, experts.down)
-
-
-def load_balancing_loss(
-    router_logits: Float[Array, "L B T E"], counted: Bool[Array, "B T"], *, top_k: int
-) -> Float[Array, ""]:
-    """Switch Transformer's balancing loss (arXiv 2101.03961, eq. 4 to 6), layers concatenated.
-
-    E · Σ_{k,e} f[k, e] · P[e], with f the fraction of counted tokens whose k-th choice is e, and P
-    the mean router probability of e. An even load gives top_k.
-
-    Args:
-      router_logits: of every layer.
-      counted: which are tokens, and not padding.
-      top_k: experts a token goes to.
-    """
-    layers, _, _, experts = router_logits.shape
-    probability = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
-    _, choice = jax.lax.top_k(probability, top_k)
-    mask = counted.astype(jnp.float32)
-    total = layers * jnp.sum(mask)
-    chosen = jax.nn.one_hot(choice, experts, dtype=jnp.float32)
-    fraction = jnp.einsum("LBTkE,BT->kE", chosen, mask) / total
-    mean = jnp.einsum("LBTE,BT->E", probability, mask) / total
-    return experts * jnp.einsum("kE,E->", fraction, mean)

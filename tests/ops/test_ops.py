@@ -81,7 +81,7 @@ def test_vision_table_turns_height_channels_then_width_channels():
 def test_moe_equals_a_loop_over_tokens(top_k, normalize):
     experts = Experts(normal(8, 5, 7, 6), normal(9, 5, 7, 6), normal(10, 5, 6, 7))
     x, logits = normal(11, 2, 9, 6), normal(12, 2, 9, 5)
-    ours = moe(x, route(logits, top_k=top_k, normalize=normalize), experts)
+    ours, _ = moe(x, route(logits, top_k=top_k, normalize=normalize), experts)
     gate, up, down = (np.asarray(w, np.float64) for w in experts)
     expected = np.zeros(x.shape)
     for b, t in np.ndindex(2, 9):

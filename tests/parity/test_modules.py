@@ -194,7 +194,7 @@ def test_moe_block(name, rng):
     params["params"]["experts"]["gate"] = {"kernel": both[:, :inner]}
     params["params"]["experts"]["up"] = {"kernel": both[:, inner:]}
     x = normal(rng, 2, 21, config.hidden_size)
-    ours, logits = MoE(moe, config.hidden_size).apply(params, x)
+    ours, logits, _ = MoE(moe, config.hidden_size).apply(params, x)
     close(ours, block(torch.from_numpy(x)))
     expected, _, choice = block.gate(torch.from_numpy(x).reshape(-1, config.hidden_size))
     close(np.asarray(logits).reshape(expected.shape), expected)

@@ -1,0 +1,44 @@
+"""All parameters of the 11.7 B model, in float32 with Adam: for a v5e:4x4 slice or larger.
+
+The optimizer is the paper's (arXiv 2509.14977); what is about memory and speed was chosen with
+`echovlm plan --config configs/full_finetune.py --topology v5e:4x4`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.model = "echovlm_11b"
+    config.data = "phantom"  # synthetic exams; a folder that `echovlm data build` made
+    config.stage = "full"
+
+    config.steps = 10_000
+    config.global_batch_size = 16  # packed rows: one a chip on 16 chips
+    config.grad_accum = 1
+    config.seq_len = 2048  # a report with its images takes a few hundred tokens: several a row
+    config.max_patches = 6144  # three quarters of a row may be image: 4 patches make a token
+    config.mix_temperature = 1.0
+
+    config.learning_rate = 1e-5  # a tenth of the stages' 1e-4, because the dense weights train too
+    config.warmup_fraction = 0.05
+    config.adam_b1 = 0.9
+    config.adam_b2 = 0.999
+    config.adam_eps = 1e-8
+    config.weight_decay = 0.0
+    config.clip_norm = 1.0
+    config.lora = ConfigDict({"rank": 8, "alpha": 16, "dropout": 0.05})
+
+    config.moe_dispatch = "ragged"  # dropless, and no product that an expert's token doesn't need
+    config.dtype = "bfloat16"
+    config.param_dtype = "float32"
+    config.remat = "full"
+    # Weights over as many chips as their widths allow, copies of that over the rest.
+    config.mesh = ConfigDict({"data": -1, "fsdp": -1, "expert": 1, "tensor": 1, "sequence": 1})
+
+    config.log_every = 10
+    config.eval_every = 500
+    config.checkpoint_every = 500
+    config.checkpoint_keep = 3
+    return config

@@ -1,0 +1,352 @@
+"""FLOPs by formula, from a model's sizes alone.
+
+Two counts, in floating-point operations of matrix products (a multiply-add is two):
+
+`model_flops` is the useful work, the numerator of model FLOPs utilisation as PaLM (arXiv
+2204.02311, appendix B) counts it: every weight product and the attention scores; causal attention
+half of its square; the experts that a token goes to, not those that run; nothing that is computed
+twice. The backward pass costs what the trained parameters need: where all train, twice the forward.
+
+`executed_flops` is what a program does with a given dispatch and attention: unused experts, the
+masked half of the scores, products that rematerialisation repeats. It is the one to compare with a
+compiled program's count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from echovlm_jax.config import ModelConfig
+from echovlm_jax.errors import InputError
+
+STEPS = ("train", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step is about.
+
+    Attributes:
+      rows: rows of the batch, over all devices.
+      seq_len: tokens a row; for "decode" the slots that the one new token of a row looks at.
+      max_patches: patches a row; 0 for no images.
+      frame_patches: patches that attend to each other. None: a row is one frame, the worst case.
+      segment_len: tokens that attend to each other in a packed row. None: a row is one segment.
+      step: train, prefill (logits of a row's last token) or decode (no images).
+      trains: path of each parameter → "full", "lora" or "frozen", for "train". None: all in full.
+      lora_rank: of the updates.
+    """
+
+    rows: int
+    seq_len: int
+    max_patches: int = 0
+    frame_patches: int | None = None
+    segment_len: int | None = None
+    step: str = "train"
+    trains: Mapping[str, str] | None = None
+    lora_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.step not in STEPS:
+            raise InputError(f"step {self.step!r} is unknown; choose one of {', '.join(STEPS)}")
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * (1 if self.step == "decode" else self.seq_len)
+
+    @property
+    def patches(self) -> int:
+        return 0 if self.step == "decode" else self.rows * self.max_patches
+
+    def any_trains(self, *prefixes: str) -> bool:
+        """Whether a parameter under one of these paths trains."""
+        if self.step != "train":
+            return False
+        return self.trains is None or any(
+            how != "frozen" and path.startswith(prefixes) for path, how in self.trains.items()
+        )
+
+    def how(self, path: str) -> str:
+        return "full" if self.trains is None else self.trains[path]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a program does it, as far as FLOPs are concerned.
+
+    Attributes:
+      dispatch: experts run on all tokens ("dense"), on those that chose them ("ragged"), or on
+        `capacity_factor` places in each group of tokens ("einsum").
+      capacity_factor, group_size: of "einsum"; None is as many places as tokens.
+      attention: "whole" (all scores, once), "blocks" (all scores, and again in the backward pass)
+        or "splash" (half of the scores where causal; its two backward kernels make them again).
+      remat: whether a layer's forward pass runs again in the backward pass.
+      head_again: whether the logits are computed again in the backward pass.
+    """
+
+    dispatch: str = "dense"
+    capacity_factor: float | None = None
+    group_size: int = 256
+    attention: str = "whole"
+    remat: bool = False
+    head_again: bool = False
+
+
+class Term(NamedTuple):
+    """FLOPs of one part of the model in one step."""
+
+    name: str
+    forward: float
+    backward: float  # 0 but for "train"
+
+
+class Flops(NamedTuple):
+    """FLOPs of one step, part by part."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def forward(self) -> float:
+        return sum(term.forward for term in self.terms)
+
+    @property
+    def backward(self) -> float:
+        return sum(term.backward for term in self.terms)
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    def __str__(self) -> str:
+        """A table: part, forward, backward and share."""
+        rows = [*self.terms, Term("total", self.forward, self.backward)]
+        wide = max(len(row.name) for row in rows)
+        return "\n".join(
+            f"{name:{wide}}  {forward:10.4g}  {backward:10.4g}"
+            f"  {(forward + backward) / (self.total or 1):6.1%}"
+            for name, forward, backward in rows
+        )
+
+
+def model_flops(config: ModelConfig, work: Work) -> Flops:
+    """The useful FLOPs of one step over all devices. Example: Work(rows=16, seq_len=2048)."""
+    return Flops(tuple(_terms(config, work, None)))
+
+
+def executed_flops(config: ModelConfig, work: Work, execution: Execution) -> Flops:
+    """The matmul FLOPs that a program executes in one step, over all devices."""
+    return Flops(tuple(_terms(config, work, execution)))
+
+
+def layer_flops(config: ModelConfig, work: Work, execution: Execution | None = None) -> Flops:
+    """One decoder layer's part of a step: the useful one, or the executed one."""
+    terms = _decoder(config, work, execution)
+    layers = config.text.num_layers
+    return Flops(tuple(Term(t.name, t.forward / layers, t.backward / layers) for t in terms))
+
+
+def score_flops(
+    *,
+    rows: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    causal: bool,
+    products: int = 2,
+) -> float:
+    """FLOPs of attention's products between queries and keys, weights not included.
+
+    Args:
+      rows, heads, queries, keys, head_dim: sizes.
+      causal: half of the square.
+      products: q·k and weights·v make two. A kernel's backward pass has its own number: splash
+        attention's for q's gradient 3, the one for k's and v's 4, both in one kernel 5.
+    """
+    return products * 2.0 * rows * heads * queries * keys * head_dim / (2 if causal else 1)
+
+
+class _Product(NamedTuple):
+    """A weight product; `copies` are how many such weights a token (or patch) meets."""
+
+    path: str
+    inputs: int
+    outputs: int
+    copies: float = 1.0
+
+
+def _terms(config: ModelConfig, work: Work, execution: Execution | None) -> Iterator[Term]:
+    if work.patches:
+        yield from _vision(config, work, execution)
+    yield from _decoder(config, work, execution)
+    text = config.text
+    tied = text.tie_word_embeddings
+    head = _Product(
+        "text/embed/embedding" if tied else "text/lm_head/kernel", text.hidden_size, text.vocab_size
+    )
+    tokens = work.tokens if work.step == "train" else work.rows
+    before = work.any_trains(*_before_decoder(work), "text/layers", "text/final_norm")
+    again = execution is not None and execution.head_again and work.step == "train"
+    yield _weights("lm_head", [head], tokens, work, before, again=again)
+
+
+def _before_decoder(work: Work) -> tuple[str, ...]:
+    return ("text/embed", "vision") if work.patches else ("text/embed",)
+
+
+def _vision(config: ModelConfig, work: Work, execution: Execution | None) -> Iterator[Term]:
+    v = config.vision
+    width, wide = v.embed_dim, v.embed_dim * v.merge_unit
+    embed = _Product("vision/patch_embed/kernel", v.patch_dim, width)
+    yield _weights("vision patch embedding", [embed], work.patches, work, before=False)
+    # A scan's backward pass is the same for every layer: if a layer's input needs a gradient
+    # anywhere, it gets one everywhere.
+    trains = work.any_trains("vision/patch_embed", "vision/blocks")
+    remat = execution is not None and execution.remat and trains
+    blocks = "vision/blocks"
+    products = [
+        _Product(f"{blocks}/attn/qkv/kernel", width, 3 * width, v.depth),
+        _Product(f"{blocks}/attn/proj/kernel", width, width, v.depth),
+        _Product(f"{blocks}/mlp/fc1/kernel", width, v.mlp_dim, v.depth),
+    ]
+    last = _Product(f"{blocks}/mlp/fc2/kernel", v.mlp_dim, width, v.depth)
+    weights = _weights("", products, work.patches, work, trains, again=remat)
+    # Nothing in the backward pass reads the last product's result: it is never repeated.
+    ends = _weights("", [last], work.patches, work, trains)
+    yield Term("vision blocks", weights.forward + ends.forward, weights.backward + ends.backward)
+    # Programs mask what lies in other segments; they don't know beforehand that they may skip it.
+    frame = (work.frame_patches if execution is None else None) or work.max_patches
+    square = score_flops(
+        rows=work.rows * v.depth,
+        heads=v.num_heads,
+        queries=work.max_patches,
+        keys=frame,
+        head_dim=v.head_dim,
+        causal=False,
+    )
+    yield _scores("vision attention scores", square, trains, execution)
+    before = trains or work.any_trains("vision/merger/ln_q")
+    fc1 = _Product("vision/merger/fc1/kernel", wide, wide)
+    fc2 = _Product("vision/merger/fc2/kernel", wide, v.hidden_size)
+    merged = work.patches / v.merge_unit
+    first = _weights("", [fc1], merged, work, before)
+    second = _weights("", [fc2], merged, work, before or work.any_trains("vision/merger/fc1"))
+    yield Term("vision merger", first.forward + second.forward, first.backward + second.backward)
+
+
+def _decoder(config: ModelConfig, work: Work, execution: Execution | None) -> Iterator[Term]:
+    text, moe, layers = config.text, config.moe, "text/layers"
+    width, copies = text.hidden_size, text.num_layers
+    heads, kv_heads = (n * text.head_dim for n in (text.num_heads, text.num_kv_heads))
+    trains = work.any_trains(*_before_decoder(work), layers)
+    remat = execution is not None and execution.remat and trains
+
+    def weights(name: str, *products: _Product, again: bool = remat) -> Term:
+        return _weights(name, list(products), work.tokens, work, trains, again=again)
+
+    def gated(path: str, hidden: int, end: str, copies: float = copies) -> list[_Product]:
+        pairs = [(name, width, hidden) for name in ("gate", "up")] + [("down", hidden, width)]
+        return [_Product(f"{layers}/{path}/{n}/{end}", i, o, copies) for n, i, o in pairs]
+
+    yield weights(
+        "attention weights",
+        _Product(f"{layers}/attn/q/kernel", width, heads, copies),
+        _Product(f"{layers}/attn/k/kernel", width, kv_heads, copies),
+        _Product(f"{layers}/attn/v/kernel", width, kv_heads, copies),
+        _Product(f"{layers}/attn/o/kernel", heads, width, copies),
+    )
+    whole = execution is not None and execution.attention != "splash"
+    segment = work.segment_len if execution is None else None
+    one = work.step == "decode"
+    square = score_flops(
+        rows=work.rows * copies,
+        heads=text.num_heads,
+        queries=1 if one else work.seq_len,
+        keys=work.seq_len if one else segment or work.seq_len,
+        head_dim=text.head_dim,
+        causal=not whole and not one,
+    )
+    yield _scores("attention scores", square, trains, execution)
+    mlp = gated("mlp", text.mlp_dim, "kernel")
+    if moe is None:  # nothing in the backward pass reads what the last product makes
+        first, last = weights("", *mlp[:2]), weights("", mlp[2], again=False)
+        yield Term("MLP", first.forward + last.forward, first.backward + last.backward)
+        return
+    yield weights("MLP", *mlp)
+    yield weights(
+        "shared expert",
+        *gated("moe/shared", moe.shared_mlp_dim, "kernel"),
+        _Product(f"{layers}/moe/shared_gate/kernel", width, 1, copies),
+    )
+    run, moved = _dispatched(config, work, execution)
+    yield weights("experts", *gated("moe/experts", moe.expert_mlp_dim, "kernel", copies * run))
+    yield weights(
+        "router and coefficient",
+        _Product(f"{layers}/moe/router/kernel", width, moe.num_experts, copies),
+        _Product(f"{layers}/coefficient/kernel", width, 2, copies),
+    )
+    if moved:
+        # Two einsums of one-hot places with activations, each with the gradients that flow on: the
+        # dispatch's is for the tokens alone, the combination's for the places' weights too.
+        one = 2.0 * work.tokens * width * moved * copies
+        again = 2 * one if remat else 0.0
+        yield Term("dispatch and combine", 2 * one, 3 * one + again if trains else 0.0)
+
+
+def _dispatched(
+    config: ModelConfig, work: Work, execution: Execution | None
+) -> tuple[float, float]:
+    """(experts that a token costs, expert places that each token's dispatch is multiplied with)."""
+    moe = config.moe
+    assert moe is not None
+    if execution is None or execution.dispatch == "ragged":
+        return moe.top_k, 0.0
+    if execution.dispatch == "dense":
+        return moe.num_experts, 0.0
+    if execution.dispatch != "einsum":
+        raise InputError(
+            f"moe_dispatch {execution.dispatch!r} is unknown; choose dense, ragged or einsum"
+        )
+    group = min(execution.group_size, work.tokens)
+    places = group
+    if execution.capacity_factor is not None:
+        even = moe.top_k * group / moe.num_experts
+        places = min(group, math.ceil(execution.capacity_factor * even))
+    return moe.num_experts * places / group, moe.num_experts * places
+
+
+def _weights(
+    name: str,
+    products: list[_Product],
+    tokens: float,
+    work: Work,
+    before: bool,
+    *,
+    again: bool = False,
+) -> Term:
+    """Weight products: their gradients for the weights that train and, where something before them
+    trains, for their inputs; `again` adds a second forward pass."""
+    forward = backward = 0.0
+    for path, inputs, outputs, copies in products:
+        once = 2.0 * tokens * inputs * outputs * copies
+        how = work.how(path) if work.step == "train" else "frozen"
+        low_in, low_out = (2.0 * tokens * work.lora_rank * n * copies for n in (inputs, outputs))
+        forward += once
+        backward += once * ((how == "full") + before + again)
+        if how == "lora":  # x → low → y: both train, so low always needs its gradient
+            forward += low_in + low_out
+            backward += low_in * (1 + before + again) + low_out * (2 + again)
+    return Term(name, forward, backward)
+
+
+def _scores(name: str, square: float, trains: bool, execution: Execution | None) -> Term:
+    """Scores and weighted sums, `square` FLOPs forward; four products in the backward pass."""
+    if not trains:
+        return Term(name, square, 0.0)
+    attention = None if execution is None else execution.attention
+    products = {"blocks": 5, "splash": 7}.get(attention or "", 4)
+    products += 2 if execution is not None and execution.remat else 0
+    return Term(name, square, square / 2 * products)

@@ -1,0 +1,47 @@
+"""How the model is computed, as opposed to what it computes: choices that change no result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from echovlm_jax.errors import InputError
+from echovlm_jax.ops.attention import RESIDUALS
+from echovlm_jax.ops.layout import Layout
+
+# What the backward pass finds stored of a layer; everything else it computes again. The layer's
+# input is stored in any case. From the most memory to the least work, and back.
+_SAVE = jax.checkpoint_policies
+REMAT: Mapping[str, Callable[..., Any] | None] = {
+    "none": None,  # store everything
+    "dots": _SAVE.dots_with_no_batch_dims_saveable,  # the results of all weight products
+    "attention": _SAVE.save_only_these_names("qkv", RESIDUALS),
+    "full": _SAVE.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Static choices of a forward and backward pass.
+
+    Attributes:
+      moe_dispatch: how tokens meet experts: dense, ragged or einsum (`ops.moe_dispatch.moe`).
+      capacity_factor: of the einsum dispatch; None never drops a token.
+      attention: implementation for whole sequences (`ops.attention.attention`); a cache is always
+        read by the plain one.
+      remat: what the backward pass finds stored, a key of REMAT.
+      layout: where activations lie; empty on one device.
+    """
+
+    moe_dispatch: str = "dense"
+    capacity_factor: float | None = None
+    attention: str = "xla"
+    remat: str = "none"
+    layout: Layout = Layout()
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMAT:
+            raise InputError(f"remat {self.remat!r} is unknown; choose one of {', '.join(REMAT)}")

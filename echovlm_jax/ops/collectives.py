@@ -1,0 +1,69 @@
+"""Gathering pieces of a weight and scattering its gradient, inside `Layout.shard_map`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from echovlm_jax.ops import Array
+
+# XLA:TPU scatters while it reduces only where a group is a ring or a small block of the torus.
+# Others become a whole all-reduce, with twice the traffic and a buffer as large as the weight. A
+# group larger than this goes in two steps, over rows and over columns: the same bytes in total.
+RING = 8
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def all_gather(x: Array, mesh_axes: tuple[str, ...], dim: int) -> jax.Array:
+    """The pieces of all devices along mesh_axes, joined along `dim`; its gradient is
+    `reduce_scatter`."""
+    return jax.lax.all_gather(x, mesh_axes, axis=dim, tiled=True) if mesh_axes else jnp.asarray(x)
+
+
+def _all_gather_fwd(x: Array, mesh_axes: tuple[str, ...], dim: int) -> tuple[jax.Array, None]:
+    return all_gather(x, mesh_axes, dim), None
+
+
+def _all_gather_bwd(
+    mesh_axes: tuple[str, ...], dim: int, _: None, gradient: Array
+) -> tuple[jax.Array]:
+    return (reduce_scatter(gradient, mesh_axes, dim),)
+
+
+all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
+
+
+def reduce_scatter(x: Array, mesh_axes: Sequence[str], dim: int) -> jax.Array:
+    """This device's piece, along `dim`, of the sum over all devices along mesh_axes."""
+    x = jnp.asarray(x)
+    for axis in mesh_axes:  # the first one is the major one, as in a PartitionSpec
+        x = _scatter_over(x, axis, dim)
+    return x
+
+
+def _scatter_over(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    count = jax.lax.axis_size(axis)
+    # Pieces on a leading dimension of their own: then it does not matter to the compiler how the
+    # rest lies in memory.
+    x = x.reshape(*x.shape[:dim], count, x.shape[dim] // count, *x.shape[dim + 1 :])
+    x = jnp.moveaxis(x, dim, 0)
+    rows = _rows(count)
+    columns = count // rows
+    if rows > 1:  # device r · columns + c is in row r and column c
+        x = x.reshape(rows, columns, *x.shape[1:])
+        x = jax.lax.psum_scatter(
+            x, axis, axis_index_groups=[list(range(c, count, columns)) for c in range(columns)]
+        )
+    groups = [list(range(r * columns, (r + 1) * columns)) for r in range(rows)]
+    return jax.lax.psum_scatter(x, axis, axis_index_groups=groups if rows > 1 else None)
+
+
+def _rows(count: int) -> int:
+    """The largest divisor up to the square root, or 1 where a group can go in one step."""
+    if count <= RING:
+        return 1
+    return next(r for r in range(math.isqrt(count), 0, -1) if count % r == 0)

@@ -1,0 +1,136 @@
+"""Accelerators: what their makers state, topology names, and the roofline.
+
+A compiled program's figures are those of one *device*. On most chips that is the chip; JAX sees two
+devices on a v4 and a TPU7x, each with half of the chip.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from echovlm_jax.errors import InputError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip's figures; None is not known.
+
+    `flops`, `hbm_rate` and `ici_rate` are peaks of a whole chip as published, in bfloat16 FLOP/s
+    and bytes/s. `ici_rate` counts both directions of all links to other chips of a slice.
+    `usable_hbm` is what the compiler lets one device's program have: the limit that libtpu 0.0.52
+    names when it refuses a program that is too large. On GPUs nothing plays that part.
+    """
+
+    name: str
+    flops: float
+    hbm: int
+    hbm_rate: float | None
+    ici_rate: float | None
+    usable_hbm: int | None
+    devices: int = 1
+
+    @property
+    def device_hbm(self) -> int:
+        """Bytes that one device's program may take: the compiler's limit, else the device's own."""
+        return self.usable_hbm or self.hbm // self.devices
+
+
+def _limit(gib: float) -> int:
+    return int(gib * GIB)
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 275e12, 32 * GIB, 1_200e9, None, _limit(15.25), devices=2),
+        Chip("v5e", 197e12, 16 * 10**9, 819e9, 400e9, _limit(15.75)),
+        Chip("v5p", 459e12, 95 * 10**9, 2_765e9, 1_200e9, _limit(95.73)),
+        Chip("v6e", 918e12, 32 * 10**9, 1_638e9, 800e9, _limit(31.24)),
+        Chip("tpu7x", 2_307e12, 192 * GIB, None, None, _limit(94.74), devices=2),
+        Chip("h100", 989e12, 80 * 10**9, 3_350e9, 900e9, None),
+    )
+}
+
+
+class Topology(NamedTuple):
+    """A slice: its name, the chip, how many chips, and how many devices JAX sees on them."""
+
+    name: str
+    chip: Chip
+    chips: int
+    devices: int
+
+
+def topology(name: str) -> Topology:
+    """Reads a topology's name, e.g. "v5e:4x4" (16 chips), "v5p:4x4x8" (128) or "h100:8".
+
+    Raises:
+      InputError: an unknown chip, or a size that is none.
+    """
+    kind, _, size = name.partition(":")
+    if kind not in CHIPS:
+        raise InputError(
+            f"topology {name!r}: chip {kind!r} is unknown; choose among {', '.join(CHIPS)},"
+            " with a size, such as v5e:4x4"
+        )
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", size):
+        raise InputError(
+            f"topology {name!r}: its size must be one to three numbers, such as {kind}:"
+            + {"v5e": "4x4", "v6e": "4x4", "h100": "8"}.get(kind, "2x2x4")
+        )
+    chips = math.prod(int(side) for side in size.split("x"))
+    return Topology(name, CHIPS[kind], chips, chips * CHIPS[kind].devices)
+
+
+class Roofline(NamedTuple):
+    """Seconds that a run would take if that alone were the limit; None where a rate is unknown."""
+
+    compute: float
+    hbm: float | None
+    ici: float | None
+
+    @property
+    def seconds(self) -> float:
+        """The largest: matmuls, memory and network are assumed to overlap perfectly."""
+        return max(self.compute, self.hbm or 0.0, self.ici or 0.0)
+
+    @property
+    def limit(self) -> str:
+        """Which of them that is."""
+        return max(self._fields, key=lambda field: getattr(self, field) or 0.0)
+
+
+def roofline(*, flops: float, hbm_bytes: float, collective_bytes: float, chip: Chip) -> Roofline:
+    """The shortest time that one device's work can take.
+
+    Args:
+      flops: what the device computes, recomputation and all.
+      hbm_bytes: what goes between the device and its memory.
+      collective_bytes: what the device receives from others (`hlo.Module.collective_bytes`). Half
+        of `ici_rate` is for receiving, over all links at once: a collective over one axis of a
+        torus that can't use every link takes longer. Slices joined by a data centre's network
+        (DCN), and hosts joined by one, are not modelled.
+      chip: its rates are shared by its devices.
+    """
+    share = 1 / chip.devices
+    return Roofline(
+        compute=flops / (chip.flops * share),
+        hbm=None if chip.hbm_rate is None else hbm_bytes / (chip.hbm_rate * share),
+        ici=None if chip.ici_rate is None else collective_bytes / (chip.ici_rate / 2 * share),
+    )
+
+
+def mfu_upper_bound(model_flops: float, bound: Roofline, chip: Chip) -> float:
+    """The share of a device's peak that useful work can reach: model FLOPs over peak and bound.
+
+    Args:
+      model_flops: the useful work of one device (`flops.Flops.model`, over all devices).
+      bound: the roofline of the same run.
+      chip: of that device.
+    """
+    return model_flops / (chip.flops / chip.devices) / bound.seconds

@@ -1,0 +1,300 @@
+"""What a compiled program does on one device: read from the text of its HLO module.
+
+`read(compiled.as_text())` counts matmul FLOPs, bytes that collectives move, bytes that go through
+the device's memory, kernels that the compiler can't see into, and the largest arrays. Everything is
+per device and per run of the program. The body of a loop counts as often as the loop turns, which
+XLA's own cost analysis leaves out (it counts a body once).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter, defaultdict
+from typing import NamedTuple
+
+from echovlm_jax.plan.hlo_loops import Loop, count_runs
+from echovlm_jax.plan.hlo_memory import COLLECTIVES, SCHEDULING, START, arrays_made, traffic
+from echovlm_jax.plan.hlo_text import Computation, Instruction, Shape, parse
+
+
+class Matmul(NamedTuple):
+    """A dot or a convolution: the FLOPs of one run, and how often it runs."""
+
+    op_name: str
+    flops: float
+    count: int
+
+
+class Collective(NamedTuple):
+    """One collective operation; bytes are those of one run.
+
+    `wire_bytes` is what one device receives with ring algorithms, n devices in a group: all-gather
+    result · (n-1)/n; reduce-scatter operand · (n-1)/n; all-reduce 2 · operand · (n-1)/n; all-to-all
+    operand · (n-1)/n; collective-permute and broadcast the result. A ragged all-to-all moves what
+    sizes at run time say: an even load is assumed, operand · (n-1)/n.
+    """
+
+    kind: str
+    operands: tuple[Shape, ...]
+    group_size: int  # for a permute: how many devices receive something
+    wire_bytes: float
+    result_bytes: float
+    op_name: str
+    count: int
+
+
+class CustomCall(NamedTuple):
+    """A call of something that isn't HLO, such as a Mosaic kernel.
+
+    `flops` is what the kernel's author declared (its cost estimate), 0 where he declared nothing.
+    It is not in the module's `matmul_flops`.
+    """
+
+    target: str
+    name: str
+    operands: tuple[Shape, ...]
+    results: tuple[Shape, ...]
+    flops: float
+    op_name: str
+    count: int
+
+
+class Buffer(NamedTuple):
+    """An array in main memory and the instruction that makes it; `count` of them are alike."""
+
+    shape: Shape
+    opcode: str
+    op_name: str
+    count: int
+
+
+class Module(NamedTuple):
+    """What `read` returns.
+
+    `hbm_bytes` is an estimate: operands and results, filled up to whole tiles, of every instruction
+    outside fusions, where they lie in main memory. Reading a slice and updating one in place count
+    as the slice. What the compiler keeps on chip counts where it is copied in and out; what a
+    kernel reads twice counts once; each branch of a conditional counts.
+    """
+
+    devices: int
+    matmuls: tuple[Matmul, ...]
+    collectives: tuple[Collective, ...]
+    custom_calls: tuple[CustomCall, ...]
+    loops: tuple[Loop, ...]
+    buffers: tuple[Buffer, ...]  # the largest, largest first
+    hbm_bytes: float
+
+    @property
+    def matmul_flops(self) -> float:
+        """Two for every multiply-add of dots and convolutions."""
+        return sum(matmul.flops * matmul.count for matmul in self.matmuls)
+
+    @property
+    def collective_bytes(self) -> dict[str, float]:
+        """What one device receives, by kind of collective."""
+        total: dict[str, float] = defaultdict(float)
+        for collective in self.collectives:
+            total[collective.kind] += collective.wire_bytes * collective.count
+        return dict(total)
+
+    @property
+    def unknown_loops(self) -> tuple[str, ...]:
+        """Loops whose turns can't be read; their bodies counted once."""
+        return tuple(loop.name for loop in self.loops if loop.trips is None)
+
+
+def read(text: str, *, buffers: int = 20) -> Module:
+    """Reads a compiled module.
+
+    Args:
+      text: `compiled.as_text()`, of CPU or TPU.
+      buffers: how many of the largest arrays to return.
+
+    Raises:
+      ValueError: the text has no ENTRY computation.
+    """
+    module = parse(text)
+    counts, fused, loops = count_runs(module)
+    matmuls, collectives, calls = [], [], []
+    made: Counter[tuple[Shape, str, str]] = Counter()
+    hbm_bytes = 0.0
+    for name, count in counts.items():
+        here = module.computations[name]
+        for i in here.body.values():
+            if i.opcode in ("dot", "convolution"):
+                flops = _dot_flops(i, here) if i.opcode == "dot" else _convolution_flops(i, here)
+                matmuls.append(Matmul(i.op_name, flops, count))
+            elif (kind := i.opcode.removesuffix("-start")) in COLLECTIVES:
+                if _begins(i, here):
+                    collectives.append(_collective(kind, i, here, module.devices, count, fused))
+            elif i.opcode == "custom-call" and i.attribute("custom_call_target") is not None:
+                call = _custom_call(i, here, count)
+                calls += [call] if call.target not in SCHEDULING else []
+        if name not in fused:
+            hbm_bytes += count * sum(traffic(i, here, module) for i in here.body.values())
+            made.update(arrays_made(here, is_entry=name == module.entry))
+    largest = sorted(made.items(), key=lambda item: -item[0][0].padded_bytes)[:buffers]
+    return Module(
+        devices=module.devices,
+        matmuls=tuple(matmuls),
+        collectives=tuple(collectives),
+        custom_calls=tuple(calls),
+        loops=loops,
+        buffers=tuple(Buffer(*key, count) for key, count in largest),
+        hbm_bytes=hbm_bytes,
+    )
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------
+
+
+def _operand(i: Instruction, here: Computation, index: int) -> Shape:
+    return here.body[i.operands[index]].shapes[0]
+
+
+def _dot_flops(i: Instruction, here: Computation) -> float:
+    left = _operand(i, here, 0).dims
+    depth = math.prod(left[d] for d in i.numbers("lhs_contracting_dims"))
+    return 2.0 * math.prod(i.shapes[0].dims) * depth
+
+
+def _convolution_flops(i: Instruction, here: Computation) -> float:
+    """Multiply-adds that meet two values; those with padding or between dilated values don't count.
+
+    XLA:TPU writes matmuls as convolutions: what the left side is batched over and what is summed
+    beyond one dimension become windows, batched sides by a dilation that lets each meet its own.
+    """
+    labels = i.attribute("dim_labels") or ""
+    left, right, out = re.split(r"_|->", labels)
+    sizes = [_operand(i, here, k).dims for k in (0, 1)]
+    result = i.shapes[0].dims
+    flops = 2.0 * sizes[0][left.index("b")] * sizes[0][left.index("f")]
+    flops *= result[out.index("f")]
+    for key in ("feature_group_count", "batch_group_count"):
+        flops /= (i.numbers(key) or [1])[0]
+    # A missing attribute of the window is 1 for every spatial dimension (padding: 0).
+    window = dict(part.split("=") for part in (i.attribute("window") or "").split())
+    for n in range(sum(label.isdigit() for label in out)):
+        low, _ = _at(window, "pad", n, "0_0").split("_")
+        flops *= _meetings(
+            out=result[out.index(str(n))],
+            size=sizes[0][left.index(str(n))],
+            kernel=sizes[1][right.index(str(n))],
+            stride=int(_at(window, "stride", n, "1")),
+            low=int(low),
+            size_dilation=int(_at(window, "lhs_dilate", n, "1")),
+            kernel_dilation=int(_at(window, "rhs_dilate", n, "1")),
+        )
+    return flops
+
+
+def _at(window: dict[str, str], key: str, n: int, default: str) -> str:
+    return window[key].split("x")[n] if key in window else default
+
+
+@functools.lru_cache(maxsize=4096)
+def _meetings(
+    *,
+    out: int,
+    size: int,
+    kernel: int,
+    stride: int,
+    low: int,
+    size_dilation: int,
+    kernel_dilation: int,
+) -> int:
+    """In one dimension: pairs of output and kernel positions that fall on a value of the input."""
+    step = size_dilation // math.gcd(size_dilation, kernel_dilation)
+    last = (size - 1) * size_dilation
+    count = 0
+    for position in range(out):
+        first = position * stride - low
+        # Kernel positions k of one residue fall on a value, where 0 <= first + k·dilation <= last.
+        hit = next(
+            (k for k in range(step) if (first + k * kernel_dilation) % size_dilation == 0), None
+        )
+        if hit is None:
+            continue
+        least = max(0, -(first // kernel_dilation))
+        most = min(kernel - 1, (last - first) // kernel_dilation)
+        least += (hit - least) % step
+        count += max(0, (most - least) // step + 1)
+    return count
+
+
+# --- Collectives and kernels ----------------------------------------------------------------------
+
+
+def _begins(i: Instruction, here: Computation) -> bool:
+    """False for a repetition of a collective that has begun before.
+
+    XLA:TPU spreads one collective over several fusions, so that it runs beside their matmuls: it
+    stands in each of them, and only the first hands it to the custom call that starts it.
+    """
+    return "async_collective_fusion_config" not in i.rest or any(
+        i.name in user.operands and user.attribute("custom_call_target") == f'"{START}"'
+        for user in here.body.values()
+    )
+
+
+def _collective(
+    kind: str, i: Instruction, here: Computation, devices: int, count: int, fused: set[str]
+) -> Collective:
+    names = i.operands[:1] if kind in ("ragged-all-to-all", "collective-permute") else i.operands
+    operands = tuple(shape for name in names for shape in here.body[name].shapes)
+    size = sum(shape.bytes for shape in operands)
+    n = _group_size(i, devices)
+    if kind == "all-reduce" and here.name in fused and _only_sliced(i, here):
+        # XLA:TPU's fused form of a reduce-scatter: each device keeps its slice of the sum.
+        kind = "reduce-scatter"
+    others = (n - 1) / n if n else 0.0
+    result, wire = {
+        "all-gather": (size * n, size * n * others),
+        "reduce-scatter": (size / max(n, 1), size * others),
+        "all-reduce": (size, 2 * size * others),
+        "collective-permute": (size, size if n else 0.0),
+        "collective-broadcast": (size, size),
+    }.get(kind, (size, size * others))
+    return Collective(kind, operands, n, wire, result, i.op_name, count)
+
+
+def _only_sliced(i: Instruction, here: Computation) -> bool:
+    users = [user for user in here.body.values() if i.name in user.operands]
+    return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
+
+
+def _group_size(i: Instruction, devices: int) -> int:
+    """Devices that take part in one group; of a permute, those that receive something.
+
+    Groups come as lists, {{0,1},{2,3}}; counted, [2,8]<=[8,2]T(1,0) (2 groups of 8); by mesh axes,
+    mesh['x'=8,'y'=2] {'x'}, where 'x':(2)4 is a piece of an axis, of size 4; {} is everybody.
+    """
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", i.rest)
+    if pairs:
+        return len(set(re.findall(r",(\d+)(?:\}|$)", pairs[1])))
+    counted = re.search(r"replica_groups=\[(\d+(?:,\d+)*)\]<=", i.rest)
+    if counted:
+        return int(counted[1].split(",")[-1])
+    named = re.search(r"replica_groups=@?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", i.rest)
+    if named:
+        sizes = dict(re.findall(r"([^\s,=]+)=(\d+)", named[1]))
+        axes = [axis.split(":(") for axis in named[2].replace(" ", "").split(",")]
+        return math.prod(int(a[1].split(")")[1]) if a[1:] else int(sizes[a[0]]) for a in axes)
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", i.rest)
+    return len(listed[1].split(",")) if listed else devices
+
+
+def _custom_call(i: Instruction, here: Computation, count: int) -> CustomCall:
+    declared = re.search(r'"cost_estimate":\{"flops":"?(\d+)', i.rest)
+    return CustomCall(
+        target=(i.attribute("custom_call_target") or "").strip('"'),
+        name=re.sub(r"(\.\d+|\.clone)*$", "", i.name),
+        operands=tuple(shape for name in i.operands for shape in here.body[name].shapes),
+        results=i.shapes,
+        flops=float(declared[1]) if declared else 0.0,
+        op_name=i.op_name,
+        count=count,
+    )

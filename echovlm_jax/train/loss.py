@@ -1,0 +1,122 @@
+"""The training loss: cross-entropy whose logits never exist whole, and the balancing loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from echovlm_jax.ops import Array
+from echovlm_jax.ops.collectives import all_gather
+from echovlm_jax.ops.einsum import einsum
+from echovlm_jax.ops.layout import Layout
+from echovlm_jax.ops.moe_dispatch import load_balancing_loss
+
+IGNORE = -100  # a label that does not count
+# Bytes of logits that one device holds at a time. Smaller saves memory and runs more, narrower
+# products.
+LOGIT_BYTES = 128 * 2**20
+
+
+class _Running(NamedTuple):
+    """What a pass over the vocabulary has found so far, for each token; float32 [B, T]."""
+
+    log_sum: jax.Array  # log Σ exp(logit)
+    label: jax.Array  # the label's logit
+
+
+def token_losses(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    *,
+    layout: Layout = Layout(),
+    logit_bytes: int = LOGIT_BYTES,
+) -> Float[Array, "B T"]:
+    """Cross-entropy of each token in float32: log Σ_v exp(h · w_v) − h · w_label.
+
+    The vocabulary goes by in chunks: of [B, T, V] only [B, T, V / chunks] exists at a time, in the
+    backward pass too, which computes each chunk again. On a mesh each chunk of the head is gathered
+    when its turn comes and its gradient scattered at once, so the head is never whole either.
+
+    Args:
+      hidden: after the final norm; its dtype is the dtype of the product.
+      head: the output head, laid out as ("vocab", "embed").
+      labels: of the same positions (already shifted); IGNORE gives 0.
+      layout: where they lie.
+      logit_bytes: of logits that one device may hold at a time.
+    """
+    batch, length = hidden.shape[:2]
+    tokens = batch // layout.size("batch") * (length // layout.size("length"))
+    vocab = head.shape[0] // layout.size("vocab")
+    chunks = _chunks(vocab, 4 * tokens, logit_bytes)
+    vocab_axes, embed_axes = layout.mesh_axes("vocab"), layout.mesh_axes("embed")
+
+    def local(hidden: Array, head: Array, labels: Array) -> jax.Array:
+        width = vocab // chunks
+        first = jax.lax.axis_index(vocab_axes) * vocab if vocab_axes else 0
+        # The sum over chunks of the gradient of `hidden` is one of float32 this way.
+        wide = hidden.astype(jnp.float32)
+
+        def step(running: _Running, chunk: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
+            number, weight = chunk
+            weight = weight.astype(hidden.dtype)
+            weight = all_gather(weight, embed_axes, 1)
+            x = wide.astype(hidden.dtype)
+            logits = einsum("BTD,VD->BTV", x, weight, out_dtype=jnp.float32)
+            place = labels - (first + number * width)
+            inside = (place >= 0) & (place < width)
+            found = jnp.take_along_axis(logits, jnp.clip(place, 0, width - 1)[..., None], axis=-1)
+            return _Running(
+                jnp.logaddexp(running.log_sum, jax.nn.logsumexp(logits, axis=-1)),
+                running.label + jnp.where(inside, found[..., 0], 0.0),
+            ), None
+
+        start = _Running(
+            jnp.full(labels.shape, -jnp.inf, jnp.float32), jnp.zeros(labels.shape, jnp.float32)
+        )
+        pieces = head.reshape(chunks, width, head.shape[1])
+        log_sum, label = jax.lax.scan(
+            jax.checkpoint(step, prevent_cse=False), start, (jnp.arange(chunks), pieces)
+        )[0]
+        if vocab_axes:
+            top = jax.lax.stop_gradient(jax.lax.pmax(jax.lax.stop_gradient(log_sum), vocab_axes))
+            log_sum = top + jnp.log(jax.lax.psum(jnp.exp(log_sum - top), vocab_axes))
+            label = jax.lax.psum(label, vocab_axes)
+        return jnp.where(labels == IGNORE, 0.0, log_sum - label)
+
+    run = layout.shard_map(
+        local,
+        [("batch", "length", None), ("vocab", "embed"), ("batch", "length")],
+        ("batch", "length"),
+    )
+    return run(hidden, head, labels)
+
+
+def _chunks(vocab: int, bytes_per_column: int, most: int) -> int:
+    """The fewest equal chunks of the vocabulary whose logits stay within `most` bytes."""
+    return next(
+        n
+        for n in range(1, vocab + 1)
+        if vocab % n == 0 and (vocab // n * bytes_per_column <= most or n == vocab)
+    )
+
+
+def balancing_losses(
+    router_logits: Float[Array, "L B T E"], counted: Bool[Array, "B T"], *, top_k: int
+) -> Float[Array, "B"]:
+    """`load_balancing_loss` of each row by itself; 0 for a row without tokens.
+
+    A row is a packed one of a few thousand tokens. Balancing each makes the loss of a batch the
+    same however its rows are spread over devices and accumulation steps, which a loss that
+    multiplies two means over the batch is not.
+    """
+    some = jnp.any(counted, axis=-1)
+
+    def one(logits: Array, counted: Array) -> jax.Array:
+        return load_balancing_loss(logits[:, None], counted[None], top_k=top_k)
+
+    losses = jax.vmap(one, in_axes=(1, 0))(router_logits, counted | ~some[:, None])
+    return jnp.where(some, losses, 0.0)

@@ -1,0 +1,36 @@
+"""AdamW under a warm-up and a cosine: an optax chain over the trainable parameters alone."""
+
+from __future__ import annotations
+
+import optax
+
+
+def learning_rate(peak: float, steps: int, warmup_fraction: float) -> optax.Schedule:
+    """From 0 to `peak` over the first share of the steps, then along a cosine back to 0."""
+    warmup = round(steps * warmup_fraction)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW (Loshchilov and Hutter 2019), moments in float32.
+
+    Args:
+      schedule: step → learning rate.
+      b1, b2, eps: Adam's.
+      weight_decay: decoupled, and times the rate.
+      clip: the gradient's norm over all trainable parameters is at most this.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.scale_by_adam(b1, b2, eps, mu_dtype="float32"),
+        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
+    )

@@ -1,0 +1,214 @@
+"""From a training configuration to the one program that a run compiles.
+
+A configuration is an `ml_collections.ConfigDict` (configs/). What is here decides from it and from
+the devices: sizes, layout, what trains, the optimizer, and the shapes and places of every array of
+the state and the batch. `plan` compiles the same program for machines that aren't there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from echovlm_jax.config import ModelConfig, preset
+from echovlm_jax.errors import InputError
+from echovlm_jax.mesh import AXES, activation_layout, make_mesh, param_shardings
+from echovlm_jax.model import Compute, abstract_params, init_params, logical_axes
+from echovlm_jax.ops.attention import default_implementation
+from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes
+from echovlm_jax.train.optimizer import learning_rate, make_optimizer
+from echovlm_jax.train.stages import how_it_trains, split
+from echovlm_jax.train.step import BATCH_AXES, TrainState, make_train_step
+
+# The widest split of the weights that is inferred: every width of the model is a multiple of it.
+MOST_FSDP = 128
+
+
+class Program(NamedTuple):
+    """A training step and all that it is made for."""
+
+    model: ModelConfig
+    compute: Compute
+    mesh: Mesh
+    how: dict[str, str]  # each parameter's path → full, lora or frozen
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    step: Callable[..., Any]  # jitted: (state, batch) → (state, metrics); the state is donated
+    state: TrainState  # of jax.ShapeDtypeStruct, with shardings
+    batch: dict[str, jax.ShapeDtypeStruct]  # with shardings
+
+
+def make_program(
+    config: ConfigDict, devices: Sequence[Any] | None = None, model: ModelConfig | None = None
+) -> Program:
+    """The program of a configuration on these devices; nothing is computed or allocated.
+
+    Args:
+      config: as the files in configs/ return it.
+      devices: all of this job's by default.
+      model: sizes, where config.model is not a preset's name.
+
+    Raises:
+      InputError: a key is missing or its value is impossible; the message names it.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    model = preset(config.model) if model is None else model
+    mesh = make_mesh(mesh_sizes(config.mesh, len(devices)), devices)
+    layout = activation_layout(mesh)
+    compute = Compute(
+        moe_dispatch=config.moe_dispatch,
+        capacity_factor=config.get("capacity_factor"),
+        attention=default_implementation(devices[0].platform),
+        remat=config.remat,
+        layout=layout,
+    )
+    dtype, param_dtype = _dtype(config, "dtype"), _dtype(config, "param_dtype")
+    shapes, axes = abstract_params(model), logical_axes(model)
+    how = how_it_trains(shapes, config.stage)
+    shardings = param_shardings(axes, shapes, mesh)
+    placed = jax.tree.map(_struct, shapes, shardings)
+    full, frozen = split(placed, how)
+    trainable = {"params": _cast(full, param_dtype)}
+    if "lora" in how.values():
+        low = lora_shapes(shapes, how, config.lora.rank)
+        low_shardings = param_shardings(lora_axes(axes, how), low, mesh)
+        trainable["lora"] = jax.tree.map(_struct, low, low_shardings)
+    schedule = learning_rate(config.learning_rate, config.steps, config.warmup_fraction)
+    optimizer = make_optimizer(
+        schedule,
+        b1=config.adam_b1,
+        b2=config.adam_b2,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        clip=config.clip_norm,
+    )
+    state = TrainState(
+        step=_struct(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, PartitionSpec())),
+        trainable=trainable,
+        frozen=_cast(frozen, dtype),
+        opt_state=_optimizer_state(optimizer, trainable, mesh),
+    )
+    with jax.set_mesh(mesh):
+        batch = _batch(config, model, mesh, layout)
+    step = make_train_step(
+        model,
+        compute,
+        optimizer,
+        dtype=dtype,
+        grad_accum=config.grad_accum,
+        lora_scale=config.lora.alpha / config.lora.rank,
+    )
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda s: s.sharding, state), None),
+    )
+    return Program(model, compute, mesh, how, optimizer, schedule, jitted, state, batch)
+
+
+def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The mesh's axes; where data and fsdp are both -1, fsdp takes as much as the model's widths
+    allow, and data the rest."""
+    made = {axis: sizes[axis] for axis in AXES}
+    if made["data"] == made["fsdp"] == -1:
+        others = int(np.prod([size for size in made.values() if size != -1]))
+        made["fsdp"] = int(np.gcd(max(devices // max(others, 1), 1), MOST_FSDP))
+    return made
+
+
+def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      program: whose state.
+      key: of the random parameters and updates.
+      params: the parameters to start from; random ones by default.
+    """
+
+    def init(key: jax.Array, params: Any) -> TrainState:
+        params_key, lora_key = jax.random.split(key)
+        params = init_params(program.model, params_key) if params is None else params
+        full, frozen = split(params, program.how)
+        trainable = {"params": full}
+        if "lora" in program.state.trainable:
+            trainable["lora"] = init_lora(program.state.trainable["lora"], lora_key)
+        trainable, frozen = jax.tree.map(
+            lambda x, s: x.astype(s.dtype),
+            (trainable, frozen),
+            (program.state.trainable, program.state.frozen),
+        )
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, trainable, frozen, program.optimizer.init(trainable))
+
+    shardings = jax.tree.map(lambda s: s.sharding, program.state)
+    return jax.jit(init, out_shardings=shardings)(key, params)
+
+
+def _optimizer_state(optimizer: Any, trainable: Any, mesh: Mesh) -> Any:
+    """Shapes of the optimizer's state: its moments lie where their parameters lie."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return optax.tree_map_params(
+        optimizer,
+        lambda leaf, parameter: _struct(leaf, parameter.sharding),
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda leaf: _struct(leaf, everywhere),
+    )
+
+
+def _batch(config: ConfigDict, model: ModelConfig, mesh: Mesh, layout: Any) -> dict[str, Any]:
+    rows, length, patches = config.global_batch_size, config.seq_len, config.max_patches
+    shards = layout.size("batch") * config.grad_accum
+    if rows % shards:
+        raise InputError(
+            f"global_batch_size {rows} must be a multiple of {shards}: {layout.size('batch')}"
+            f" devices with rows of their own × grad_accum {config.grad_accum}"
+        )
+    if patches % model.vision.merge_unit:
+        raise InputError(
+            f"max_patches {patches} must be a multiple of {model.vision.merge_unit}: that many"
+            " make one token"
+        )
+    shapes = {
+        "tokens": ((rows, length), jnp.int32),
+        "labels": ((rows, length), jnp.int32),
+        "segment_ids": ((rows, length), jnp.int32),
+        "positions": ((rows, 3, length), jnp.int32),
+    }
+    if patches:
+        shapes |= {
+            "patch_index": ((rows, length), jnp.int32),
+            "patches": ((rows, patches, model.vision.patch_dim), _dtype(config, "dtype")),
+            "patch_segment_ids": ((rows, patches), jnp.int32),
+            "patch_positions": ((rows, patches, 2), jnp.int32),
+        }
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(mesh, layout.spec(*BATCH_AXES[name]))
+        )
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def _dtype(config: ConfigDict, key: str) -> jnp.dtype:
+    allowed = ("float32", "bfloat16")
+    if config[key] not in allowed:
+        raise InputError(f"{key} {config[key]!r} must be one of {', '.join(allowed)}")
+    return jnp.dtype(config[key])
+
+
+def _struct(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _cast(tree: Any, dtype: jnp.dtype) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), tree
+    )

@@ -1,0 +1,168 @@
+"""One training step: a pure function (state, batch) → (state, metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from echovlm_jax.config import ModelConfig
+from echovlm_jax.model import Compute, EchoVLM
+from echovlm_jax.ops import Array
+from echovlm_jax.train.lora import scaled
+from echovlm_jax.train.loss import IGNORE, balancing_losses, token_losses
+from echovlm_jax.train.stages import merge
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, jax.Array]
+
+# The logical axes of a batch's arrays.
+BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
+    "tokens": ("batch", "length"),
+    "labels": ("batch", "length"),
+    "segment_ids": ("batch", "length"),
+    "positions": ("batch", None, "length"),
+    "patch_index": ("batch", "length"),
+    "patches": ("batch", "length", None),
+    "patch_segment_ids": ("batch", "length"),
+    "patch_positions": ("batch", "length", None),
+}
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on, besides its position in the data."""
+
+    step: jax.Array  # [] int32, updates made
+    trainable: dict[str, Any]  # {"params": …, "lora": …}: own gradients and optimizer state
+    frozen: dict[str, Any]  # the rest of "params": own neither
+    opt_state: Any
+
+
+class Totals(NamedTuple):
+    """What the global means divide by, over the whole batch and all its accumulation steps."""
+
+    labels: jax.Array  # labels that count
+    tokens: jax.Array  # tokens that are not padding
+
+
+def targets(labels: Array, segment_ids: Array) -> jax.Array:
+    """Each position's next token, IGNORE where there is none in its segment. All [B, T] int32."""
+    shifted = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+    after = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+    return jnp.where((after == segment_ids) & (segment_ids != 0), shifted, IGNORE)
+
+
+def loss_and_metrics(
+    variables: dict[str, Any],
+    batch: Batch,
+    totals: Totals,
+    *,
+    config: ModelConfig,
+    compute: Compute,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, Metrics]:
+    """This batch's part of the global loss: parts add up to the loss over all of `totals`.
+
+    loss = Σ cross-entropy / totals.labels + coefficient · Σ_rows balancing · share of tokens.
+
+    Args:
+      variables: {"params": …}, and "lora" with the updates, their scale in them.
+      batch: the model's batch with `labels` [B, T], IGNORE where a token does not count.
+      totals: of the global batch.
+
+    Returns:
+      The loss [] in float32, and parts of metrics that add up likewise.
+    """
+    out = EchoVLM(config, dtype, compute=compute).apply(variables, batch)
+    text = variables["params"]["text"]
+    head = text["embed"]["embedding"]
+    if not config.text.tie_word_embeddings:
+        head = text["lm_head"]["kernel"]
+    wanted = targets(batch["labels"], batch["segment_ids"])
+    losses = token_losses(out.hidden, head, wanted, layout=compute.layout)
+    cross_entropy = jnp.sum(losses) / totals.labels
+    loss, metrics = cross_entropy, {"ce_loss": cross_entropy}
+    if config.moe is not None:
+        counted = batch["segment_ids"] != 0
+        share = jnp.sum(counted, axis=-1) / totals.tokens
+        rows = balancing_losses(out.router_logits, counted, top_k=config.moe.top_k)
+        metrics["aux_loss"] = jnp.sum(rows * share)
+        metrics["dropped"] = jnp.sum(out.dropped).astype(jnp.float32)
+        loss = loss + config.moe.router_aux_loss_coef * metrics["aux_loss"]
+    return loss, {"loss": loss, **metrics}
+
+
+def make_train_step(
+    config: ModelConfig,
+    compute: Compute,
+    optimizer: optax.GradientTransformation,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    grad_accum: int = 1,
+    lora_scale: float = 1.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step for a model and a way to compute it; jit it with the state donated.
+
+    Args:
+      config, compute: what is computed, and how.
+      optimizer: over the trainable parameters.
+      dtype: of the activations and products; parameters keep theirs.
+      grad_accum: the batch's rows go in this many equal parts, one after the other. The update is
+        the whole batch's: means are global, not means of means.
+      lora_scale: alpha / rank.
+    """
+
+    def loss_fn(trainable: Any, frozen: Any, part: Batch, totals: Totals) -> Any:
+        variables = {"params": merge(trainable["params"], frozen)}
+        if trainable.get("lora"):
+            variables["lora"] = scaled(trainable["lora"], lora_scale)
+        return loss_and_metrics(
+            variables, part, totals, config=config, compute=compute, dtype=dtype
+        )
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = {name: compute.layout.constrain(x, *BATCH_AXES[name]) for name, x in batch.items()}
+        wanted = targets(batch["labels"], batch["segment_ids"])
+        totals = Totals(
+            labels=jnp.maximum(jnp.sum(wanted != IGNORE), 1).astype(jnp.float32),
+            tokens=jnp.maximum(jnp.sum(batch["segment_ids"] != 0), 1).astype(jnp.float32),
+        )
+
+        def gradients(part: Batch) -> tuple[Any, Metrics]:
+            return jax.grad(loss_fn, has_aux=True)(state.trainable, state.frozen, part, totals)
+
+        grads, metrics = _accumulate(gradients, batch, grad_accum)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "tokens": totals.tokens,
+            "labels": totals.labels,
+        }
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+    return step
+
+
+def _accumulate(
+    gradients: Callable[[Batch], tuple[Any, Metrics]], batch: Batch, parts: int
+) -> tuple[Any, Metrics]:
+    """The sum of `gradients` over equal parts of the batch's rows, in float32."""
+    if parts == 1:
+        return gradients(batch)
+    # Row r goes to part r mod parts: every device splits its own rows, and none travels.
+    split = {
+        name: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+        for name, x in batch.items()
+    }
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, gradients(part)), None
+
+    shapes = jax.eval_shape(gradients, {name: x[0] for name, x in split.items()})
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    return jax.lax.scan(add, start, split)[0]
