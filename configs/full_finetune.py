@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.grad_accum = 1
     config.seq_len = 2048  # a report with its images takes a few hundred tokens: several a row
     config.max_patches = 6144  # three quarters of a row may be image: 4 patches make a token
+    config.max_image_patches = 784  # the recipe's largest image: 196 tokens of 4 patches
     config.mix_temperature = 1.0
 
     config.learning_rate = 1e-5  # a tenth of the stages' 1e-4, because the dense weights train too
@@ -34,6 +35,9 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"
     config.param_dtype = "float32"
     config.remat = "full"
+    # XLA:TPU's effort: O1 compiles in a minute; the default takes five, and overlaps weights'
+    # travel with products. Measure it on the pod before a long run.
+    config.optimization_level = "O1"
     # Weights over as many chips as their widths allow, copies of that over the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": -1, "expert": 1, "tensor": 1, "sequence": 1})
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from echovlm_jax.cli import main
+from echovlm_jax.cli.measure import COMPILER_ONLY
 from echovlm_jax.errors import InputError
 
 INSPECT = "echovlm_jax.convert.inspect"
@@ -86,6 +87,7 @@ CALLS = [
         (Path("d"),),
         {"size": "tiny"},
     ),
+    ("bench moe --size tiny", "echovlm_jax.bench_moe", "bench_moe", (), {"size": "tiny"}),
 ]
 
 
@@ -141,6 +143,110 @@ def test_generate_batch(fake, capsys) -> None:
     assert json.loads(capsys.readouterr().out) == {"done": 2, "failed": 1}
 
 
+PLAN = "plan --config c.py --topology v5e:4x4"
+PLANS = [
+    (PLAN, [], {"step": "train", "rows_per_chip": None}),
+    (f"{PLAN} --step decode --rows-per-chip 2", [], {"step": "decode", "rows_per_chip": 2}),
+    (
+        "plan --config.a=1 --config c.py --config.mesh.data -1 --topology v5e:4x4 --config.b=x=y "
+        "--config.c",
+        ["a=1", "mesh.data=-1", "b=x=y", "c"],
+        {"step": "train", "rows_per_chip": None},
+    ),
+]
+
+
+@pytest.fixture
+def fake_plan(fake, monkeypatch):
+    """`fake_plan(result)` → the calls of load_config and plan."""
+    for name in COMPILER_ONLY:
+        monkeypatch.setenv(name, "")  # so that what the command sets is undone
+        monkeypatch.delenv(name)
+
+    def put(result: dict) -> list:
+        calls: list = []
+        fake("echovlm_jax.train.config_file", load_config=_recorder(calls, {"a": 1}))
+
+        def plan(*args: Any, **kwargs: Any) -> dict:
+            os.write(2, b"noise from C\n")
+            calls.append((args, kwargs))
+            return result
+
+        fake("echovlm_jax.plan", plan=plan)
+        return calls
+
+    return put
+
+
+@pytest.mark.parametrize(("line", "overrides", "kwargs"), PLANS)
+def test_plan_loads_the_configuration_with_its_overrides(
+    fake_plan, capfd, line, overrides, kwargs
+) -> None:
+    calls = fake_plan({"ok": True, "chips": 16, "report": "two\nlines"})
+    assert main(line.split()) == 0
+    assert calls == [((Path("c.py"), overrides), {}), (({"a": 1}, "v5e:4x4"), kwargs)]
+    assert {name: os.environ[name] for name in COMPILER_ONLY} == COMPILER_ONLY
+    out = capfd.readouterr()
+    assert out.out == "two\nlines\n" and out.err == ""
+    assert main([*line.split(), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"ok": True, "chips": 16}
+
+
+def test_plan_that_does_not_fit_exits_1_and_debug_shows_the_compilers_noise(
+    fake_plan, capfd
+) -> None:
+    fake_plan({"ok": False, "report": "too large"})
+    assert main([*PLAN.split(), "--debug"]) == 1
+    out = capfd.readouterr()
+    assert out.out == "too large\n" and out.err == "noise from C\n"
+
+
+def test_plan_keeps_the_environment_that_is_there(fake_plan, monkeypatch) -> None:
+    fake_plan({"ok": True, "report": ""})
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert main(PLAN.split()) == 0
+    assert os.environ["JAX_PLATFORMS"] == "tpu"
+
+
+def test_an_error_behind_hidden_noise_is_shown(fake, fake_plan, capfd) -> None:
+    fake_plan({})
+    fake("echovlm_jax.plan", plan=_raiser(InputError("seq_len 3 is odd")))
+    assert main(PLAN.split()) == 2
+    assert capfd.readouterr().err == "echovlm: error: seq_len 3 is odd\n"
+
+
+def test_native_noise_is_dropped_and_pythons_words_are_not() -> None:
+    code = (
+        "import os, sys; from echovlm_jax.cli.frame import no_native_stderr\n"
+        "with no_native_stderr(debug=False):\n"
+        "    os.write(2, b'noise'); print('words', file=sys.stderr)\n"
+        "print('after', file=sys.stderr); os.write(2, b'end')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == "words\nafter\nend"
+
+
+def test_bench_moe_is_a_table(fake, capsys) -> None:
+    row = {"name": "dense", "capacity_factor": None, "extra": 0.0912, "extra_with_tiles": 0.1}
+    result = {"ratio": 1.5, "dispatch": [row, {**row, "name": "einsum", "capacity_factor": 1.25}]}
+    fake("echovlm_jax.bench_moe", bench_moe=lambda **_: result)
+    assert main(["bench", "moe"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "name    capacity_factor  extra  extra_with_tiles",
+        "dense   -                9.12%  10.00%",
+        "einsum  1.25             9.12%  10.00%",
+        "ratio: 1.5",
+    ]
+    assert main(["bench", "moe", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+
+
+def test_the_package_runs_as_a_module() -> None:
+    line = [sys.executable, "-m", "echovlm_jax.cli", "inspect"]
+    run = subprocess.run(line, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("echovlm: error: ")
+
+
 BAD_USAGE = [
     "",
     "nonsense",
@@ -153,6 +259,13 @@ BAD_USAGE = [
     "generate m --batch f.jsonl --out g.jsonl --prompt x",
     "generate m --prompt x --out g.jsonl",
     "bench nothing",
+    "bench moe --dir d",
+    "plan --config c.py",
+    "plan --config c.py --topology v5e:4x4 --step never",
+    "plan --config c.py --topology v5e:4x4 --rows-per-chip 0",
+    "plan --config c.py --topology v5e:4x4 --confg.steps=3",
+    "plan --config c.py --topology v5e:4x4 stray",
+    "inspect m --config.steps=3",
 ]
 
 
@@ -275,7 +388,8 @@ def test_libraries_are_quiet_unless_debugging(fake, caplog, recwarn) -> None:
 def test_help_is_there_without_jax() -> None:
     code = (
         "import sys; from echovlm_jax.cli import main\n"
-        "for line in ('--help', '--version', 'generate --help'): assert main(line.split()) == 0\n"
+        "for line in ('--help', '--version', 'generate --help', 'plan --help'):\n"
+        "    assert main(line.split()) == 0\n"
         "assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

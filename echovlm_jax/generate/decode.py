@@ -192,6 +192,65 @@ def _mask(inputs: Inputs) -> np.ndarray:
     return np.ones_like(inputs["input_ids"]) if mask is None else np.asarray(mask)
 
 
+def lower_prefill(config: ModelConfig, params: Params, **sizes: Any) -> jax.stages.Lowered:
+    """The prefill program of greedy generation, for the compiler; nothing is computed.
+
+    Args:
+      config: sizes.
+      params: arrays, or jax.ShapeDtypeStruct with shardings.
+      **sizes: of `_abstract`.
+    """
+    arguments, static, slots = _abstract(config, params, **sizes)
+    return _prefill.lower(params, *arguments, **static, slots=slots, new=NEW_TOKENS)
+
+
+def lower_decode(config: ModelConfig, params: Params, **sizes: Any) -> jax.stages.Lowered:
+    """The program that goes on from there, one token at a time; see `lower_prefill`."""
+    arguments, static, slots = _abstract(config, params, **sizes)
+    state = jax.eval_shape(
+        functools.partial(_prefill, **static, slots=slots, new=NEW_TOKENS), params, *arguments
+    )
+    _, _, settings, stop = arguments
+    limit = jax.ShapeDtypeStruct((), jnp.int32)
+    return _decode.lower(params, state, limit, settings, stop, **static)
+
+
+NEW_TOKENS = 512  # that `lower_prefill` and `lower_decode` leave room for
+
+
+def _abstract(
+    config: ModelConfig, params: Params, *, rows: int, prompt: int, patches: int, dtype: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+    """(arguments after the parameters, static arguments, cache slots) of a prompt of these sizes.
+
+    Args:
+      rows, prompt, patches: of the batch; 0 patches for text alone.
+      dtype: compute dtype.
+    """
+
+    def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    batch = {
+        "tokens": shape(rows, prompt),
+        "positions": shape(rows, 3, prompt),
+        "segment_ids": shape(rows, prompt),
+    }
+    if patches:
+        batch |= {
+            "patches": shape(rows, patches, config.vision.patch_dim, dtype=jnp.float32),
+            "patch_segment_ids": shape(rows, patches),
+            "patch_positions": shape(rows, patches, 2),
+            "patch_index": shape(rows, prompt),
+        }
+    settings = sampling(
+        temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=0, rows=range(rows)
+    )
+    static = {"config": config, "dtype": jnp.dtype(dtype), "greedy": True}
+    arguments = (batch, shape(rows), settings, np.full(8, -1, np.int32))
+    return arguments, static, prompt + NEW_TOKENS
+
+
 _STATIC = ("config", "dtype", "greedy")
 
 

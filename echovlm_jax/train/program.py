@@ -22,6 +22,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh, param_shardings
 from echovlm_jax.model import Compute, abstract_params, init_params, logical_axes
 from echovlm_jax.ops.attention import default_implementation
+from echovlm_jax.train.config_file import check_config
 from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes
 from echovlm_jax.train.optimizer import learning_rate, make_optimizer
 from echovlm_jax.train.stages import how_it_trains, split
@@ -43,6 +44,22 @@ class Program(NamedTuple):
     step: Callable[..., Any]  # jitted: (state, batch) → (state, metrics); the state is donated
     state: TrainState  # of jax.ShapeDtypeStruct, with shardings
     batch: dict[str, jax.ShapeDtypeStruct]  # with shardings
+    optimization_level: str | None  # XLA's; None is its default
+
+    def compile(self, options: Mapping[str, str] | None = None) -> jax.stages.Compiled:
+        """Compiles the step for the mesh's devices, be they here or not; `options` are XLA's."""
+        lowered = self.lower()
+        before = jax.config.jax_optimization_level
+        jax.config.update("jax_optimization_level", self.optimization_level or "UNKNOWN")
+        try:
+            return lowered.compile(compiler_options=dict(options or {}))
+        finally:
+            jax.config.update("jax_optimization_level", before)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step as a program for the compiler."""
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state, self.batch)
 
 
 def make_program(
@@ -58,6 +75,7 @@ def make_program(
     Raises:
       InputError: a key is missing or its value is impossible; the message names it.
     """
+    check_config(config)
     devices = list(jax.devices() if devices is None else devices)
     model = preset(config.model) if model is None else model
     mesh = make_mesh(mesh_sizes(config.mesh, len(devices)), devices)
@@ -110,7 +128,8 @@ def make_program(
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda s: s.sharding, state), None),
     )
-    return Program(model, compute, mesh, how, optimizer, schedule, jitted, state, batch)
+    level = config.get("optimization_level")
+    return Program(model, compute, mesh, how, optimizer, schedule, jitted, state, batch, level)
 
 
 def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:

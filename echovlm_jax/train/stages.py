@@ -54,6 +54,9 @@ def how_it_trains(params: Any, stage: str) -> dict[str, str]:
             raise InputError(f"stage {stage}: no rule says how {path} trains")
         used.add(rule)
         found[path] = rule[1]
+    for rule in rules:
+        if rule not in used:
+            raise InputError(f"stage {stage}: this model has no parameter for its rule {rule[0]}")
     return found
 
 

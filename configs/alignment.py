@@ -1,0 +1,50 @@
+"""Stage 1: the new path and the projector learn, everything that Qwen2-VL brought stays as it is.
+
+The recipe is the paper's (arXiv 2509.14977). Sizes are for a v5e:2x4 slice, 8 chips:
+`echovlm plan --config configs/alignment.py --topology v5e:2x4`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.model = "echovlm_11b"
+    config.data = "phantom"  # synthetic exams; a folder that `echovlm data build` made
+    config.stage = "alignment"  # trains moe, coefficient and the two layers of the merger
+
+    # One epoch of the official 187,273 records, if two share a row: 16 records a step.
+    config.steps = 11_700
+    config.global_batch_size = 8  # packed rows: one a chip on 8 chips
+    config.grad_accum = 1
+    config.seq_len = 2048  # a report with its images takes a few hundred tokens: several a row
+    config.max_patches = 6144  # three quarters of a row may be image: 4 patches make a token
+    config.max_image_patches = 784  # the recipe's largest image: 196 tokens of 4 patches
+    config.mix_temperature = 1.0  # organs as often as they are in the data
+
+    config.learning_rate = 1e-4  # the peak; one of the released alignment scripts has 1e-3
+    config.warmup_fraction = 0.05
+    config.adam_b1 = 0.9
+    config.adam_b2 = 0.999
+    config.adam_eps = 1e-8
+    config.weight_decay = 0.0
+    config.clip_norm = 1.0
+    # Nothing has updates in this stage; these count where --config.stage=instruction.
+    config.lora = ConfigDict({"rank": 8, "alpha": 16, "dropout": 0.05})
+
+    config.moe_dispatch = "ragged"  # dropless, and no product that an expert's token doesn't need
+    config.dtype = "bfloat16"  # of the products, and of the weights that don't train
+    config.param_dtype = "float32"  # of those that do: in bfloat16 most steps would round to none
+    config.remat = "full"  # backward goes through every layer, to the merger: its inputs alone stay
+    # XLA:TPU's effort: O1 compiles in a minute; the default takes longer, and overlaps weights'
+    # travel with products. Measure it on the pod before a long run.
+    config.optimization_level = "O1"
+    # Weights over as many chips as their widths allow, copies of that over the rest.
+    config.mesh = ConfigDict({"data": -1, "fsdp": -1, "expert": 1, "tensor": 1, "sequence": 1})
+
+    config.log_every = 10
+    config.eval_every = 500
+    config.checkpoint_every = 500
+    config.checkpoint_keep = 3
+    return config

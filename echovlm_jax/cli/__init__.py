@@ -1,0 +1,67 @@
+"""The `echovlm` command: parse, call, print. No logic.
+
+What a command does is a function elsewhere; it is imported when the command runs, so that
+`echovlm --help` does not wait for JAX. Exit codes: 0 done, 1 the check that the command makes
+failed, 2 bad usage or bad input (one line on standard error), 70 a defect of ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from echovlm_jax.cli.checkpoints import add_convert, add_export, add_inspect, add_parity
+from echovlm_jax.cli.demo import add_demo
+from echovlm_jax.cli.frame import Parser, explain, quiet_libraries, stdout_for_json, version_text
+from echovlm_jax.cli.generate import add_generate
+from echovlm_jax.cli.measure import add_bench, add_plan
+from echovlm_jax.cli.printing import print_json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal's narrow encoding must not end a command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # --help, --version, or an error that `Parser` has printed
+        return int(stop.code or 0)
+    try:
+        with quiet_libraries(args.debug), stdout_for_json(args.json):
+            result = args.run(args)
+        print_json(result) if args.json else args.show(result, args)
+        sys.stdout.flush()
+        return 0 if result.get("ok", True) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        line, code = explain(error)
+        print(f"echovlm: {line}", file=sys.stderr)
+        return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, with an example in every command's help."""
+    parser = Parser(
+        prog="echovlm",
+        description="EchoVLM in JAX: from ultrasound images to a report.",
+        epilog="`echovlm COMMAND --help` shows an example.",
+    )
+    parser.add_argument("--version", action="version", version=version_text())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (
+        *(add_demo, add_convert, add_export, add_inspect, add_parity),
+        *(add_generate, add_plan, add_bench),
+    ):
+        add(commands)
+    return parser

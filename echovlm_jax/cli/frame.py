@@ -1,0 +1,167 @@
+"""What all commands share: how one is declared, how it fails, and what is kept off the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from echovlm_jax.cli.printing import show as show_lines
+from echovlm_jax.errors import InputError
+
+Result = dict[str, Any]
+OVERRIDE = "--config."  # begins a word that changes one key of a configuration
+MODEL = "a Hugging Face folder or one made by `convert`; the command finds out which"
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], Result],
+    what: str,
+    example: str,
+    show: Callable[[Result, argparse.Namespace], None] | None = None,
+) -> argparse.ArgumentParser:
+    """Declares a command.
+
+    Args:
+      commands: argparse's subparsers.
+      name: of the command.
+      run: does the work and returns what to print; `ok` false in it makes the exit code 1.
+      what: its help; what is before the first semicolon stands in the list of commands.
+      example: a line that works, or several.
+      show: prints a result for people; all its keys by default.
+
+    Returns:
+      Its parser, to add arguments to.
+    """
+    command = commands.add_parser(
+        name,
+        help=what.split(";")[0],
+        description=what[0].upper() + what[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a promise is a whole name; abbreviations break when options are added
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    command.add_argument("--debug", action="store_true", help="show tracebacks and libraries' logs")
+    command.set_defaults(run=run, show=show or show_lines)
+    return command
+
+
+class Parser(argparse.ArgumentParser):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's, and `--config.KEY=VALUE` where a command takes overrides."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if hasattr(parsed, "overrides"):
+            parsed.overrides, rest = _overrides(rest)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the usage above it."""
+        line = " ".join(message.split())
+        self.exit(2, f"echovlm: error: {line} (see {self.prog} --help)\n")
+
+
+def _overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(`KEY=VALUE` of every override, the other words), from what argparse did not know."""
+    found, others, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith(OVERRIDE):
+            others.append(word)
+        elif "=" in word or not rest or rest[0].startswith("--"):
+            found.append(word.removeprefix(OVERRIDE))
+        else:
+            found.append(f"{word.removeprefix(OVERRIDE)}={rest.pop(0)}")
+    return found, others
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """The one line and the exit code for an exception."""
+    if isinstance(error, InputError):
+        return "error: " + " ".join(str(error).split()), 2
+    if isinstance(error, OSError) and error.strerror:
+        where = " ".join(f"{error.filename}: ".split()) + " " if error.filename else ""
+        return f"error: {where}{error.strerror}", 2
+    # A defect of ours. A library's message may quote the file that it read, and that may be a
+    # patient's: only the kind of error and the place in our code are shown.
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "echovlm_jax" in f.filename]
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    kind = type(error).__name__
+    return f"internal error: {kind}{place}; --debug shows the traceback, please report it", 70
+
+
+def version_text() -> str:
+    try:
+        return version("echovlm-jax")
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "unknown"
+
+
+@contextlib.contextmanager
+def quiet_libraries(debug: bool) -> Iterator[None]:
+    """Keeps warnings and logs of libraries off standard error; they may quote a file's contents."""
+    if debug:
+        yield
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log, in C++
+    loggers = [logging.getLogger(name) for name in ("jax", "absl", "pydicom", "pylibjpeg")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def no_native_stderr(debug: bool) -> Iterator[None]:
+    """Drops what C++ libraries write to standard error; what Python writes still comes."""
+    if debug:
+        yield
+        return
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    own = os.fdopen(saved, "w", buffering=1, errors="backslashreplace", closefd=False)
+    try:
+        # A test may have put something else in stderr's place.
+        with contextlib.redirect_stderr(own if sys.stderr is sys.__stderr__ else sys.stderr):
+            yield
+    finally:
+        own.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+@contextlib.contextmanager
+def stdout_for_json(active: bool) -> Iterator[None]:
+    """Sends to standard error whatever a command prints, C++ libraries included."""
+    if not active:
+        yield
+        return
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -1,0 +1,108 @@
+"""`echovlm generate`: one answer, or a file of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from echovlm_jax.cli.frame import MODEL, Result, add_command
+from echovlm_jax.cli.printing import lines, show
+from echovlm_jax.errors import InputError
+
+LOADING = ("dtype", "num_frames", "crop", "max_pixels")
+SAMPLING = {
+    "max_new_tokens": (int, "N", "stop after N tokens at the latest"),
+    "temperature": (float, "X", "0 takes the likeliest token; higher is more varied"),
+    "top_k": (int, "K", "sample among the K likeliest tokens"),
+    "top_p": (float, "P", "sample among the likeliest tokens that together reach probability P"),
+    "repetition_penalty": (float, "R", "above 1 makes tokens that are already there less likely"),
+    "seed": (int, "S", "the same seed gives the same answer"),
+}
+
+
+def add_generate(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        sampling = {name: given[name] for name in SAMPLING if name in given}
+        loading = {name: given[name] for name in LOADING if name in given}
+        if args.batch:
+            if not args.out or args.prompt or args.image or args.system or args.stream:
+                raise InputError(
+                    "--batch goes with --out and the sampling options; images and prompts are in F"
+                )
+            from echovlm_jax.generate import generate_file
+            from echovlm_jax.load import load_model
+
+            return generate_file(
+                load_model(args.model, **loading), args.batch, args.out, **sampling
+            )
+        if args.prompt is None or args.out:
+            raise InputError("give --prompt (and --image), or --batch with --out")
+        from echovlm_jax.load import load_model
+
+        if args.stream:
+            sampling["stream"] = lambda piece: print(piece, end="", flush=True)
+        model = load_model(args.model, **loading)
+        return model.generate(args.image, args.prompt, system=args.system, **sampling)
+
+    command = add_command(
+        commands,
+        "generate",
+        run,
+        "answer a prompt about images; several images make one exam, a multi-frame DICOM is a "
+        "video",
+        "echovlm generate echovlm-orbax/ --image liver1.png liver2.dcm --prompt 'Write the report.'"
+        "\n  echovlm generate echovlm-orbax/ --batch exams.jsonl --out answers.jsonl",
+        show=_show_answer,
+    )
+    command.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
+    command.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="F",
+        help="PNG, JPEG or DICOM files",
+    )
+    command.add_argument("--prompt", metavar="T", help="what to ask")
+    command.add_argument("--system", metavar="T", help="the system prompt")
+    command.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    command.add_argument(
+        "--num-frames", type=int, metavar="N", help="frames to take of a cine loop (default: 16)"
+    )
+    command.add_argument(
+        "--max-pixels", type=int, metavar="N", help="larger images are made this small"
+    )
+    command.add_argument(
+        "--crop",
+        action="store_const",
+        const=True,
+        help="cut DICOM frames to their ultrasound regions",
+    )
+    command.add_argument(
+        "--dtype",
+        metavar="D",
+        help="compute in float32, bfloat16 or float16; default: as stored, on a CPU float32",
+    )
+    command.add_argument(
+        "--batch", type=Path, metavar="F.jsonl", help='many: a line {"id", "images", "prompt"} each'
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="G.jsonl", help="the batch's answers; goes on where it stopped"
+    )
+    for name, (kind, metavar, text) in SAMPLING.items():
+        command.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text, dest=name
+        )
+
+
+def _show_answer(result: Result, args: argparse.Namespace) -> None:
+    """The answer alone on standard output, so that it can be sent to a file."""
+    if "text" not in result:
+        return show(result, args)
+    print("" if args.stream else result["text"])
+    rest = {key: value for key, value in result.items() if key != "text"}
+    print("\n".join(lines(rest)), file=sys.stderr)

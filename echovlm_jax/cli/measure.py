@@ -1,0 +1,121 @@
+"""Commands that say what something costs: plan and bench."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from echovlm_jax.cli.frame import Result, add_command, no_native_stderr
+from echovlm_jax.cli.printing import lines, show, table
+from echovlm_jax.errors import InputError
+
+# libtpu reads these when it is loaded: it is here to compile, and no TPU is to be looked for.
+COMPILER_ONLY = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def add_plan(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        for name, value in COMPILER_ONLY.items():
+            os.environ.setdefault(name, value)
+        from echovlm_jax.plan import plan
+        from echovlm_jax.train.config_file import load_config
+
+        config = load_config(args.config, args.overrides)
+        if sys.stderr.isatty():
+            print(f"compiling for {args.topology}: about a minute at full size", file=sys.stderr)
+        with no_native_stderr(args.debug):
+            result = plan(config, args.topology, step=args.step, rows_per_chip=args.rows_per_chip)
+        return {k: v for k, v in result.items() if not (args.json and k == "report")}
+
+    command = add_command(
+        commands,
+        "plan",
+        run,
+        "compile a configuration's step for a TPU slice that isn't here and say what it needs; "
+        "exit code 1 if it does not fit. --config.KEY=VALUE changes a key of the configuration",
+        "echovlm plan --config configs/full_finetune.py --topology v5e:4x4\n"
+        "  echovlm plan --config configs/full_finetune.py --topology v5p:4x4x8 --rows-per-chip 2 "
+        "--config.remat=full",
+        show=_show_plan,
+    )
+    command.add_argument(
+        "--config", type=Path, required=True, metavar="F.py", help="a file as in configs/"
+    )
+    command.add_argument(
+        "--topology", required=True, metavar="T", help="generation:shape, e.g. v5e:4x4"
+    )
+    command.add_argument(
+        "--step",
+        default="train",
+        choices=["train", "prefill", "decode"],
+        help="default: %(default)s",
+    )
+    command.add_argument(
+        "--rows-per-chip",
+        type=_positive,
+        metavar="N",
+        help="in place of the configuration's global_batch_size",
+    )
+    command.set_defaults(overrides=[])
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _show_plan(result: Result, args: argparse.Namespace) -> None:
+    print(result["report"])
+
+
+def add_bench(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        if args.what == "moe":
+            if args.dir:
+                raise InputError("--dir is for `bench convert`; `bench moe` writes no files")
+            from echovlm_jax.bench_moe import bench_moe
+
+            with no_native_stderr(args.debug):
+                return bench_moe(size=args.size)
+        from echovlm_jax.bench_convert import bench_convert
+
+        return bench_convert(args.dir, size=args.size)
+
+    command = add_command(
+        commands,
+        "bench",
+        run,
+        "the project's own benchmarks, both sides in one run; convert: our conversion of a made-up "
+        "checkpoint against `cp` of the same bytes; moe: the default expert dispatch against the "
+        "others, their extra work counted and their time taken",
+        "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench moe --size tiny",
+        show=_show_bench,
+    )
+    command.add_argument("what", choices=["convert", "moe"])
+    command.add_argument(
+        "--size", default="echovlm_11b", metavar="PRESET", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--dir",
+        type=Path,
+        metavar="DIR",
+        help="of convert, where twice the checkpoint has room (47 GB at full size); default: a "
+        "temporary one",
+    )
+
+
+def _show_bench(result: Result, args: argparse.Namespace) -> None:
+    if "dispatch" not in result:
+        return show(result, args)
+    shares = ("extra", "extra_with_tiles")
+    rows = [{k: f"{v:.2%}" if k in shares else v for k, v in r.items()} for r in result["dispatch"]]
+    print("\n".join(table(rows)))
+    print("\n".join(lines({key: value for key, value in result.items() if key != "dispatch"})))

@@ -1,0 +1,5 @@
+"""What a configuration needs on a machine that isn't here: compiled for it, read, and reported."""
+
+from echovlm_jax.plan.plan import plan
+
+__all__ = ["plan"]

@@ -1,0 +1,50 @@
+"""FLOPs of the kernels that a compiled program calls and that its HLO does not show."""
+
+from __future__ import annotations
+
+import re
+
+from echovlm_jax.plan.hlo import CustomCall
+
+# Products of a block of scores' size that splash attention's kernels make: q·k and weights·v going
+# forward; going back q·k again, and what each gradient needs.
+_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+_BLOCK = 512  # ops/splash.py's blocks of scores: those without a common segment are skipped
+
+
+def kernel_flops(call: CustomCall, frame_patches: int) -> float:
+    """FLOPs of all runs of one kernel on one device.
+
+    What its author declared, else attention's by its shapes: causal attention half of the square;
+    the vision tower's the blocks that its frames touch.
+
+    Args:
+      call: from `hlo.read`.
+      frame_patches: patches of a frame, at most.
+    """
+    if call.flops:
+        return call.flops * call.count
+    kind = re.search(r"splash_mha_(fwd|dq|dkv)", call.name)
+    if kind is None:
+        return 0.0
+    # Queries come first, after the small tables of which blocks to visit: [heads, length, width],
+    # or with the last two exchanged, and a row of the batch first where there are several.
+    queries = max((shape for shape in call.operands if len(shape.dims) >= 3), key=_size)
+    length = max(queries.dims[-2:])
+    products = _SPLASH[kind[1]]
+    if kind[1] == "dkv" and not _has_dq_kernel(call):
+        products += 1
+    keys = min(length, frame_patches + 2 * _BLOCK) if "/vision/" in call.op_name else length / 2
+    return products * 2.0 * _size(queries) * keys * call.count
+
+
+def _size(shape: object) -> float:
+    size = 1.0
+    for dimension in shape.dims:  # type: ignore[attr-defined]
+        size *= dimension
+    return size
+
+
+def _has_dq_kernel(call: CustomCall) -> bool:
+    """Whether the queries' gradient is another kernel's: else this one returns parts of it."""
+    return not any(len(shape.dims) >= 4 and shape.dims[0] > 1 for shape in call.results)

@@ -1,0 +1,70 @@
+"""A plan as a text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+GIB = 2**30
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The whole text of what `plan` found."""
+    return "\n".join(_lines(result))
+
+
+def _lines(r: Mapping[str, Any]) -> Iterator[str]:
+    mesh = " × ".join(f"{axis} {size}" for axis, size in r["mesh"].items()) or "1"
+    yield f"{r['step']} on {r['topology']}: {r['chips']} chips, mesh {mesh}, {r['rows']} rows a step"
+    yield f"parameters {r['params'] / 1e9:.3f} B, of which train {r['trainable_params'] / 1e9:.3f} B"
+    yield ""
+    yield "memory of a chip (GiB; the compiler's)"
+    for kind, groups in r["parameter_bytes_per_chip"].items():
+        yield f"  {kind:<14}{sum(groups.values()) / GIB:8.2f}   " + ", ".join(
+            f"{name} {size / GIB:.2f}" for name, size in groups.items() if size >= GIB / 200
+        )
+    for kind, size in r["hbm_per_chip"].items():
+        if size is not None:
+            yield f"  {kind:<14}{size / GIB:8.2f}"
+    yield f"  {'capacity':<14}{r['hbm_capacity'] / GIB:8.2f}   {'fits' if r['fits'] else 'DOES NOT FIT'}"
+    if not r["fits"]:
+        yield from _mends(r)
+        return
+    yield ""
+    yield "model FLOPs of a step, by formula"
+    total = r["model_flops_per_step"]
+    for name, flops in sorted(r["model_flops"].items(), key=lambda item: -item[1]):
+        yield f"  {name:<24}{flops:10.3g}  {flops / total:6.1%}"
+    executed = r["hlo_flops_per_step"]
+    yield f"  {'all':<24}{total:10.3g}"
+    yield f"  {'executed, in the HLO':<24}{executed:10.3g}  of it kernels, by their shapes {r['kernel_flops_per_step']:.3g}"
+    yield ""
+    yield "received by a chip in a step (GB)"
+    for kind, size in r["collective_bytes_per_chip"].items():
+        yield f"  {kind:<24}{size / 1e9:8.2f}"
+    yield ""
+    yield "roofline (seconds at peak rates)"
+    for kind, seconds in r["roofline_seconds"].items():
+        yield f"  {kind:<24}{'unknown' if seconds is None else format(seconds, '8.3f')}"
+    yield (
+        f"  MFU at most {r['mfu_upper_bound']:.1%} (limit: {r['limit']}; all overlap),"
+        f" {r['mfu_without_overlap']:.1%} where the network waits for products"
+    )
+    yield f"compiled in {r['compile_seconds']:.0f} s to {r['code_bytes'] / 2**20:.0f} MiB of code"
+    if r["unknown_loops"]:
+        yield f"loops whose turns are unknown, counted once: {', '.join(r['unknown_loops'])}"
+
+
+def _mends(r: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    yield "largest buffers (GiB)"
+    for buffer in r["largest_buffers"][:10]:
+        yield f"  {buffer['bytes'] / GIB:6.2f}  {buffer['shape']}  {buffer['from']}"
+    yield ""
+    yield "what to change, the cheapest first:"
+    if r["step"] == "train":
+        yield "  remat=full, where it is not; grad_accum=2 halves what a row needs at one time;"
+        yield "  a smaller max_patches or seq_len; a larger mesh.fsdp (more chips);"
+        yield "  stage=instruction trains the new path and low-rank updates alone"
+    else:
+        yield "  fewer rows (--rows-per-chip), a smaller seq_len, a larger mesh.tensor"

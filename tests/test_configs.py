@@ -1,0 +1,92 @@
+"""The configurations in configs/: they load, make a program, and compile for a TPU slice."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from echovlm_jax.config import ModelConfig, preset
+from echovlm_jax.train.config_file import check_config, load_config
+from echovlm_jax.train.program import make_program
+from echovlm_jax.train.stages import count
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+# The smallest slice that each is for.
+TOPOLOGY = {"alignment": "v5e:2x4", "instruction": "v5e:2x4", "full_finetune": "v5e:4x4"}
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def file(request) -> Path:
+    return request.param
+
+
+def test_every_file_is_known() -> None:
+    assert {file.stem for file in FILES} == set(TOPOLOGY)
+
+
+def new_path(model: ModelConfig) -> int:
+    """Values of the experts, their router, the shared expert, its gate and the coefficients."""
+    width, moe = model.text.hidden_size, model.moe
+    assert moe
+    experts = 3 * width * (moe.num_experts * moe.expert_mlp_dim + moe.shared_mlp_dim)
+    return model.text.num_layers * (experts + width * (moe.num_experts + 1) + 2 * (width + 1))
+
+
+def updates(model: ModelConfig, rank: int) -> int:
+    """Values of low-rank updates beside every linear layer: rank · (inputs + outputs) each."""
+    text, vision = model.text, model.vision
+    width, heads = text.hidden_size, text.num_heads * text.head_dim
+    kv_heads = text.num_kv_heads * text.head_dim
+    decoder = 2 * (width + heads) + 2 * (width + kv_heads) + 3 * (width + text.mlp_dim)
+    v, inner = vision.embed_dim, vision.embed_dim * vision.mlp_ratio
+    tower = (v + 3 * v) + (v + v) + 2 * (v + inner)
+    joined = v * vision.spatial_merge_size**2
+    merger = 2 * joined + joined + width
+    return rank * (text.num_layers * decoder + vision.depth * tower + merger)
+
+
+def test_it_makes_a_program_at_full_size(file) -> None:
+    config = load_config(file)
+    check_config(config)
+    # A batch of any file divides by the eight devices here.
+    program = make_program(config)
+    assert len(program.mesh.devices.flatten()) == len(jax.devices()) == 8
+    leaves = jax.tree.leaves((program.state, program.batch))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    model = preset(config.model)
+    joined = model.vision.embed_dim * model.vision.spatial_merge_size**2
+    merger = (joined + 1) * joined + (joined + 1) * model.text.hidden_size
+    trained = {
+        "alignment": new_path(model) + merger,
+        "instruction": new_path(model) + updates(model, config.lora.rank),
+        "full_finetune": count(program.state.trainable),
+    }[file.stem]
+    assert count(program.state.trainable) == trained
+    low = count(program.state.trainable.get("lora", {}))
+    assert count(program.state.frozen) + count(program.state.trainable) - low > 11.6e9
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(program.state.trainable)} == {"float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(program.state.frozen)} <= {"bfloat16"}
+
+
+def test_overrides_reach_the_program(file) -> None:
+    words = ["model=tiny", "seq_len=64", "max_patches=16", "global_batch_size=16", "mesh.tensor=2"]
+    program = make_program(load_config(file, words))
+    assert program.batch["tokens"].shape == (16, 64)
+    assert program.batch["patches"].shape[:2] == (16, 16)
+    assert program.mesh.shape["tensor"] == 2 and program.mesh.shape["fsdp"] == 4
+    assert count(program.state.trainable) < 1e7
+
+
+@pytest.mark.slow
+def test_it_compiles_for_its_slice(file) -> None:
+    """One layer of the decoder and one of the vision tower, all widths and the whole batch."""
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from echovlm_jax.plan import plan
+
+    config = load_config(file)
+    model = preset(config.model).replace(text={"num_layers": 1}, vision={"depth": 1})
+    result = plan(config, TOPOLOGY[file.stem], model=model)
+    assert result["ok"] and result["rows"] == config.global_batch_size == result["chips"]
+    assert result["hbm_per_chip"]["peak"] < result["hbm_capacity"]
