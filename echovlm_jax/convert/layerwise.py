@@ -65,6 +65,7 @@ def forward(model: Model, batch: Batch) -> tuple[Output, np.ndarray]:
         kv=stacked.kv,
         router_logits=stacked.router_logits,
         coefficient=stacked.coefficient,
+        dropped=stacked.dropped,
         layer_inputs=stacked.hidden,
         image_tokens=None if image_tokens is None else np.asarray(image_tokens),
     )

@@ -12,12 +12,13 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.ops.attention import RESIDUALS
 from echovlm_jax.ops.layout import Layout
 
+PRODUCT = "product"  # what rematerialisation calls the result of a layer's weight product
 # What the backward pass finds stored of a layer; everything else it computes again. The layer's
 # input is stored in any case. From the most memory to the least work, and back.
 _SAVE = jax.checkpoint_policies
 REMAT: Mapping[str, Callable[..., Any] | None] = {
     "none": None,  # store everything
-    "dots": _SAVE.dots_with_no_batch_dims_saveable,  # the results of all weight products
+    "dots": _SAVE.save_only_these_names(PRODUCT, RESIDUALS),  # results of the weight products
     "attention": _SAVE.save_only_these_names("qkv", RESIDUALS),
     "full": _SAVE.nothing_saveable,
 }

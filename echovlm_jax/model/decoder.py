@@ -107,7 +107,7 @@ class Attention(nn.Module):
         kv_shape = (c.num_kv_heads, c.head_dim, c.hidden_size)
         axes, kv_axes = ("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
         layout = self.compute.layout
-        place = {"bias": True, "layout": layout}
+        place: dict[str, Any] = {"bias": True, "layout": layout}
         q = Linear("BTD,NHD->BTNH", shape, axes, **place, name="q")(x)
         k = Linear("BTD,KHD->BTKH", kv_shape, kv_axes, **place, name="k")(x)
         v = Linear("BTD,KHD->BTKH", kv_shape, kv_axes, **place, name="v")(x)

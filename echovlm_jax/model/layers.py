@@ -8,9 +8,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from echovlm_jax.model.compute import REMAT, Compute
+from echovlm_jax.model.compute import PRODUCT, REMAT, Compute
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
@@ -46,6 +47,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array, out_dtype: DTypeLike | None = None) -> Array:
         kernel = self.param("kernel", partitioned(WEIGHT_INIT, self.axes), self.shape)
         y = einsum(self.spec, x, kernel, axes=self.axes, layout=self.layout, out_dtype=out_dtype)
+        y = checkpoint_name(y, PRODUCT)
         inputs, letters, result = re.split(",|->", self.spec)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
@@ -97,7 +99,7 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape, axes = (self.mlp_dim, self.width), ("mlp", "embed")
-        place = {"layout": self.layout}
+        place: dict[str, Any] = {"layout": self.layout}
         gate = Linear("BTD,FD->BTF", shape, axes, **place, name="gate")(x)
         up = Linear("BTD,FD->BTF", shape, axes, **place, name="up")(x)
         hidden = self.layout.constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from echovlm_jax.config import MoEConfig
 from echovlm_jax.model.compute import Compute
 from echovlm_jax.model.layers import WEIGHT_INIT, GatedMLP, Linear, partitioned
 from echovlm_jax.ops import Array
-from echovlm_jax.ops.moe_dispatch import Experts, moe, route
+from echovlm_jax.ops.moe_dispatch import Experts, Routing, moe, route
 
 
 class ExpertWeights(nn.Module):
@@ -50,6 +53,17 @@ class MoE(nn.Module):
     width: int
     compute: Compute = Compute()
 
+    def _route(self, logits: Array) -> Routing:
+        """`route` on each device's own tokens: XLA would gather them all to sort four numbers."""
+        tokens = ("batch", "length", None)
+        choose = functools.partial(
+            route, top_k=self.config.top_k, normalize=self.config.norm_topk_prob
+        )
+        mapped = self.compute.layout.shard_map(
+            lambda logits: tuple(choose(logits)), [tokens], [tokens, tokens]
+        )
+        return Routing(*mapped(logits))
+
     @nn.compact
     def __call__(self, u: Array, valid: Array | None = None) -> tuple[Array, Array, Array]:
         """
@@ -62,11 +76,11 @@ class MoE(nn.Module):
           tokens found no room at their expert [].
         """
         c = self.config
-        place = {"layout": self.compute.layout}
+        place: dict[str, Any] = {"layout": self.compute.layout}
         shape = (c.num_experts, self.width)
         router = Linear("BTD,ED->BTE", shape, ("router", "embed"), **place, name="router")
         logits = router(u.astype(jnp.float32))
-        routing = route(logits, top_k=c.top_k, normalize=c.norm_topk_prob)
+        routing = self._route(logits)
         routed, dropped = moe(
             u,
             routing,

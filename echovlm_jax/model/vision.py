@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ class VisionAttention(nn.Module):
         axes = ("vision_heads", "head_dim", "vision_embed")
         # Query, key and value are one weight in the checkpoint; C is that dimension of three.
         layout = self.compute.layout
-        place = {"bias": True, "layout": layout}
+        place: dict[str, Any] = {"bias": True, "layout": layout}
         shape = (3, *heads, c.embed_dim)
         qkv = Linear("BPD,CNHD->BPCNH", shape, ("qkv", *axes), **place, name="qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))
@@ -62,7 +64,7 @@ class VisionMLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (self.config.mlp_dim, self.config.embed_dim)
         axes = ("vision_mlp", "vision_embed")
-        place = {"bias": True, "layout": self.layout}
+        place: dict[str, Any] = {"bias": True, "layout": self.layout}
         x = quick_gelu(Linear("BPD,FD->BPF", shape, axes, **place, name="fc1")(x))
         x = self.layout.constrain(x, "batch", "length", "mlp")
         return Linear("BPF,DF->BPD", shape[::-1], axes[::-1], **place, name="fc2")(x)
@@ -94,7 +96,7 @@ class Merger(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        place = {"bias": True, "layout": self.layout}
+        place: dict[str, Any] = {"bias": True, "layout": self.layout}
         wide = c.embed_dim * c.merge_unit
         x = LayerNorm(c.embed_dim, name="ln_q")(x)
         x = x.reshape(x.shape[0], x.shape[1] // c.merge_unit, wide)

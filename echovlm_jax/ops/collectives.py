@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,19 @@ from echovlm_jax.ops import Array
 RING = 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def all_gather(x: Array, mesh_axes: tuple[str, ...], dim: int) -> jax.Array:
     """The pieces of all devices along mesh_axes, joined along `dim`; its gradient is
     `reduce_scatter`."""
+    return cast(jax.Array, _all_gather(x, mesh_axes, dim))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _all_gather(x: Array, mesh_axes: tuple[str, ...], dim: int) -> jax.Array:
     return jax.lax.all_gather(x, mesh_axes, axis=dim, tiled=True) if mesh_axes else jnp.asarray(x)
 
 
 def _all_gather_fwd(x: Array, mesh_axes: tuple[str, ...], dim: int) -> tuple[jax.Array, None]:
-    return all_gather(x, mesh_axes, dim), None
+    return _all_gather(x, mesh_axes, dim), None
 
 
 def _all_gather_bwd(
@@ -34,7 +39,7 @@ def _all_gather_bwd(
     return (reduce_scatter(gradient, mesh_axes, dim),)
 
 
-all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
+_all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
 
 
 def reduce_scatter(x: Array, mesh_axes: Sequence[str], dim: int) -> jax.Array:

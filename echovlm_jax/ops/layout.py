@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
+from echovlm_jax.ops import Array
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Layout:
         Example: with ("batch", ("data", "fsdp")) on a mesh of data 1 and fsdp 8: ("fsdp",).
         """
         sizes = jax.sharding.get_abstract_mesh().shape
-        return tuple(name for name in dict(self.rules).get(axis, ()) if sizes.get(name, 1) > 1)
+        found = next((names for name, names in self.rules if name == axis), ())
+        return tuple(name for name in found if sizes.get(name, 1) > 1)
 
     def size(self, axis: str | None) -> int:
         """Into how many pieces a logical axis is cut."""
@@ -44,10 +48,10 @@ class Layout:
         """The PartitionSpec of an array with these logical axes, one a dimension."""
         return PartitionSpec(*[self.mesh_axes(axis) or None for axis in axes])
 
-    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+    def constrain(self, x: Array, *axes: str | None) -> jax.Array:
         """x, laid out by its logical axes."""
         if not self.rules or jax.sharding.get_abstract_mesh().empty:
-            return x
+            return jnp.asarray(x)
         return jax.lax.with_sharding_constraint(x, self.spec(*axes))
 
     def shard_map(

@@ -93,8 +93,14 @@ def _dense(
     """
     chosen = jax.nn.one_hot(routing.expert, experts.gate.shape[0], dtype=jnp.float32)
     weight = jnp.einsum("BTkE,BTk,BT->BTE", chosen, routing.weight, valid.astype(jnp.float32))
+    inner, outer = (
+        ("expert", "expert_mlp", "expert_embed"),
+        ("expert", "expert_embed", "expert_mlp"),
+    )
     axes = ("batch", "length", None, "mlp")
-    gate = layout.constrain(einsum("BTD,EFD->BTEF", x, experts.gate), *axes)
-    up = layout.constrain(einsum("BTD,EFD->BTEF", x, experts.up), *axes)
+    gate, up = (
+        layout.constrain(einsum("BTD,EFD->BTEF", x, w, axes=inner, layout=layout), *axes)
+        for w in (experts.gate, experts.up)
+    )
     hidden = jax.nn.silu(gate) * up * weight.astype(x.dtype)[..., None]
-    return einsum("BTEF,EDF->BTD", hidden, experts.down)
+    return einsum("BTEF,EDF->BTD", hidden, experts.down, axes=outer, layout=layout)

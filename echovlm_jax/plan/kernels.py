@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from echovlm_jax.plan.hlo import CustomCall
+from echovlm_jax.plan.hlo_text import Shape
 
 # Products of a block of scores' size that splash attention's kernels make: q·k and weights·v going
 # forward; going back q·k again, and what each gradient needs.
@@ -38,11 +40,8 @@ def kernel_flops(call: CustomCall, frame_patches: int) -> float:
     return products * 2.0 * _size(queries) * keys * call.count
 
 
-def _size(shape: object) -> float:
-    size = 1.0
-    for dimension in shape.dims:  # type: ignore[attr-defined]
-        size *= dimension
-    return size
+def _size(shape: Shape) -> int:
+    return math.prod(shape.dims)
 
 
 def _has_dq_kernel(call: CustomCall) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import time
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
@@ -21,12 +21,12 @@ from echovlm_jax.plan.chips import mfu_upper_bound, roofline, topology
 from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.report import report
 from echovlm_jax.train.config_file import check_config
-from echovlm_jax.train.program import Program, make_program, mesh_sizes
+from echovlm_jax.train.program import Config, make_program, mesh_sizes
 from echovlm_jax.train.stages import count
 
 # A program whose gathers and scatters run on a SparseCore (v5p) is one that libtpu 0.0.52 can't
 # print.
-PRINTABLE = {
+PRINTABLE: dict[str, Any] = {
     "xla_tpu_offload_gather_to_sparsecore": "false",
     "xla_tpu_enable_offloading_gather_to_sparsecore": "false",
     "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
@@ -43,7 +43,7 @@ GROUPS = {  # of parameters, by the first expression that finds something in a p
 
 
 def plan(
-    config: ConfigDict,
+    config: Config,
     topology_name: str,
     *,
     step: str = "train",
@@ -79,8 +79,10 @@ def plan(
     devices = topology_devices(topology_name)
     if step == "train":
         program = make_program(config, devices, model)
-        model, mesh, compiling = program.model, program.mesh, functools.partial(
-            program.compile, PRINTABLE
+        model, mesh, compiling = (
+            program.model,
+            program.mesh,
+            functools.partial(program.compile, PRINTABLE),
         )
         arrays = {"parameters": (program.state.trainable, program.state.frozen)}
         arrays["optimizer"] = program.state.opt_state
@@ -103,7 +105,7 @@ def plan(
                 prompt=config.seq_len,
                 patches=config.max_patches,
                 dtype=config.dtype,
-            ).compile(PRINTABLE)
+            ).compile(dict(PRINTABLE))
 
     work = Work(
         rows=config.global_batch_size,
@@ -136,7 +138,7 @@ def plan(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        result |= _too_large(str(error), time.perf_counter() - started)
+        result |= _too_large(str(error), time.perf_counter() - started, arrays)
     else:
         seconds = time.perf_counter() - started
         result |= _read(compiled, place, useful, seconds, config)
@@ -144,17 +146,15 @@ def plan(
 
 
 def _read(
-    compiled: jax.stages.Compiled, place: Any, useful: Flops, seconds: float, config: ConfigDict
+    compiled: jax.stages.Compiled, place: Any, useful: Flops, seconds: float, config: Config
 ) -> dict[str, Any]:
     chip, per_chip = place.chip, place.chip.devices
-    memory = compiled.memory_analysis()
-    module = hlo.read(compiled.as_text())
+    memory: Any = compiled.memory_analysis()
+    module = hlo.read(compiled.as_text() or "")
     kernels = sum(kernel_flops(call, config.max_image_patches) for call in module.custom_calls)
     flops = module.matmul_flops + kernels
     wire = sum(module.collective_bytes.values())
-    bound = roofline(
-        flops=flops, hbm_bytes=module.hbm_bytes, collective_bytes=wire, chip=chip
-    )
+    bound = roofline(flops=flops, hbm_bytes=module.hbm_bytes, collective_bytes=wire, chip=chip)
     share = useful.total / place.devices
     serial = bound.compute + (bound.ici or 0.0)
     return {
@@ -194,34 +194,53 @@ def _read(
     }
 
 
-# XLA:TPU's refusal: "Used 17.31G of 15.75G hbm", then its largest allocations, one a paragraph.
-_USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
+# XLA:TPU's refusals: "Used 17.31G of 15.75G hbm" and its largest allocations, one a paragraph; or,
+# where far too much is asked for, one sentence.
+_USED = re.compile(r"Used ([\d.]+)([KMG]?) of|\(([\d.]+)([KMG]?)\) exceeds available HBM")
 _ALLOCATION = re.compile(
-    r"Size: ([\d.]+)([KMG]?)(?:.*\n)*?(?:\s*Operator: op_name=\"(.*?)\"(?:.*\n)*?)?\s*Shape: (\S+?)\{"
+    r"Size: ([\d.]+)([KMG]?)(?:.*\n)*?"
+    r"(?:\s*Operator: op_name=\"(.*?)\"(?:.*\n)*?)?\s*Shape: (\S+?)\{"
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def _too_large(message: str, seconds: float) -> dict[str, Any]:
-    """What the compiler says of a program that doesn't fit."""
+def _too_large(message: str, seconds: float, arrays: Any) -> dict[str, Any]:
+    """What the compiler says of a program that doesn't fit, and else what is known without it."""
     used = _USED.search(message)
+    buffers = [
+        {"bytes": _bytes(size, unit), "shape": shape, "from": source or "", "count": 1}
+        for size, unit, source, shape in _ALLOCATION.findall(message)
+    ]
     return {
-        "hbm_per_chip": {"peak": _bytes(used[1], used[2]) if used else None},
+        "hbm_per_chip": {"peak": _bytes(used[1] or used[3], used[2] or used[4]) if used else None},
         "fits": False,
         "compile_seconds": seconds,
-        "largest_buffers": [
-            {"bytes": _bytes(size, unit), "shape": shape, "from": source or "", "count": 1}
-            for size, unit, source, shape in _ALLOCATION.findall(message)
-        ][:20],
+        "largest_buffers": (buffers or _largest_arguments(arrays))[:20],
         "error": message.partition("\n")[0],
     }
+
+
+def _largest_arguments(arrays: Any) -> list[dict[str, Any]]:
+    """The arguments of the program, the largest first: bytes of one device's part."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        found.append(
+            {
+                "bytes": math.prod(shape) * leaf.dtype.itemsize,
+                "shape": f"{leaf.dtype}[{','.join(map(str, shape))}]",
+                "from": "/".join(str(getattr(part, "key", part)) for part in path),
+                "count": 1,
+            }
+        )
+    return sorted(found, key=lambda buffer: -buffer["bytes"])
 
 
 def _bytes(number: str, unit: str) -> int:
     return int(float(number) * _UNITS[unit])
 
 
-def _served(model: ModelConfig, config: ConfigDict, mesh: Any) -> Any:
+def _served(model: ModelConfig, config: Config, mesh: Any) -> Any:
     """Parameters as generation holds them: all in the compute dtype."""
     shapes = abstract_params(model)
     shardings = param_shardings(logical_axes(model), shapes, mesh)
@@ -238,8 +257,6 @@ def _by_group(tree: Any, devices: int) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = "/".join(str(getattr(part, "key", getattr(part, "name", ""))) for part in path)
         group = next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
-        size = leaf.dtype.itemsize * devices
-        for dimension in leaf.sharding.shard_shape(leaf.shape):
-            size *= dimension
-        found[group] += size
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        found[group] += leaf.dtype.itemsize * devices * math.prod(shard)
     return {group: size for group, size in found.items() if size}

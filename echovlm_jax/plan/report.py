@@ -15,8 +15,8 @@ def report(result: Mapping[str, Any]) -> str:
 
 def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     mesh = " × ".join(f"{axis} {size}" for axis, size in r["mesh"].items()) or "1"
-    yield f"{r['step']} on {r['topology']}: {r['chips']} chips, mesh {mesh}, {r['rows']} rows a step"
-    yield f"parameters {r['params'] / 1e9:.3f} B, of which train {r['trainable_params'] / 1e9:.3f} B"
+    yield f"{r['step']} on {r['topology']}: {r['chips']} chips, mesh {mesh}, {r['rows']} rows"
+    yield f"parameters {r['params'] / 1e9:.3f} B; {r['trainable_params'] / 1e9:.3f} B train"
     yield ""
     yield "memory of a chip (GiB; the compiler's)"
     for kind, groups in r["parameter_bytes_per_chip"].items():
@@ -26,7 +26,8 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     for kind, size in r["hbm_per_chip"].items():
         if size is not None:
             yield f"  {kind:<14}{size / GIB:8.2f}"
-    yield f"  {'capacity':<14}{r['hbm_capacity'] / GIB:8.2f}   {'fits' if r['fits'] else 'DOES NOT FIT'}"
+    verdict = "fits" if r["fits"] else "DOES NOT FIT"
+    yield f"  {'capacity':<14}{r['hbm_capacity'] / GIB:8.2f}   {verdict}"
     if not r["fits"]:
         yield from _mends(r)
         return
@@ -37,7 +38,8 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {name:<24}{flops:10.3g}  {flops / total:6.1%}"
     executed = r["hlo_flops_per_step"]
     yield f"  {'all':<24}{total:10.3g}"
-    yield f"  {'executed, in the HLO':<24}{executed:10.3g}  of it kernels, by their shapes {r['kernel_flops_per_step']:.3g}"
+    kernels = f"{r['kernel_flops_per_step']:.3g} of it in kernels, by their shapes"
+    yield f"  {'executed, in the HLO':<24}{executed:10.3g}  ({kernels})"
     yield ""
     yield "received by a chip in a step (GB)"
     for kind, size in r["collective_bytes_per_chip"].items():

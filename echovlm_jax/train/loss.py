@@ -62,8 +62,7 @@ def token_losses(
 
         def step(running: _Running, chunk: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
             number, weight = chunk
-            weight = weight.astype(hidden.dtype)
-            weight = all_gather(weight, embed_axes, 1)
+            weight = all_gather(weight.astype(hidden.dtype), embed_axes, 1)
             x = wide.astype(hidden.dtype)
             logits = einsum("BTD,VD->BTV", x, weight, out_dtype=jnp.float32)
             place = labels - (first + number * width)
@@ -106,17 +105,17 @@ def _chunks(vocab: int, bytes_per_column: int, most: int) -> int:
 
 def balancing_losses(
     router_logits: Float[Array, "L B T E"], counted: Bool[Array, "B T"], *, top_k: int
-) -> Float[Array, "B"]:
+) -> jax.Array:
     """`load_balancing_loss` of each row by itself; 0 for a row without tokens.
 
     A row is a packed one of a few thousand tokens. Balancing each makes the loss of a batch the
     same however its rows are spread over devices and accumulation steps, which a loss that
-    multiplies two means over the batch is not.
+    multiplies two means over the batch is not. Returns float32 [B].
     """
     some = jnp.any(counted, axis=-1)
 
-    def one(logits: Array, counted: Array) -> jax.Array:
+    def one(logits: Array, counted: Array) -> Array:
         return load_balancing_loss(logits[:, None], counted[None], top_k=top_k)
 
     losses = jax.vmap(one, in_axes=(1, 0))(router_logits, counted | ~some[:, None])
-    return jnp.where(some, losses, 0.0)
+    return jnp.where(some, jnp.asarray(losses), 0.0)

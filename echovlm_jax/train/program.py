@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
@@ -27,6 +26,8 @@ from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes
 from echovlm_jax.train.optimizer import learning_rate, make_optimizer
 from echovlm_jax.train.stages import how_it_trains, split
 from echovlm_jax.train.step import BATCH_AXES, TrainState, make_train_step
+
+Config = Any  # an ml_collections.ConfigDict, whose attributes no type checker knows
 
 # The widest split of the weights that is inferred: every width of the model is a multiple of it.
 MOST_FSDP = 128
@@ -46,10 +47,10 @@ class Program(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]  # with shardings
     optimization_level: str | None  # XLA's; None is its default
 
-    def compile(self, options: Mapping[str, str] | None = None) -> jax.stages.Compiled:
+    def compile(self, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
         """Compiles the step for the mesh's devices, be they here or not; `options` are XLA's."""
         lowered = self.lower()
-        before = jax.config.jax_optimization_level
+        before = jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_optimization_level", self.optimization_level or "UNKNOWN")
         try:
             return lowered.compile(compiler_options=dict(options or {}))
@@ -63,7 +64,7 @@ class Program(NamedTuple):
 
 
 def make_program(
-    config: ConfigDict, devices: Sequence[Any] | None = None, model: ModelConfig | None = None
+    config: Config, devices: Sequence[Any] | None = None, model: ModelConfig | None = None
 ) -> Program:
     """The program of a configuration on these devices; nothing is computed or allocated.
 
@@ -182,7 +183,7 @@ def _optimizer_state(optimizer: Any, trainable: Any, mesh: Mesh) -> Any:
     )
 
 
-def _batch(config: ConfigDict, model: ModelConfig, mesh: Mesh, layout: Any) -> dict[str, Any]:
+def _batch(config: Config, model: ModelConfig, mesh: Mesh, layout: Any) -> dict[str, Any]:
     rows, length, patches = config.global_batch_size, config.seq_len, config.max_patches
     shards = layout.size("batch") * config.grad_accum
     if rows % shards:
@@ -216,7 +217,7 @@ def _batch(config: ConfigDict, model: ModelConfig, mesh: Mesh, layout: Any) -> d
     }
 
 
-def _dtype(config: ConfigDict, key: str) -> jnp.dtype:
+def _dtype(config: Config, key: str) -> jnp.dtype:
     allowed = ("float32", "bfloat16")
     if config[key] not in allowed:
         raise InputError(f"{key} {config[key]!r} must be one of {', '.join(allowed)}")

@@ -36,9 +36,9 @@ BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
 class TrainState(NamedTuple):
     """All that a run needs to go on, besides its position in the data."""
 
-    step: jax.Array  # [] int32, updates made
-    trainable: dict[str, Any]  # {"params": …, "lora": …}: own gradients and optimizer state
-    frozen: dict[str, Any]  # the rest of "params": own neither
+    step: Any  # [] int32, updates made
+    trainable: Any  # {"params": …, "lora": …}: own gradients and optimizer state
+    frozen: Any  # the rest of "params": own neither
     opt_state: Any
 
 
@@ -77,7 +77,7 @@ def loss_and_metrics(
     Returns:
       The loss [] in float32, and parts of metrics that add up likewise.
     """
-    out = EchoVLM(config, dtype, compute=compute).apply(variables, batch)
+    out: Any = EchoVLM(config, dtype, compute=compute).apply(variables, batch)
     text = variables["params"]["text"]
     head = text["embed"]["embedding"]
     if not config.text.tie_word_embeddings:

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from echovlm_jax.config import preset
+from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.model import Compute, EchoVLM, abstract_params
 from echovlm_jax.model.compute import REMAT
 from echovlm_jax.plan import hlo
@@ -60,12 +60,12 @@ def params() -> dict:
 
 
 @functools.cache
-def plain_step(grad_accum: int = 1, remat: str = "none"):
+def plain_step(grad_accum: int = 1, remat: str = "none", model: ModelConfig = MODEL):
     """(params, batch) → (metrics, gradients) of one step on one device."""
     optimizer = optax.sgd(1.0, momentum=0.5)  # its first momentum is the gradient
     compute = Compute(moe_dispatch="ragged", remat=remat)
     step = jax.jit(
-        make_train_step(MODEL, compute, optimizer, dtype=jnp.float32, grad_accum=grad_accum)
+        make_train_step(model, compute, optimizer, dtype=jnp.float32, grad_accum=grad_accum)
     )
 
     def run(params: dict, batch: dict) -> tuple[dict, dict]:
@@ -139,8 +139,11 @@ def test_the_loss_is_the_mean_over_all_labels():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_is_the_slope_of_the_loss(seed):
-    """Along a random direction, by central differences. Routing may not change on the way."""
-    run, rng = plain_step(), np.random.default_rng(seed)
+    """Along a random direction, by central differences.
+
+    Every token goes to all experts: where a choice of two changes, the loss has a step.
+    """
+    run, rng = plain_step(model=MODEL.replace(moe={"top_k": 4})), np.random.default_rng(seed)
     _, gradients = run(params(), uneven_batch())
     flat = flatten_dict(params(), sep="/")
     moved = [path for path in flat if not path.startswith("vision/")]
@@ -151,10 +154,10 @@ def test_the_gradient_is_the_slope_of_the_loss(seed):
     direction = {path: signs[path] * np.asarray(gradients[path]) / norms[path] for path in moved}
     slope = sum(float(np.vdot(gradients[path], direction[path])) for path in moved)
     ends = []
-    for size in (1e-4, -1e-4):
+    for size in (1e-3, -1e-3):
         at = {path: x + size * direction.get(path, 0.0) for path, x in flat.items()}
         ends.append(run(_nested(at), uneven_batch())[0]["loss"])
-    np.testing.assert_allclose((ends[0] - ends[1]) / 2e-4, slope, rtol=1e-2)
+    np.testing.assert_allclose((ends[0] - ends[1]) / 2e-3, slope, rtol=2e-3)
 
 
 def _nested(flat: dict) -> dict:

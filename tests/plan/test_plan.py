@@ -1,0 +1,131 @@
+"""The planner: kernels by hand-computed FLOPs, refusals read, and a real plan of the tiny model."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+from echovlm_jax.config import preset
+from echovlm_jax.errors import InputError
+from echovlm_jax.plan import plan
+from echovlm_jax.plan.hlo import CustomCall
+from echovlm_jax.plan.hlo_text import Shape
+from echovlm_jax.plan.kernels import kernel_flops
+from echovlm_jax.plan.plan import _too_large
+from echovlm_jax.plan.report import report
+from echovlm_jax.train.config_file import load_config
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "full_finetune.py"
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="compiles with libtpu: pip install libtpu"
+)
+
+
+def call(name, operands, results=(), flops=0.0, op_name="", count=1):
+    def shapes(many):
+        return tuple(Shape("bf16", d, 2 * math.prod(d), 2 * math.prod(d), 0) for d in many)
+
+    return CustomCall(
+        "tpu_custom_call", name, shapes(operands), shapes(results), flops, op_name, count
+    )
+
+
+def test_attention_kernels_count_by_their_shapes():
+    tables = [(1, 4, 4), (1, 4, 4)]
+    text = [*tables, (28, 2048, 128), (4, 2048, 128), (4, 2048, 128)]
+    square = 28 * 2048 * 2048 * 128
+    forward = call("splash_mha_fwd_residuals", text, op_name="jit/text/attn", count=28)
+    assert kernel_flops(forward, 784) == 28 * 2 * 2 * square / 2
+    # One backward kernel for all gradients returns the queries' in parts; it makes five products.
+    parts = [(4, 28, 2048, 128), (4, 2048, 128), (4, 2048, 128)]
+    fused = call("splash_mha_dkv_no_residuals", text, parts, op_name="jit/text/attn")
+    assert kernel_flops(fused, 784) == 5 * 2 * square / 2
+    alone = call("splash_mha_dkv_no_residuals", text, parts[1:], op_name="jit/text/attn")
+    assert kernel_flops(alone, 784) == 4 * 2 * square / 2
+
+
+def test_the_vision_towers_kernel_counts_the_blocks_that_frames_touch():
+    vision = [(1, 12, 12), (16, 80, 6144), (16, 80, 6144), (16, 80, 6144)]
+    forward = call("splash_mha_fwd_residuals", vision, op_name="jit/vision/attn")
+    assert kernel_flops(forward, 784) == 2 * 2 * 16 * 80 * 6144 * (784 + 1024)
+    assert kernel_flops(forward, 6144) == 2 * 2 * 16 * 80 * 6144 * 6144  # one frame: all of it
+
+
+def test_other_kernels_count_what_their_author_declared():
+    assert kernel_flops(call("gmm", [(4096, 3584)], flops=7.0, count=3), 784) == 21
+    assert kernel_flops(call("unknown", [(4096, 3584)]), 784) == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "peak"),
+    [
+        ("RESOURCE_EXHAUSTED: … Used 17.5G of 15.75G hbm. Exceeded …", 17.5 * 2**30),
+        (
+            "RESOURCE_EXHAUSTED: … temporaries (512.25M) exceeds available HBM (15.75G).",
+            512.25 * 2**20,
+        ),
+        ("RESOURCE_EXHAUSTED: something else", None),
+    ],
+)
+def test_a_refusal_tells_what_was_asked_for(message, peak):
+    found = _too_large(message, 1.0, {})
+    assert found["hbm_per_chip"]["peak"] == peak and found["fits"] is False
+
+
+def test_a_refusals_allocations_are_named():
+    message = """Used 20G of 15G hbm. Largest program allocations in hbm:
+
+  1. Size: 1.50G
+     Operator: op_name="jit(step)/mlp/dot_general"
+     Shape: bf16[28,4096]{1,0:T(8,128)}
+     ==========================
+"""
+    [buffer] = _too_large(message, 1.0, {})["largest_buffers"]
+    assert buffer["bytes"] == 1.5 * 2**30
+    assert buffer["shape"] == "bf16[28,4096]" and buffer["from"] == "jit(step)/mlp/dot_general"
+
+
+def test_bad_requests_are_refused():
+    config = load_config(CONFIG)
+    with pytest.raises(InputError, match="step 'serve' is unknown; choose one of train"):
+        plan(config, "v5e:4x4", step="serve")
+    with pytest.raises(InputError, match="chip 'v9' is unknown"):
+        plan(config, "v9:4x4")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("step", ["train", "prefill", "decode"])
+def test_a_plan_of_the_tiny_model(step):
+    """Every key of the contract, and sizes that can be computed by hand."""
+    config = load_config(
+        CONFIG, {"model": "tiny", "seq_len": 128, "max_patches": 256, "max_image_patches": 64}
+    )
+    result = plan(config, "v5e:2x2", step=step, rows_per_chip=1)
+    tiny = preset("tiny").text
+    assert result["chips"] == 4 and result["fits"] and result["ok"]
+    if step == "train":
+        assert result["trainable_params"] == result["params"]
+        head = 4 * tiny.vocab_size * tiny.hidden_size * 2 // 4  # embedding and head, a quarter each
+        assert result["parameter_bytes_per_chip"]["parameters"]["embedding"] == head
+        assert result["parameter_bytes_per_chip"]["optimizer"]["embedding"] == 2 * head
+        assert set(result["collective_bytes_per_chip"]) >= {"all-gather"}
+    memory = result["hbm_per_chip"]
+    assert 0 < memory["peak"] <= memory["arguments"] + memory["temporaries"] + memory["outputs"]
+    assert result["roofline_seconds"]["compute"] > 0 and 0 < result["mfu_upper_bound"] <= 1
+    assert result["mfu_without_overlap"] <= result["mfu_upper_bound"]
+    assert "DOES NOT" not in result["report"] and "MFU at most" in result["report"]
+
+
+def test_a_report_of_what_does_not_fit_says_what_to_change():
+    text = report(
+        {
+            "step": "train", "topology": "v5e:2x2", "chips": 4, "mesh": {"fsdp": 4}, "rows": 4,
+            "params": 10, "trainable_params": 10, "hbm_capacity": 16 * 2**30, "fits": False,
+            "parameter_bytes_per_chip": {"parameters": {"mlp": 2**30}},
+            "hbm_per_chip": {"peak": 20 * 2**30},
+            "largest_buffers": [{"bytes": 2**30, "shape": "f32[7]", "from": "a/b", "count": 1}],
+        }
+    )  # fmt: skip
+    assert "DOES NOT FIT" in text and "f32[7]" in text and "grad_accum" in text
