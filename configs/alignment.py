@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.model = "echovlm_11b"
-    config.data = "phantom"  # synthetic exams; a folder that `echovlm data build` made
+    config.data = "phantom"  # synthetic exams; or the folder of a dataset
     config.stage = "alignment"  # trains moe, coefficient and the two layers of the merger
 
     # One epoch of the official 187,273 records, if two share a row: 16 records a step.
@@ -37,10 +37,10 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"  # of the products, and of the weights that don't train
     config.param_dtype = "float32"  # of those that do: in bfloat16 most steps would round to none
     config.remat = "full"  # backward goes through every layer, to the merger: its inputs alone stay
-    # XLA:TPU's effort: O1 compiles in a minute; the default takes longer, and overlaps weights'
-    # travel with products. Measure it on the pod before a long run.
+    # XLA:TPU's effort: O1 compiles in a minute; the default takes three times as long, and overlaps
+    # weights' travel with products. Measure it on the pod before a long run.
     config.optimization_level = "O1"
-    # Weights over as many chips as their widths allow, copies of that over the rest.
+    # Weights over up to 64 chips, copies of that over the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": -1, "expert": 1, "tensor": 1, "sequence": 1})
 
     config.log_every = 10

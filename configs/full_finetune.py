@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.model = "echovlm_11b"
-    config.data = "phantom"  # synthetic exams; a folder that `echovlm data build` made
+    config.data = "phantom"  # synthetic exams; or the folder of a dataset
     config.stage = "full"
 
     config.steps = 10_000
@@ -35,10 +35,10 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"
     config.param_dtype = "float32"
     config.remat = "full"
-    # XLA:TPU's effort: O1 compiles in a minute; the default takes five, and overlaps weights'
-    # travel with products. Measure it on the pod before a long run.
+    # XLA:TPU's effort: O1 compiles in a minute; the default takes three times as long, and overlaps
+    # weights' travel with products. Measure it on the pod before a long run.
     config.optimization_level = "O1"
-    # Weights over as many chips as their widths allow, copies of that over the rest.
+    # Weights over up to 64 chips, copies of that over the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": -1, "expert": 1, "tensor": 1, "sequence": 1})
 
     config.log_every = 10

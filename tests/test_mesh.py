@@ -182,9 +182,15 @@ def test_presets_fit_their_slice_and_the_model(libtpu, topology):
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("v5e", "topology 'v5e' is not generation:shape, as in v5e:4x4; known ones are v5e:1x1,"),
+        (
+            "v5e",
+            "topology 'v5e' is not generation:shape, as in v5e:4x4; known ones are, for example, v5e:1x1,",
+        ),
         ("v5e:0x4", "topology 'v5e:0x4' is not generation:shape"),
-        ("v99:4x4", r"libtpu refuses topology 'v99:4x4' \(.*v99\); known ones are v5e:1x1"),
+        (
+            "v99:4x4",
+            r"libtpu refuses topology 'v99:4x4' \(.*v99\); known ones are, for example, v5e:1x1",
+        ),
         ("v5e:3x3", "libtpu refuses topology 'v5e:3x3' .*chips_per_host"),
     ],
 )

@@ -129,7 +129,7 @@ def mfu_upper_bound(model_flops: float, bound: Roofline, chip: Chip) -> float:
     """The share of a device's peak that useful work can reach: model FLOPs over peak and bound.
 
     Args:
-      model_flops: the useful work of one device (`flops.Flops.model`, over all devices).
+      model_flops: the useful work of one device (`flops.Flops.total`, over all devices).
       bound: the roofline of the same run.
       chip: of that device.
     """

@@ -26,7 +26,8 @@ def kernel_flops(call: CustomCall, frame_patches: int) -> float:
     """
     if call.flops:
         return call.flops * call.count
-    kind = re.search(r"splash_mha_(fwd|dq|dkv)", call.name)
+    # A kernel in a loop over rows has no name of its own, but its place in the program names it.
+    kind = re.search(r"splash_mha_(fwd|dq|dkv)", f"{call.name} {call.op_name}")
     if kind is None:
         return 0.0
     # Queries come first, after the small tables of which blocks to visit: [heads, length, width],

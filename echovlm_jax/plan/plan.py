@@ -21,7 +21,7 @@ from echovlm_jax.plan.chips import mfu_upper_bound, roofline, topology
 from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.report import report
 from echovlm_jax.train.config_file import check_config
-from echovlm_jax.train.program import Config, make_program, mesh_sizes
+from echovlm_jax.train.program import Config, check_patches, make_program, mesh_sizes
 from echovlm_jax.train.stages import count
 
 # A program whose gathers and scatters run on a SparseCore (v5p) is one that libtpu 0.0.52 can't
@@ -92,6 +92,7 @@ def plan(
     else:
         program, trains, rank, trainable = None, None, 0, 0
         model = preset(config.model) if model is None else model
+        check_patches(model, config.max_patches)
         mesh = make_mesh(mesh_sizes(config.mesh, len(devices)), devices)
         shapes = _served(model, config, mesh)
         arrays, params = {"parameters": shapes}, count(shapes)
@@ -123,6 +124,7 @@ def plan(
         "chips": place.chips,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "rows": config.global_batch_size,
+        "rows_per_device": config.global_batch_size / place.devices,
         "params": params,
         "trainable_params": trainable,
         "model_flops_per_step": useful.total,
@@ -138,7 +140,7 @@ def plan(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        result |= _too_large(str(error), time.perf_counter() - started, arrays)
+        result |= _too_large(str(error), time.perf_counter() - started, arrays, place.chip.devices)
     else:
         seconds = time.perf_counter() - started
         result |= _read(compiled, place, useful, seconds, config)
@@ -196,7 +198,9 @@ def _read(
 
 # XLA:TPU's refusals: "Used 17.31G of 15.75G hbm" and its largest allocations, one a paragraph; or,
 # where far too much is asked for, one sentence.
-_USED = re.compile(r"Used ([\d.]+)([KMG]?) of|\(([\d.]+)([KMG]?)\) exceeds available HBM")
+_USED = re.compile(
+    r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm|\(([\d.]+)([KMG]?)\) exceeds available HBM"
+)
 _ALLOCATION = re.compile(
     r"Size: ([\d.]+)([KMG]?)(?:.*\n)*?"
     r"(?:\s*Operator: op_name=\"(.*?)\"(?:.*\n)*?)?\s*Shape: (\S+?)\{"
@@ -204,7 +208,7 @@ _ALLOCATION = re.compile(
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def _too_large(message: str, seconds: float, arrays: Any) -> dict[str, Any]:
+def _too_large(message: str, seconds: float, arrays: Any, devices: int = 1) -> dict[str, Any]:
     """What the compiler says of a program that doesn't fit, and else what is known without it."""
     used = _USED.search(message)
     buffers = [
@@ -212,7 +216,9 @@ def _too_large(message: str, seconds: float, arrays: Any) -> dict[str, Any]:
         for size, unit, source, shape in _ALLOCATION.findall(message)
     ]
     return {
-        "hbm_per_chip": {"peak": _bytes(used[1] or used[3], used[2] or used[4]) if used else None},
+        "hbm_per_chip": {
+            "peak": _bytes(used[1] or used[3], used[2] or used[4]) * devices if used else None
+        },
         "fits": False,
         "compile_seconds": seconds,
         "largest_buffers": (buffers or _largest_arguments(arrays))[:20],

@@ -65,7 +65,9 @@ def _mends(r: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "what to change, the cheapest first:"
     if r["step"] == "train":
-        yield "  remat=full, where it is not; grad_accum=2 halves what a row needs at one time;"
+        yield "  remat=full, where it is not;"
+        if r["rows_per_device"] >= 2:
+            yield "  grad_accum=2, which computes half of the rows at a time;"
         yield "  a smaller max_patches or seq_len; a larger mesh.fsdp (more chips);"
         yield "  stage=instruction trains the new path and low-rank updates alone"
     else:

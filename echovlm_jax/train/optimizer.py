@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -9,6 +13,12 @@ def learning_rate(peak: float, steps: int, warmup_fraction: float) -> optax.Sche
     """From 0 to `peak` over the first share of the steps, then along a cosine back to 0."""
     warmup = round(steps * warmup_fraction)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+
+
+def in_float32(tree: Any) -> Any:
+    """What the optimizer is given, gradients and parameters alike: moments in bfloat16 would stand
+    still, because 0.999 of one rounds back to it."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def make_optimizer(
@@ -20,7 +30,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW (Loshchilov and Hutter 2019), moments in float32.
+    """Clip by the global norm, then AdamW (Loshchilov and Hutter 2019), for trees of `in_float32`.
 
     Args:
       schedule: step → learning rate.
@@ -30,7 +40,7 @@ def make_optimizer(
     """
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.scale_by_adam(b1, b2, eps, mu_dtype="float32"),
+        optax.scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )

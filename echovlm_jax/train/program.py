@@ -23,14 +23,16 @@ from echovlm_jax.model import Compute, abstract_params, init_params, logical_axe
 from echovlm_jax.ops.attention import default_implementation
 from echovlm_jax.train.config_file import check_config
 from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes
-from echovlm_jax.train.optimizer import learning_rate, make_optimizer
+from echovlm_jax.train.optimizer import in_float32, learning_rate, make_optimizer
 from echovlm_jax.train.stages import how_it_trains, split
 from echovlm_jax.train.step import BATCH_AXES, TrainState, make_train_step
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes no type checker knows
 
-# The widest split of the weights that is inferred: every width of the model is a multiple of it.
-MOST_FSDP = 128
+# The widest split of the weights that is inferred. Every width of the model is a multiple of it, a
+# sixty-fourth of the state is 2 GiB, and a wider one can cost: over 128 chips of a v5p:4x4x8,
+# XLA:TPU gathers by all-reduce, with twice the traffic.
+MOST_FSDP = 64
 
 
 class Program(NamedTuple):
@@ -42,7 +44,7 @@ class Program(NamedTuple):
     how: dict[str, str]  # each parameter's path → full, lora or frozen
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    step: Callable[..., Any]  # jitted: (state, batch) → (state, metrics); the state is donated
+    step: Callable[..., Any]  # jitted: (state, batch) → (state, metrics), in jax.set_mesh(mesh)
     state: TrainState  # of jax.ShapeDtypeStruct, with shardings
     batch: dict[str, jax.ShapeDtypeStruct]  # with shardings
     optimization_level: str | None  # XLA's; None is its default
@@ -134,8 +136,8 @@ def make_program(
 
 
 def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """The mesh's axes; where data and fsdp are both -1, fsdp takes as much as the model's widths
-    allow, and data the rest."""
+    """The mesh's axes; where data and fsdp are both -1, fsdp takes up to MOST_FSDP, and data the
+    rest."""
     made = {axis: sizes[axis] for axis in AXES}
     if made["data"] == made["fsdp"] == -1:
         others = int(np.prod([size for size in made.values() if size != -1]))
@@ -165,7 +167,7 @@ def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainSta
             (program.state.trainable, program.state.frozen),
         )
         step = jnp.zeros((), jnp.int32)
-        return TrainState(step, trainable, frozen, program.optimizer.init(trainable))
+        return TrainState(step, trainable, frozen, program.optimizer.init(in_float32(trainable)))
 
     shardings = jax.tree.map(lambda s: s.sharding, program.state)
     return jax.jit(init, out_shardings=shardings)(key, params)
@@ -177,7 +179,7 @@ def _optimizer_state(optimizer: Any, trainable: Any, mesh: Mesh) -> Any:
     return optax.tree_map_params(
         optimizer,
         lambda leaf, parameter: _struct(leaf, parameter.sharding),
-        jax.eval_shape(optimizer.init, trainable),
+        jax.eval_shape(lambda tree: optimizer.init(in_float32(tree)), trainable),
         trainable,
         transform_non_params=lambda leaf: _struct(leaf, everywhere),
     )
@@ -191,11 +193,10 @@ def _batch(config: Config, model: ModelConfig, mesh: Mesh, layout: Any) -> dict[
             f"global_batch_size {rows} must be a multiple of {shards}: {layout.size('batch')}"
             f" devices with rows of their own × grad_accum {config.grad_accum}"
         )
-    if patches % model.vision.merge_unit:
-        raise InputError(
-            f"max_patches {patches} must be a multiple of {model.vision.merge_unit}: that many"
-            " make one token"
-        )
+    pieces = layout.size("length")
+    if length % pieces:
+        raise InputError(f"seq_len {length} must be a multiple of mesh.sequence {pieces}")
+    check_patches(model, patches, pieces)
     shapes = {
         "tokens": ((rows, length), jnp.int32),
         "labels": ((rows, length), jnp.int32),
@@ -215,6 +216,16 @@ def _batch(config: Config, model: ModelConfig, mesh: Mesh, layout: Any) -> dict[
         )
         for name, (shape, dtype) in shapes.items()
     }
+
+
+def check_patches(model: ModelConfig, patches: int, pieces: int = 1) -> None:
+    """Refuses a number of patches that whole tokens, or devices along a row, can't share out."""
+    unit = model.vision.merge_unit * pieces
+    if patches % unit:
+        raise InputError(
+            f"max_patches {patches} must be a multiple of {unit}: {model.vision.merge_unit} make a"
+            f" token, and mesh.sequence {pieces} shares them out"
+        )
 
 
 def _dtype(config: Config, key: str) -> jnp.dtype:

@@ -15,6 +15,7 @@ from echovlm_jax.model import Compute, EchoVLM
 from echovlm_jax.ops import Array
 from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.loss import IGNORE, balancing_losses, token_losses
+from echovlm_jax.train.optimizer import in_float32
 from echovlm_jax.train.stages import merge
 
 Batch = Mapping[str, Array]
@@ -136,7 +137,8 @@ def make_train_step(
             return jax.grad(loss_fn, has_aux=True)(state.trainable, state.frozen, part, totals)
 
         grads, metrics = _accumulate(gradients, batch, grad_accum)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        grads = in_float32(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, in_float32(state.trainable))
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
             "tokens": totals.tokens,
