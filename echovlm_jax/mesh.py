@@ -192,7 +192,7 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     Raises:
       InputError: libtpu isn't installed, or doesn't know the name.
     """
-    known = f"known ones are, for example, {', '.join(PRESETS)}"
+    known = f"there are {', '.join(PRESETS)} and others"
     # libtpu ends the whole process over a dimension of 0.
     if not re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*){1,2}", name):
         raise InputError(f"topology {name!r} is not generation:shape, as in v5e:4x4; {known}")

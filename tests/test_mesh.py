@@ -184,12 +184,12 @@ def test_presets_fit_their_slice_and_the_model(libtpu, topology):
     [
         (
             "v5e",
-            "topology 'v5e' is not generation:shape, as in v5e:4x4; known ones are, for example, v5e:1x1,",
+            "topology 'v5e' is not generation:shape, as in v5e:4x4; there are v5e:1x1,",
         ),
         ("v5e:0x4", "topology 'v5e:0x4' is not generation:shape"),
         (
             "v99:4x4",
-            r"libtpu refuses topology 'v99:4x4' \(.*v99\); known ones are, for example, v5e:1x1",
+            r"libtpu refuses topology 'v99:4x4' \(.*v99\); there are v5e:1x1",
         ),
         ("v5e:3x3", "libtpu refuses topology 'v5e:3x3' .*chips_per_host"),
     ],
@@ -320,7 +320,9 @@ def test_activations_follow_the_table():
         assert layout.spec("batch", "length", "mlp") == PartitionSpec(
             ("fsdp", "expert"), ("sequence",), None
         )
-        assert layout.spec("expert", "group", None) == PartitionSpec(("expert",), ("fsdp",), None)
+        assert layout.spec("expert", "expert_embed", None) == PartitionSpec(
+            ("expert",), ("fsdp",), None
+        )
         x = jax.jit(lambda x: layout.constrain(x, "batch", None, "attn_heads"))(jnp.ones((8, 3, 2)))
     assert {shard.data.shape for shard in x.addressable_shards} == {(2, 3, 1)}
 

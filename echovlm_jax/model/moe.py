@@ -86,7 +86,8 @@ class MoE(nn.Module):
             routing,
             RoutedExperts(c, self.width, name="experts")(),
             dispatch=self.compute.moe_dispatch,
-            valid=valid,
+            # PyTorch shows padding to the experts too, and a loss on a row's first token sees it.
+            valid=None if self.compute.moe_dispatch == "dense" else valid,
             capacity_factor=self.compute.capacity_factor,
             layout=self.compute.layout,
         )

@@ -100,7 +100,13 @@ def test_bad_requests_are_refused():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(f, marks=() if f == CONFIG else pytest.mark.slow, id=f.stem)
+        for f in sorted((ROOT / "configs").glob("*.py"))
+    ],
+)
 def test_every_configuration_compiles_for_a_slice(file):
     """With the tiny model: every key of the contract, and sizes that can be computed by hand."""
     small = {"model": "tiny", "seq_len": 128, "max_patches": 256, "max_image_patches": 64}

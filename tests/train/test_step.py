@@ -137,6 +137,7 @@ def test_the_loss_is_the_mean_over_all_labels():
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_is_the_slope_of_the_loss(seed):
     """Along a random direction, by central differences.
@@ -198,6 +199,7 @@ def bytes_of(tree: dict) -> dict[str, bytes]:
     return {path: np.asarray(leaf).tobytes() for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
+@pytest.mark.slow
 def test_three_steps_train_what_trains_and_nothing_else():
     """In bfloat16, with updates beside frozen weights: the second stage of training."""
     made = program(stage="instruction", dtype="bfloat16", remat="none", warmup_fraction=0.0)
