@@ -64,8 +64,7 @@ def attention(
 
     Under a mesh each device computes its own rows (logical axis "batch") and heads ("attn_heads",
     for keys and values too); lengths are whole. Key/value heads that don't divide over the devices
-    are repeated as often as it takes. A batch that doesn't divide, as in a model's initialisation,
-    is computed everywhere.
+    are repeated as often as it takes. A batch that doesn't divide is computed everywhere.
 
     Args:
       q, k, v: heads; N is a multiple of K, and head n reads key/value head n // (N / K).
