@@ -85,7 +85,7 @@ def _on_device(
     y = _collect(grouped_matmul(hidden, down, order.sizes), order)
     if expert_axes:
         y = jax.lax.psum_scatter(y, expert_axes, scatter_dimension=0, tiled=True)
-    return y.reshape(1, *shape)
+    return jnp.reshape(y, (1, *shape))
 
 
 class _Order(NamedTuple):
