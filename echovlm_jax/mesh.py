@@ -233,11 +233,6 @@ def activation_layout(mesh: Mesh, rules: Mapping[str, Rule] = RULES) -> Layout:
     return Layout(tuple((axis, target) for axis, target in targets.items() if target))
 
 
-def batch_sharding(mesh: Mesh, rules: Mapping[str, Rule] = RULES) -> NamedSharding:
-    """How the arrays of a batch lie: rows over all axes that hold different rows."""
-    return NamedSharding(mesh, PartitionSpec(_entry(_live("batch", rules, mesh))))
-
-
 def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Mapping[str, Rule] = RULES) -> Any:
     """How each parameter is laid out.
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,16 @@ from echovlm_jax.mesh import (
     PRESETS,
     RULES,
     activation_layout,
-    batch_sharding,
     make_mesh,
     param_shardings,
     preset_sizes,
     topology_devices,
 )
 from echovlm_jax.model import abstract_params, logical_axes
+from echovlm_jax.train.config_file import check_config, load_config
+from echovlm_jax.train.program import config_mesh
+
+CONFIG = Path(__file__).parents[1] / "configs" / "full_finetune.py"
 
 
 def shardings(config, mesh, **changes):
@@ -159,6 +163,21 @@ def test_the_neighbours_of_an_axis_are_neighbours_on_the_torus(libtpu):
         assert {device.slice_index for device in one.flat} == {i}
     with pytest.raises(InputError, match="6 TPU v5 lite devices do not form whole slices"):
         make_mesh({"fsdp": 6}, devices[:6])
+
+
+def test_a_configuration_names_the_axis_that_joins_slices(libtpu):
+    devices = topology_devices("v5e:2x4", slices=2)
+    words = ["mesh.dcn.data=2", "mesh.tensor=2"]
+    config = load_config(CONFIG, words)
+    check_config(config)
+    mesh = config_mesh(config, devices)
+    assert mesh.shape == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 2, "sequence": 1}
+    for i, one in enumerate(mesh.devices):  # weights are split inside a slice alone
+        assert {device.slice_index for device in one.flat} == {i}
+    with pytest.raises(InputError, match=r"config key mesh.dcn.rows is unknown"):
+        load_config(CONFIG, ["mesh.dcn.rows=2"])
+    with pytest.raises(InputError, match=r"mesh.dcn.data must be .*at least 1"):
+        check_config(load_config(CONFIG, ["mesh.dcn.data=0"]))
 
 
 @pytest.mark.parametrize("topology", PRESETS)
@@ -330,13 +349,13 @@ def test_activations_follow_the_table():
 def test_nothing_is_split_on_one_device():
     mesh = make_mesh({}, jax.devices()[:1])
     assert not activation_layout(mesh).rules
-    assert batch_sharding(mesh).spec == PartitionSpec(None)
+    assert activation_layout(mesh).spec("batch", None) == PartitionSpec(None, None)
 
 
 def test_the_rows_of_a_batch():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    sharding = batch_sharding(mesh)
-    assert isinstance(sharding, NamedSharding)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, activation_layout(mesh).spec("batch", None))
     rows = jax.device_put(np.arange(12).reshape(4, 3), sharding)
     # Each of the four pairs of data and fsdp has its own row; tensor's two devices share it.
     held = sorted(shard.data.ravel().tolist() for shard in rows.addressable_shards)

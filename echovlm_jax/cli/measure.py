@@ -31,7 +31,13 @@ def add_plan(commands: Any) -> None:
         if sys.stderr.isatty():
             print(f"compiling for {args.topology}: about a minute at full size", file=sys.stderr)
         with no_native_stderr(args.debug):
-            result = plan(config, args.topology, step=args.step, rows_per_chip=args.rows_per_chip)
+            result = plan(
+                config,
+                args.topology,
+                step=args.step,
+                rows_per_chip=args.rows_per_chip,
+                slices=args.slices,
+            )
         return {k: v for k, v in result.items() if not (args.json and k == "report")}
 
     command = add_command(
@@ -50,6 +56,13 @@ def add_plan(commands: Any) -> None:
     )
     command.add_argument(
         "--topology", required=True, metavar="T", help="generation:shape, e.g. v5e:4x4"
+    )
+    command.add_argument(
+        "--slices",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="so many of this topology, such as with --config.mesh.dcn.data=N",
     )
     command.add_argument(
         "--step",

@@ -58,7 +58,7 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """A slice: its name, the chip, how many chips, and how many devices JAX sees on them."""
+    """One slice's name and chip; how many chips all have, and how many devices JAX sees on them."""
 
     name: str
     chip: Chip
@@ -66,8 +66,8 @@ class Topology(NamedTuple):
     devices: int
 
 
-def topology(name: str) -> Topology:
-    """Reads a topology's name, e.g. "v5e:4x4" (16 chips), "v5p:4x4x8" (128) or "h100:8".
+def topology(name: str, slices: int = 1) -> Topology:
+    """So many slices of this name, e.g. "v5e:4x4" (16 chips), "v5p:4x4x8" (128) or "h100:8".
 
     Raises:
       InputError: an unknown chip, or a size that is none.
@@ -83,7 +83,7 @@ def topology(name: str) -> Topology:
             f"topology {name!r}: its size must be one to three numbers, such as {kind}:"
             + {"v5e": "4x4", "v6e": "4x4", "h100": "8"}.get(kind, "2x2x4")
         )
-    chips = math.prod(int(side) for side in size.split("x"))
+    chips = slices * math.prod(int(side) for side in size.split("x"))
     return Topology(name, CHIPS[kind], chips, chips * CHIPS[kind].devices)
 
 

@@ -14,14 +14,14 @@ from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import STEPS, Flops, Work, model_flops
 from echovlm_jax.generate.decode import lower_decode, lower_prefill
-from echovlm_jax.mesh import make_mesh, param_shardings, topology_devices
+from echovlm_jax.mesh import param_shardings, topology_devices
 from echovlm_jax.model import abstract_params, logical_axes
 from echovlm_jax.plan import hlo
 from echovlm_jax.plan.chips import mfu_upper_bound, roofline, topology
 from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.report import report
 from echovlm_jax.train.config_file import check_config
-from echovlm_jax.train.program import Config, check_patches, make_program, mesh_sizes
+from echovlm_jax.train.program import Config, check_patches, config_mesh, make_program
 from echovlm_jax.train.stages import count
 
 # A program whose gathers and scatters run on a SparseCore (v5p) is one that libtpu 0.0.52 can't
@@ -48,6 +48,7 @@ def plan(
     *,
     step: str = "train",
     rows_per_chip: int | None = None,
+    slices: int = 1,
     model: ModelConfig | None = None,
 ) -> dict[str, Any]:
     """Compiles one step of a configuration for a topology and says what it needs.
@@ -60,6 +61,8 @@ def plan(
       topology_name: such as v5e:4x4. The caller has set libtpu's environment
         (`mesh.topology_devices`).
       step: train, prefill (a prompt of seq_len) or decode (one token after it).
+      slices: how many of that topology, joined by a slower network; config.mesh.dcn says over
+        which axis. What travels between slices is counted, at the rate of a slice's own network.
       rows_per_chip: replaces global_batch_size by this many rows for each chip.
       model: sizes, where they are not config.model's.
 
@@ -71,12 +74,12 @@ def plan(
     """
     if step not in STEPS:
         raise InputError(f"step {step!r} is unknown; choose one of {', '.join(STEPS)}")
-    place = topology(topology_name)
+    place = topology(topology_name, slices)
     config = config.copy_and_resolve_references()
     check_config(config)
     if rows_per_chip is not None:
         config.global_batch_size = rows_per_chip * place.chips
-    devices = topology_devices(topology_name)
+    devices = topology_devices(topology_name, slices)
     if step == "train":
         program = make_program(config, devices, model)
         model, mesh, compiling = (
@@ -93,7 +96,7 @@ def plan(
         program, trains, rank, trainable = None, None, 0, 0
         model = preset(config.model) if model is None else model
         check_patches(model, config.max_patches)
-        mesh = make_mesh(mesh_sizes(config.mesh, len(devices)), devices)
+        mesh = config_mesh(config, devices)
         shapes = _served(model, config, mesh)
         arrays, params = {"parameters": shapes}, count(shapes)
         lower = lower_prefill if step == "prefill" else lower_decode
@@ -121,6 +124,7 @@ def plan(
     result: dict[str, Any] = {
         "topology": topology_name,
         "step": step,
+        "slices": slices,
         "chips": place.chips,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "rows": config.global_batch_size,

@@ -15,7 +15,9 @@ def report(result: Mapping[str, Any]) -> str:
 
 def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     mesh = " × ".join(f"{axis} {size}" for axis, size in r["mesh"].items()) or "1"
-    yield f"{r['step']} on {r['topology']}: {r['chips']} chips, mesh {mesh}, {r['rows']} rows"
+    slices = f"{r['slices']} slices of " if r["slices"] > 1 else ""
+    place = f"{slices}{r['topology']}: {r['chips']} chips"
+    yield f"{r['step']} on {place}, mesh {mesh}, {r['rows']} rows"
     yield f"parameters {r['params'] / 1e9:.3f} B; {r['trainable_params'] / 1e9:.3f} B train"
     yield ""
     yield "memory of a chip (GiB; the compiler's)"
@@ -52,6 +54,8 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         f"  MFU at most {r['mfu_upper_bound']:.1%} (limit: {r['limit']}; all overlap),"
         f" {r['mfu_without_overlap']:.1%} where the network waits for products"
     )
+    if r["slices"] > 1:
+        yield "  (the network between slices is slower than ici: its part is underestimated)"
     yield f"compiled in {r['compile_seconds']:.0f} s to {r['code_bytes'] / 2**20:.0f} MiB of code"
     if r["unknown_loops"]:
         yield f"loops whose turns are unknown, counted once: {', '.join(r['unknown_loops'])}"

@@ -73,6 +73,7 @@ RULES: Mapping[str, Rule] = {
     "remat": _one_of(tuple(REMAT)),
     "optimization_level": _one_of(("O0", "O1", "O2", "O3"), optional=True),
     **{f"mesh.{axis}": _AXIS for axis in AXES},
+    **{f"mesh.dcn.{axis}": _at_least(1)._replace(optional=True) for axis in AXES},
     "log_every": _at_least(1),
     "eval_every": _at_least(1),
     "checkpoint_every": _at_least(1),
@@ -120,6 +121,11 @@ def check_config(config: ConfigDict) -> None:
         if rule and not (value is None and rule.optional) and not _allowed(value, rule):
             none = ", or none" if rule.optional else ""
             raise InputError(f"config key {key} must be {rule.text}{none}; found {value!r}")
+    if flat.get("capacity_factor") is not None and flat["moe_dispatch"] != "einsum":
+        raise InputError(
+            f"config key capacity_factor is of moe_dispatch einsum; {flat['moe_dispatch']} drops"
+            " nothing: leave it out"
+        )
     weights = [value for key, value in flat.items() if key.startswith(f"{ORGANS}.")]
     if bool(weights) == (flat.get("mix_temperature") is not None):
         raise InputError(

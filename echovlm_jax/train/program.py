@@ -7,12 +7,12 @@ the state and the batch. `plan` compiles the same program for machines that aren
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -81,7 +81,7 @@ def make_program(
     check_config(config)
     devices = list(jax.devices() if devices is None else devices)
     model = preset(config.model) if model is None else model
-    mesh = make_mesh(mesh_sizes(config.mesh, len(devices)), devices)
+    mesh = config_mesh(config, devices)
     layout = activation_layout(mesh)
     compute = Compute(
         moe_dispatch=config.moe_dispatch,
@@ -135,14 +135,19 @@ def make_program(
     return Program(model, compute, mesh, how, optimizer, schedule, jitted, state, batch, level)
 
 
-def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """The mesh's axes; where data and fsdp are both -1, fsdp takes up to MOST_FSDP, and data the
-    rest."""
-    made = {axis: sizes[axis] for axis in AXES}
-    if made["data"] == made["fsdp"] == -1:
-        others = int(np.prod([size for size in made.values() if size != -1]))
-        made["fsdp"] = int(np.gcd(max(devices // max(others, 1), 1), MOST_FSDP))
-    return made
+def config_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
+    """The mesh of a configuration on these devices.
+
+    Its sizes are those in one slice, and mesh.dcn says over which axis slices are multiplied.
+    Where data and fsdp are both -1, fsdp takes up to MOST_FSDP, and data the rest.
+    """
+    dcn = {axis: int(size or 1) for axis, size in (config.mesh.get("dcn") or {}).items()}
+    in_slice = len(devices) // max(math.prod(dcn.values()), 1)
+    sizes = {axis: config.mesh[axis] for axis in AXES}
+    if sizes["data"] == sizes["fsdp"] == -1:
+        others = math.prod(size for size in sizes.values() if size != -1)
+        sizes["fsdp"] = math.gcd(max(in_slice // max(others, 1), 1), MOST_FSDP)
+    return make_mesh(sizes, devices, dcn=dcn)
 
 
 def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainState:

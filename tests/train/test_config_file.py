@@ -224,6 +224,10 @@ def test_organs_are_mixed_in_one_way() -> None:
 
 
 def test_optional_keys_may_be_set_or_left_out() -> None:
-    config = load_config(CONFIG, ["capacity_factor=1.5", "optimization_level=none"])
+    words = ["moe_dispatch=einsum", "capacity_factor=1.5", "optimization_level=none"]
+    config = load_config(CONFIG, words)
     check_config(config)
     assert (config.capacity_factor, config.optimization_level) == (1.5, None)
+    config.moe_dispatch = "ragged"
+    with pytest.raises(InputError, match="capacity_factor is of moe_dispatch einsum; ragged drops"):
+        check_config(config)
