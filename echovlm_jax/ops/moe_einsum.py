@@ -57,16 +57,22 @@ def moe(
     combine = dispatch * per_expert.astype(x.dtype)[..., None]
 
     inner = _layout_of_experts(layout)
-    by_token = (None, "batch", "length", None, None)
-    by_expert = ("expert", "outer_batch", "length", None, None)
-    hidden_axes = (*by_expert[:-1], "mlp")
-    inputs = jnp.einsum("ZJIEC,ZJID->EZJCD", dispatch, tokens)
-    inputs = inner.constrain(inner.constrain(inputs, *by_token), *by_expert)
-    gate = inner.constrain(einsum("EZJCD,EFD->EZJCF", inputs, experts.gate), *hidden_axes)
-    up = inner.constrain(einsum("EZJCD,EFD->EZJCF", inputs, experts.up), *hidden_axes)
-    outputs = einsum("EZJCF,EDF->EZJCD", jax.nn.silu(gate) * up, experts.down)
-    outputs = inner.constrain(inner.constrain(outputs, *by_expert), *by_token)
-    y = jnp.einsum("ZJIEC,EZJCD->ZJID", combine, outputs)
+    by_token = ("batch", "length", None, None, None)
+    by_expert = ("batch", "length", "expert", None, None)
+
+    def product(spec: str, x: jax.Array, weight: Array, *axes: str, result: str | None):
+        y = einsum(spec, x, weight, axes=("expert", *axes), layout=inner)
+        return inner.constrain(y, *by_expert[:-1], result)
+
+    inputs = jnp.einsum("ZJIEC,ZJID->ZJECD", dispatch, tokens)
+    inputs = inner.constrain(layout.constrain(inputs, *by_token), *by_expert)
+    wide = ("expert_mlp", "expert_embed")
+    gate = product("ZJECD,EFD->ZJECF", inputs, experts.gate, *wide, result="mlp")
+    up = product("ZJECD,EFD->ZJECF", inputs, experts.up, *wide, result="mlp")
+    hidden = jax.nn.silu(gate) * up
+    outputs = product("ZJECF,EDF->ZJECD", hidden, experts.down, *reversed(wide), result=None)
+    outputs = layout.constrain(outputs, *by_token)
+    y = jnp.einsum("ZJIEC,ZJECD->ZJID", combine, outputs)
     y = layout.constrain(y, "batch", "length", None, None)
     return _ungroup(y, pieces, x.shape), dropped
 
@@ -91,10 +97,11 @@ def _places(
 
 
 def _layout_of_experts(layout: Layout) -> Layout:
-    """Adds "outer_batch": the mesh axes of "batch" that experts aren't split over."""
+    """Where tokens lie with their experts: "batch" without the mesh axes of "expert"."""
     taken = layout.mesh_axes("expert")
     outer = tuple(axis for axis in layout.mesh_axes("batch") if axis not in taken)
-    return Layout((*layout.rules, ("outer_batch", outer))) if layout.rules else layout
+    rest = tuple(rule for rule in layout.rules if rule[0] != "batch")
+    return Layout((("batch", outer), *rest)) if layout.rules else layout
 
 
 def _group(x: Array, pieces: tuple[int, int], size: int) -> jax.Array:

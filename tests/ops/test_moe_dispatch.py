@@ -25,6 +25,7 @@ LAYOUT = Layout(
         ("mlp", ("tensor",)),
         ("expert", ("expert",)),
         ("expert_embed", ("fsdp",)),
+        ("expert_mlp", ("tensor",)),
     )
 )
 # Every axis is split in one that isn't slow, and the experts' with each other one in some.
@@ -295,10 +296,16 @@ def test_tokens_travel_along_the_expert_axis(dispatch, kinds):
             normal(20, 8, 12, 16),
             options=(("dispatch", dispatch), ("layout", LAYOUT), ("capacity_factor", 1.0)),
         )
-        found = collectives(text.compile().as_text())
+        compiled = text.compile().as_text()
+        found = collectives(compiled)
     expert_axis = frozenset({frozenset(range(4)), frozenset(range(4, 8))})
     along = {kind for kind, groups in found if groups == expert_axis}
     assert kinds <= along, found
+    # A weight's gradient is summed over fsdp into halves: no device holds the whole sum.
+    fsdp_axis = frozenset(frozenset({i, i + 4}) for i in range(4))
+    assert ("reduce-scatter", fsdp_axis) in found
+    sums = re.findall(r"= \(?\w+\[([\d,]*)\]\S* all-reduce\(", compiled)
+    assert all(math.prod(map(int, filter(None, dims.split(",")))) < 8 * 16 for dims in sums), sums
 
 
 @pytest.mark.parametrize(
