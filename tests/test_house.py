@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "config": set(),
     "ops": set(),
     "flops": {"config"},
+    "chips": set(),
     "mesh": {"config", "ops.layout"},
     "model": {"config", "ops"},
     "processing": {"config"},
@@ -39,12 +40,12 @@ MAY_IMPORT = {
     "convert.parity": _CONVERT | {"model", "ops", "processing", "generate", "load"},
     "convert.layerwise": _CONVERT | {"model", "ops"},  # parity's forward pass
     "checkpoint": {"config", "mesh", "progress"},
-    "train": {"config", "flops", "mesh", "model", "ops", "data", "checkpoint", "progress"},
+    "train": {"config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint", "progress"},
     "quantize": {"config", "mesh", "model", "processing", "progress"},
     "generate": {"config", "mesh", "model", "ops", "processing", "progress"},
     "load": _LOAD,
     "evaluate": {"config", "data", "generate", "load", "progress"},
-    "plan": {"config", "flops", "mesh", "model", "train", "generate", "progress"},
+    "plan": {"config", "chips", "flops", "mesh", "model", "train", "generate", "progress"},
     # The package's front door, and the commands that go the whole way.
     "": {"load"},
     "demo": ANYTHING,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from echovlm_jax.chips import mfu_upper_bound, roofline, topology
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import STEPS, Flops, Work, model_flops
@@ -17,7 +18,6 @@ from echovlm_jax.generate.decode import lower_decode, lower_prefill
 from echovlm_jax.mesh import param_shardings, topology_devices
 from echovlm_jax.model import abstract_params, logical_axes
 from echovlm_jax.plan import hlo
-from echovlm_jax.plan.chips import mfu_upper_bound, roofline, topology
 from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.report import report
 from echovlm_jax.train.config_file import check_config

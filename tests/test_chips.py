@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from echovlm_jax.chips import CHIPS, mfu_upper_bound, roofline, topology
 from echovlm_jax.errors import InputError
-from echovlm_jax.plan.chips import CHIPS, mfu_upper_bound, roofline, topology
 
 
 @pytest.mark.parametrize(
