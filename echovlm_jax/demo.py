@@ -15,30 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 
 from echovlm_jax.config import ModelConfig, preset, to_hf
 from echovlm_jax.convert import safetensors
 from echovlm_jax.convert.from_torch import convert
 from echovlm_jax.convert.parity import parity
 from echovlm_jax.convert.table import slots
+from echovlm_jax.data.tokenizer import SPECIAL, byte_tokenizer
 from echovlm_jax.errors import InputError
 from echovlm_jax.load import load_model
 
 GOLDEN = Path(__file__).with_name("demo_golden.npz")
 QUESTION = "Describe what this ultrasound exam shows."
-# The special tokens of the tiny preset, by id; the 256 bytes follow them.
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-CONFIG: ModelConfig = preset("tiny").replace(text={"vocab_size": len(SPECIAL) + 256})
+CONFIG: ModelConfig = preset("tiny").replace(text={"vocab_size": len(SPECIAL) + 256})  # bytes
 # What tells a folder of ours, that may be replaced.
 _MARK, _MADE = "demo.json", {"made_by": "echovlm demo"}
 
@@ -125,19 +114,8 @@ def make_checkpoint(folder: Path, config: ModelConfig = CONFIG) -> Path:
         values,
     )
     (folder / "config.json").write_text(json.dumps(to_hf(config, "float32"), indent=2))
-    write_byte_tokenizer(folder / "tokenizer.json")
+    byte_tokenizer(config).save(str(folder / "tokenizer.json"))
     return folder
-
-
-def write_byte_tokenizer(path: Path) -> None:
-    """A tokenizer that needs no training: the special tokens, then one token a byte."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(list(SPECIAL))
-    made.save(str(path))
 
 
 def example_exam() -> Path:

@@ -43,3 +43,11 @@ def public_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no public data: set ECHOVLM_PUBLIC_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory) -> Path:
+    """The real Qwen vocabulary as vocab.json and merges.txt: seconds to make, a second to load."""
+    from tests.processing.checkpoints import write_qwen_files
+
+    return write_qwen_files(tmp_path_factory.mktemp("qwen"))

@@ -6,19 +6,19 @@ rescaling and normalising map each of the 256 values a channel can take, so they
 
 from __future__ import annotations
 
+import io
 import math
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.dicom import read_dicom
 from echovlm_jax.processing.files import file_kind, open_file, shown
 
 MAX_PIXELS_IN_FILE = 2**26  # a 64-megapixel PNG or JPEG; beyond that it is a bomb, not an image
@@ -151,12 +151,15 @@ def smart_resize(
     return new_h, new_w
 
 
-def to_patches(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+def to_patches(
+    frames: np.ndarray, config: ImageConfig, out: np.ndarray | None = None
+) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Resizes, normalises and cuts one image or one video.
 
     Args:
       frames: uint8 [H, W, 3] (an image, whose one frame is repeated) or [T, H, W, 3] (a video;
         where T is not a multiple of temporal_patch_size the last frame is repeated).
+      out: float32 rows to write the first of; a new array by default.
 
     Returns:
       patches float32 [t·h·w, 3·temporal·patch·patch] and the grid (t, h, w). Rows go by time step,
@@ -172,14 +175,19 @@ def to_patches(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tup
         raise InputError(f"an image of shape {list(frames.shape)} has no pixels")
     if frames.ndim == 3:
         frames = frames[None]
-    resized = np.stack([_resize(frame, config) for frame in frames])
-    if short := -len(resized) % config.temporal_patch_size:
-        resized = np.concatenate([resized, np.repeat(resized[-1:], short, axis=0)])
-    return _cut(resized, config)
+    if _is_grey(frames):  # as most ultrasound is: one channel is a third of the work
+        frames = frames[..., :1]
+    return _cut(np.stack([_resize(frame, config) for frame in frames]), config, out)
+
+
+def _is_grey(frames: np.ndarray) -> bool:
+    red, green, blue = (frames[..., channel] for channel in range(3))
+    return bool(np.array_equal(red, green) and np.array_equal(green, blue))
 
 
 def _resize(frame: np.ndarray, config: ImageConfig) -> np.ndarray:
-    height, width = frame.shape[:2]
+    """[H, W, 3] or, all channels being equal, [H, W, 1]: PIL resizes each channel by itself."""
+    height, width, channels = frame.shape
     if not config.do_resize:
         if height % config.factor or width % config.factor:
             raise InputError(
@@ -188,20 +196,30 @@ def _resize(frame: np.ndarray, config: ImageConfig) -> np.ndarray:
             )
         return frame
     new_h, new_w = smart_resize(height, width, config.factor, config.min_pixels, config.max_pixels)
-    image = Image.fromarray(np.ascontiguousarray(frame))
-    return np.asarray(image.resize((new_w, new_h), resample=Image.Resampling(config.resample)))
+    image = Image.fromarray(np.ascontiguousarray(frame[..., 0] if channels == 1 else frame))
+    resized = image.resize((new_w, new_h), resample=Image.Resampling(config.resample))
+    return np.asarray(resized).reshape(new_h, new_w, channels)
 
 
-def _cut(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+def _cut(
+    frames: np.ndarray, config: ImageConfig, out: np.ndarray | None
+) -> tuple[np.ndarray, tuple[int, int, int]]:
     p, m, s = config.patch_size, config.merge_size, config.temporal_patch_size
-    t, h, w = len(frames) // s, frames.shape[1] // p, frames.shape[2] // p
-    split = frames.reshape(t, s, h // m, m, p, w // m, m, p, 3)
-    blocks = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, 3, s * p * p)
-    table = _value_table(config)
-    patches = np.empty(blocks.shape, np.float32)
+    count, height, width, channels = frames.shape
+    t, h, w = -(-count // s), height // p, width // p
+    split = frames.reshape(count, h // m, m, p, w // m, m, p, channels)
+    blocks = split.transpose(0, 7, 1, 4, 2, 5, 3, 6).reshape(count, channels, h * w, p * p)
+    if out is None:
+        out = np.empty((t * h * w, 3 * s * p * p), np.float32)
+    patches = out[: t * h * w]
+    places = patches.reshape(t, h * w, 3, s, p * p)
+    table = np.ascontiguousarray(_value_table(config).T)
     for channel in range(3):
-        patches[:, channel] = table[blocks[:, channel], channel]
-    return patches.reshape(t * h * w, -1), (t, h, w)
+        for frame, block in enumerate(blocks[:, channel % channels]):
+            # The last frame stands for those that a whole time step lacks.
+            until = s if frame == count - 1 else frame % s + 1
+            places[frame // s, :, channel, frame % s : until] = table[channel].take(block)[:, None]
+    return patches, (t, h, w)
 
 
 def _value_table(config: ImageConfig) -> np.ndarray:
@@ -231,6 +249,10 @@ def load_media(
         return _to_rgb(item, "the image", convert_rgb)
     if isinstance(item, str | Path):
         if file_kind(item) == "dicom":
+            # Here: pydicom and its decoders take longer to import than all else that images need,
+            # which every data worker would wait for.
+            from echovlm_jax.processing.dicom import read_dicom
+
             frames = read_dicom(item, num_frames=num_frames, crop=crop)
             return frames[0] if len(frames) == 1 else frames
         return _open(item, convert_rgb)
@@ -244,28 +266,46 @@ def load_media(
 
 
 def _open(path: str | Path, convert_rgb: bool) -> np.ndarray:
-    """Decodes a PNG or JPEG; its claimed size is checked before any pixel is decoded."""
     try:
         with open_file(path) as file:
-            with _warnings_lock, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image = Image.open(file, formats=("PNG", "JPEG"))
-            with image:
-                width, height = image.size
-                if width * height > MAX_PIXELS_IN_FILE:
-                    raise InputError(
-                        f"{shown(path)}: {height} x {width} pixels is over the limit of"
-                        f" {MAX_PIXELS_IN_FILE} pixels"
-                    )
-                return _to_rgb(ImageOps.exif_transpose(image), shown(path), convert_rgb)
+            return _decode(file, shown(path), convert_rgb)
+    except InputError:
+        raise
+    except (OSError, ValueError):
+        raise InputError(f"{shown(path)}: is damaged or truncated, it doesn't decode") from None
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """The bytes of a PNG or JPEG as uint8 RGB [H, W, 3], exactly as `load_media` reads its file.
+
+    Raises:
+      InputError: beginning with `name`; they are damaged, no image, or claim too many pixels.
+    """
+    return _decode(io.BytesIO(data), name, convert_rgb=True)
+
+
+def _decode(file: BinaryIO, name: str, convert_rgb: bool) -> np.ndarray:
+    """Decodes a PNG or JPEG; its claimed size is checked before any pixel is decoded."""
+    try:
+        with _warnings_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(file, formats=("PNG", "JPEG"))
+        with image:
+            width, height = image.size
+            if width * height > MAX_PIXELS_IN_FILE:
+                raise InputError(
+                    f"{name}: {height} x {width} pixels is over the limit of"
+                    f" {MAX_PIXELS_IN_FILE} pixels"
+                )
+            return _to_rgb(ImageOps.exif_transpose(image), name, convert_rgb)
     except InputError:
         raise
     except Image.DecompressionBombError:
         raise InputError(
-            f"{shown(path)}: claims more than {MAX_PIXELS_IN_FILE} pixels; refused unread"
+            f"{name}: claims more than {MAX_PIXELS_IN_FILE} pixels; refused unread"
         ) from None
     except Exception:  # decoders raise nearly anything on broken bytes
-        raise InputError(f"{shown(path)}: is damaged or truncated, it doesn't decode") from None
+        raise InputError(f"{name}: is damaged or truncated, it doesn't decode") from None
 
 
 def _to_rgb(image: Image.Image, name: str, convert_rgb: bool) -> np.ndarray:

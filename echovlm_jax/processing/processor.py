@@ -52,7 +52,7 @@ class Processor:
             raise InputError(f"{shown(folder)}: is not a folder with tokenizer files")
         self.tokenizer = load_tokenizer(folder)
         self.template = load_chat_template(folder)
-        self.image_config, self.video_config = _pixel_configs(folder, max_pixels)
+        self.image_config, self.video_config = pixel_configs(folder, max_pixels)
         self.num_frames, self.crop = num_frames, crop
         self.image_token_id = _one_token(self.tokenizer, IMAGE_TOKEN)
         self.video_token_id = _one_token(self.tokenizer, VIDEO_TOKEN)
@@ -167,15 +167,8 @@ class Processor:
                     f"{shown(folder)}: config.json says {key} {getattr(config, key)}, the tokenizer"
                     f" {getattr(self, key)}; they are not of one checkpoint"
                 )
-        vision = config.vision
         for ours in (self.image_config, self.video_config):
-            stated = (ours.patch_size, ours.temporal_patch_size, ours.merge_size)
-            needed = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-            if stated != needed:
-                raise InputError(
-                    f"{shown(folder)}: the preprocessor's patch, temporal and merge sizes {stated}"
-                    f" differ from config.json's {needed}"
-                )
+            check_patch_sizes(ours, config.vision, folder)
 
     def _pad_token_id(self, folder: Path) -> int:
         """The tokenizer's stated pad token, else config.json's first token; masked anyhow."""
@@ -183,6 +176,19 @@ class Processor:
         if token := special_token_text(stated, "pad_token"):
             return self.tokenizer.token_id(token)
         return self.config.bos_token_id if self.config is not None else 0
+
+
+def check_patch_sizes(
+    images: ImageConfig, vision: model_config.VisionConfig, folder: str | Path
+) -> None:
+    """Raises InputError where a folder's preprocessor and its config.json cut patches otherwise."""
+    stated = (images.patch_size, images.temporal_patch_size, images.merge_size)
+    needed = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+    if stated != needed:
+        raise InputError(
+            f"{shown(folder)}: the preprocessor's patch, temporal and merge sizes {stated} differ"
+            f" from config.json's {needed}"
+        )
 
 
 def check_length(length: int, limit: int, source: str = "max_position_embeddings") -> None:
@@ -217,8 +223,11 @@ def _put_in_front(turns: list[dict[str, Any]], kinds: list[str]) -> None:
     raise InputError("images are given but no message has the role user")
 
 
-def _pixel_configs(folder: Path, max_pixels: int | None) -> tuple[ImageConfig, ImageConfig]:
-    """For images and for videos; videos take the images' where no file speaks of them."""
+def pixel_configs(folder: Path, max_pixels: int | None) -> tuple[ImageConfig, ImageConfig]:
+    """A folder's settings for images and for videos; videos take the images' where it is silent.
+
+    Raises InputError where a file is invalid, or max_pixels, which overrides the files', is.
+    """
     joint_path = folder / "processor_config.json"
     joint = read_json_if_there(joint_path) or {}
     raw = read_json_if_there(folder / "preprocessor_config.json")

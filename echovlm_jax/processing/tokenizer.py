@@ -49,6 +49,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text; over several threads where the library has them."""
+        ...
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; ids outside the vocabulary are left out."""
         ...
@@ -75,6 +79,11 @@ class HubTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(_clean(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        clean = [_clean(text) for text in texts]
+        found = self._inner.encode_batch_fast(clean, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         known = [int(i) for i in ids if 0 <= int(i) < self._size]
@@ -106,7 +115,13 @@ class SentencePieceTokenizer:
             if inner.is_control(i) or (re.fullmatch(r"<[^<>\s]+>", piece) and not inner.is_byte(i))
         }
         longest_first = sorted(self._special, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        # "▁" is how a model writes a space. A text's own "▁" is spelled in bytes where the model
+        # has them; not where it also puts a space before each run, which a cut would double.
+        spelled = [self._ids.get(byte) for byte in ("<0xE2>", "<0x96>", "<0x81>")]
+        adds_space = inner.encode("a", out_type=str)[:1] in (["▁"], ["▁a"])
+        self._block = [] if adds_space else [i for i in spelled if i is not None]
+        cuts = [*longest_first, "▁"] if len(self._block) == 3 else longest_first
+        self._split = re.compile("(" + ("|".join(map(re.escape, cuts)) or "(?!)") + ")")
 
     @property
     def vocab_size(self) -> int:
@@ -114,12 +129,17 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in self._split.split(_clean(text)) if self._special else [_clean(text)]:
+        for part in self._split.split(_clean(text)):
             if part in self._special:
                 ids.append(self._special[part])
+            elif part == "▁" and self._block:
+                ids.extend(self._block)
             elif part:
                 ids.extend(self._inner.encode(part))
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text between special tokens is decoded run by run, as it was encoded."""

@@ -1,0 +1,236 @@
+"""`echovlm data …`: datasets made, checked, counted and made up."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from echovlm_jax.cli.frame import Result, add_command
+from echovlm_jax.errors import InputError
+
+DATA = "a folder made by `data build`, or phantom"
+
+
+def add_data(commands: Any) -> None:
+    group = commands.add_parser(
+        "data",
+        help="make, check and count datasets",
+        description="Make, check and count datasets.",
+        epilog="example:\n  echovlm data build --source exams.json --images pictures/ --out exams/"
+        "\n  echovlm data stats exams/\n\n`echovlm data COMMAND --help` shows more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    inner = group.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_build, _add_validate, _add_stats, _add_phantom, _add_tokenizer):
+        add(inner)
+
+
+def _add_build(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.data.build import build
+
+        runner = None
+        if args.beam is not None:
+            from echovlm_jax.data.beam import beam_runner
+
+            runner = beam_runner(args.beam)
+        return build(
+            args.source,
+            args.images,
+            args.out,
+            _options(args, validation=args.validation, test=args.test),
+            workers=args.workers,
+            runner=runner,
+        )
+
+    command = add_command(
+        commands,
+        "build",
+        run,
+        "turn records in the official form and their images into a TFDS dataset in ArrayRecord; an "
+        "interrupted build goes on where it stopped. Records that can't be used are left out and "
+        "listed, with the reason, in OUT/quarantine.jsonl",
+        "echovlm data build --source thyroid.json breast.json --images pictures/ --out exams/\n"
+        "  echovlm data build --source exams.json --images pictures/ --out exams/ "
+        "--beam=--runner=FlinkRunner --beam=--flink_master=host:8081",
+    )
+    _add_inputs(command)
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to make"
+    )
+    for split in ("validation", "test"):
+        command.add_argument(
+            f"--{split}",
+            type=float,
+            default=0.05,
+            metavar="X",
+            help=f"the share of patients (or exams) in the split {split}; default: %(default)s",
+        )
+    command.add_argument(
+        "--beam",
+        action="append",
+        metavar="OPTION",
+        help="run on Apache Beam with this option of its own, e.g. --beam=--runner=DirectRunner; "
+        "may be given several times. Every worker must see the same paths",
+    )
+
+
+def _add_validate(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.data.build import validate
+
+        return validate(args.source, args.images, _options(args), workers=args.workers)
+
+    command = add_command(
+        commands,
+        "validate",
+        run,
+        "check records and their images as `data build` does, without writing; exit code 1 if any "
+        "would be left out",
+        "echovlm data validate --source thyroid.json --images pictures/",
+    )
+    _add_inputs(command)
+
+
+def _add_inputs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--source",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="F.json",
+        help="records: [{id, image, conversations}, …] or [{images, messages}, …]",
+    )
+    command.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="what the image paths are relative to: PNG, JPEG and DICOM files",
+    )
+    command.add_argument(
+        "--organs",
+        type=Path,
+        metavar="F.json",
+        help="{source's name: organ}, for records that don't say theirs; default: the organ that "
+        "the source's name tells",
+    )
+    command.add_argument(
+        "--num-frames",
+        type=int,
+        default=16,
+        metavar="N",
+        help="frames to take of a DICOM loop; default: %(default)s",
+    )
+    command.add_argument(
+        "--crop", action="store_true", help="cut DICOM frames to their ultrasound regions"
+    )
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes; default: one a CPU core",
+    )
+
+
+def _options(args: argparse.Namespace, **shares: float) -> Any:
+    from echovlm_jax.data.build import Options
+
+    return Options(num_frames=args.num_frames, crop=args.crop, organs=args.organs, **shares)
+
+
+def _add_stats(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.data.stats import stats
+
+        if args.config is None:
+            return stats(args.data, args.split)
+        from echovlm_jax.data.settings import Settings
+        from echovlm_jax.train.config_file import load_config
+
+        config = load_config(args.config, args.overrides).to_dict()
+        return stats(args.data, args.split, Settings.from_config(config))
+
+    command = add_command(
+        commands,
+        "stats",
+        run,
+        "say what a dataset holds and what a run will see of it; counts, lengths and packing by "
+        "organ. --config.KEY=VALUE changes a key of the configuration",
+        "echovlm data stats exams/\n"
+        "  echovlm data stats exams/ --config configs/instruction.py --config.seq_len=4096",
+        show=_show_stats,
+    )
+    command.add_argument("data", metavar="DIR", help=DATA)
+    command.add_argument("--split", default="train", metavar="S", help="default: %(default)s")
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="F.py",
+        help="the run to count for, as in configs/; default: organs as they are, a byte a token",
+    )
+    command.set_defaults(overrides=[])
+
+
+def _show_stats(result: Result, args: argparse.Namespace) -> None:
+    from echovlm_jax.data.stats import describe
+
+    print(describe(result))
+
+
+def _add_phantom(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.data.phantom import contact_sheet, write_exams
+
+        if (args.out is None) == (args.sheet is None):
+            raise InputError("give either --out DIR, for exams, or --sheet F.png, for an overview")
+        if args.sheet is not None:
+            return contact_sheet(args.sheet, args.seed)
+        return write_exams(args.out, args.exams, args.seed)
+
+    command = add_command(
+        commands,
+        "phantom",
+        run,
+        "make up exams, images and reports, labelled synthetic; `data build` takes them as they "
+        "are",
+        "echovlm data phantom --out phantom/ --exams 100\n"
+        "  echovlm data phantom --sheet phantoms.png",
+    )
+    command.add_argument("--out", type=Path, metavar="DIR", help="the folder to make")
+    command.add_argument(
+        "--sheet", type=Path, metavar="F.png", help="draw one exam of each diagnosis instead"
+    )
+    command.add_argument("--exams", type=int, default=100, metavar="N", help="default: %(default)s")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="another seed makes other exams"
+    )
+
+
+def _add_tokenizer(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.data.dataset import texts_of
+        from echovlm_jax.data.tokenizer import train_sentencepiece
+
+        return train_sentencepiece(texts_of(args.data), args.out, args.vocab_size)
+
+    command = add_command(
+        commands,
+        "tokenizer",
+        run,
+        "train a small SentencePiece tokenizer on a dataset's texts, Qwen2-VL's special tokens "
+        "reserved",
+        "echovlm data tokenizer phantom --out tokenizer/",
+    )
+    command.add_argument("data", metavar="DIR", help=DATA)
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to make"
+    )
+    command.add_argument(
+        "--vocab-size", type=int, default=2048, metavar="N", help="default: %(default)s"
+    )

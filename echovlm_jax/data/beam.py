@@ -1,0 +1,49 @@
+"""The parts of a build on Apache Beam: on this machine, or Dataflow, Flink or Spark by option.
+
+A worker of any runner reads the sources and images and writes its part by the paths that `build`
+was given, so these have to be the same on every worker: a shared or mounted file system.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from echovlm_jax.data.build import Runner
+from echovlm_jax.errors import InputError
+
+
+def beam_runner(options: Sequence[str]) -> Runner:
+    """A runner for `build`.
+
+    Args:
+      options: Beam's own, each as "--NAME=VALUE", e.g. "--runner=DirectRunner".
+
+    Raises:
+      InputError: Apache Beam is not installed.
+    """
+    if importlib.util.find_spec("apache_beam") is None:
+        raise InputError("Apache Beam is not installed: pip install 'echovlm-jax[beam]'")
+
+    def run(job: Callable[[str, int], Any], work: str, numbers: Sequence[int]) -> Iterator[int]:
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
+            PipelineOptions,
+        )
+
+        with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+            _ = (
+                pipeline
+                | "Parts" >> beam.Create(list(numbers))
+                | "Spread" >> beam.Reshuffle()  # else one worker would get them all
+                | "Write" >> beam.Map(_call, job, work)
+            )
+        # Results stay with the workers: what they wrote says that it is done.
+        yield from ()
+
+    return run
+
+
+def _call(number: int, job: Callable[[str, int], Any], work: str) -> None:
+    job(work, number)

@@ -1,0 +1,406 @@
+"""`data build` and `data validate`: official JSON and image files to a dataset's folder.
+
+Works in OUT.partial beside the target, part by part, and renames at the end. After a kill the same
+call goes on: parts that are complete stay, unless they left records out (the reason may have been
+mended meanwhile).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from echovlm_jax.data import folder, organs, parts
+from echovlm_jax.data.parts import Done, Part
+from echovlm_jax.data.sources import SPLITS, Sources, read_sources
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.files import shown
+from echovlm_jax.progress import progress
+
+LOCK, MADE = "lock", "dataset"
+SHARD_RECORDS = 256  # at least; a large dataset has larger shards, rather than more than MAX_SHARDS
+MAX_SHARDS = 256  # each process that reads keeps them all open
+_EXAMPLES = 20  # quarantined records that `validate` shows
+
+
+class Options(NamedTuple):
+    """What the result depends on, besides the files.
+
+    Attributes:
+      validation, test: the shares of the groups that go to these splits.
+      num_frames: a DICOM loop is sampled to so many frames.
+      crop: cut DICOM frames to their ultrasound regions.
+      organs: a file {source: organ}, for records that don't say their own.
+    """
+
+    validation: float = 0.05
+    test: float = 0.05
+    num_frames: int = 16
+    crop: bool = False
+    organs: Path | None = None
+
+
+DEFAULTS = Options()
+
+# Runs a function (work folder, number) -> result for each number; yields results as they come.
+Runner = Callable[[Callable[[str, int], Any], str, Sequence[int]], Iterator[Any]]
+
+
+def build(
+    sources: Sequence[str | Path],
+    images: str | Path,
+    out: str | Path,
+    options: Options = DEFAULTS,
+    *,
+    workers: int = 1,
+    runner: Runner | None = None,
+) -> dict[str, Any]:
+    """Makes a dataset's folder.
+
+    Args:
+      sources: official JSON files.
+      images: the folder that the records' image paths are relative to, and don't leave.
+      out: the folder to make; it must not exist.
+      workers: processes.
+      runner: runs the parts elsewhere (see `beam.py`), in place of `workers`.
+
+    Returns:
+      records, kept, quarantined {reason: count}: records = kept + the sum of the counts; splits
+      and organs {name: records kept}, bytes, out.
+
+    Raises:
+      InputError: a source is no JSON list, a folder is missing, OUT exists, or nothing was kept.
+    """
+    target = Path(os.path.abspath(out))
+    _check_new(target)
+    found, plan = _prepare(sources, images, options)
+    work = target.with_name(f"{target.name}.partial")
+    with _work_folder(work):
+        _refuse_other_work(work, plan)
+        _save_plan(work, plan, found.rows)
+        _drop_parts_with_losses(work, plan)
+        run = runner or (lambda *job: in_processes(*job, workers=workers))
+        with progress(len(found.rows), "record", "build") as tick:
+            for count in run(parts.write_part, str(work), range(len(plan["parts"]))):
+                tick(count)
+        result = _finish(work, plan)
+        _check_new(target)
+        os.replace(work / MADE, target)
+        _sync(target.parent)
+        shutil.rmtree(work)
+    return {**result, "out": str(target)}
+
+
+def validate(
+    sources: Sequence[str | Path],
+    images: str | Path,
+    options: Options = DEFAULTS,
+    *,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """What `build` would keep and leave out, without writing a dataset.
+
+    Returns:
+      records, kept, quarantined as `build`; examples, the first records left out; ok, whether none
+      is.
+    """
+    found, plan = _prepare(sources, images, options)
+    counts, examples = Counter[str](), []
+    with tempfile.TemporaryDirectory() as temporary:
+        _save_plan(Path(temporary), plan, found.rows)
+        numbers = range(len(plan["parts"]))
+        with progress(len(numbers), "part", "validate") as tick:
+            for lines in in_processes(parts.check_part, temporary, numbers, workers=workers):
+                counts.update(line["reason"] for line in lines)
+                examples = sorted(examples + lines, key=_place)[:_EXAMPLES]
+                tick(1)
+    return {
+        "ok": not counts,
+        "records": len(found.rows),
+        "kept": len(found.rows) - counts.total(),
+        "quarantined": dict(sorted(counts.items())),
+        "examples": examples,
+    }
+
+
+def in_processes(
+    job: Callable[[str, int], Any], work: str, numbers: Sequence[int], *, workers: int
+) -> Iterator[Any]:
+    """Runs the parts in processes of their own, or in this one where that would not pay."""
+    workers = min(workers, len(numbers))
+    if workers <= 1:
+        yield from (job(work, number) for number in numbers)
+        return
+    # Fresh interpreters: a fork would copy whatever threads this process has.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_end_with_parent
+    ) as pool:
+        running = {pool.submit(job, work, number): number for number in numbers}
+        try:
+            for future in as_completed(running):
+                yield future.result()
+        except BrokenProcessPool:
+            raise InputError(
+                f"{shown(work)}: a process died while it read images (killed, or out of memory);"
+                " run the same command again, with fewer --workers if memory was short"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone: killed, it could not say so."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _prepare(
+    sources: Sequence[str | Path], images: str | Path, options: Options
+) -> tuple[Sources, dict[str, Any]]:
+    """The rows, and the plan: all that the parts need to know."""
+    root = Path(images).resolve()
+    if not root.is_dir():
+        raise InputError(f"{shown(images)}: no such folder; give the one that image paths begin in")
+    if options.num_frames < 1:
+        raise InputError(f"num_frames must be at least 1, found {options.num_frames}")
+    found = read_sources(
+        [Path(path) for path in sources], validation=options.validation, test=options.test
+    )
+    given = organs.read_mapping(options.organs, found.stems) if options.organs else {}
+    rows = found.rows[np.argsort(found.rows["split"], kind="stable")]
+    size = max(SHARD_RECORDS, -(-len(rows) // MAX_SHARDS))
+    plan = {
+        "version": folder.VERSION,
+        "files": [str(path) for path in found.files],
+        "digests": list(found.digests),
+        "stems": list(found.stems),
+        "images": str(root),
+        "organs": {stem: given.get(stem) or organs.organ_of_file(stem) for stem in found.stems},
+        "num_frames": options.num_frames,
+        "crop": options.crop,
+        "shares": [options.validation, options.test],
+        "parts": [list(part) for part in parts.cut(rows, size)],
+    }
+    return found._replace(rows=rows), plan
+
+
+def _finish(work: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """The parts put together, in work/dataset."""
+    made = work / MADE
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    done = [_done(work, Part(*part)) for part in plan["parts"]]
+    kept, quarantined = Counter[str](), Counter[str]()
+    for each in done:
+        kept.update(each.organs)
+        quarantined.update(each.quarantined)
+    records = plan["parts"][-1][-1]
+    if kept.total() + quarantined.total() != records:
+        raise AssertionError("the parts don't add up to the input")
+    if not kept:
+        shutil.rmtree(work)  # nothing in it is worth going on with
+        reasons = ", ".join(f"{count} {reason}" for reason, count in quarantined.most_common())
+        raise InputError(
+            f"{shown(plan['images'])}: no record could be kept ({reasons}); `data validate` says"
+            " which and why"
+        )
+    names = sorted(kept)
+    splits = {}
+    for split in SPLITS:
+        shards = [each for each in done if each.part.split == split and each.organs]
+        if shards:
+            splits[split] = _finish_split(work, made, split, shards, names)
+    _join([work / each.part.name("quarantine") for each in done], made / folder.QUARANTINE)
+    result = {
+        "records": records,
+        "kept": kept.total(),
+        "quarantined": dict(sorted(quarantined.items())),
+        "splits": {split: len_of(entry) for split, entry in splits.items()},
+        "organs": dict(sorted(kept.items())),
+        "bytes": sum(shard["bytes"] for entry in splits.values() for shard in entry["shards"]),
+    }
+    manifest = {"version": folder.VERSION, "organs": names, "splits": splits, "counts": result}
+    (made / folder.MANIFEST).write_bytes(folder.manifest_bytes(manifest))
+    _write_tfds(made, splits)
+    for path in made.iterdir():
+        _sync(path)
+    return result
+
+
+def len_of(entry: dict[str, Any]) -> int:
+    """The records of a split, from its entry in the manifest."""
+    return sum(shard["records"] for shard in entry["shards"])
+
+
+def _done(work: Path, part: Part) -> Done:
+    found = parts.read_done(work, part)
+    if found is None:
+        raise InputError(
+            f"{shown(work)}: part {part.number} is missing; run the same command again"
+        )
+    return found
+
+
+def _finish_split(
+    work: Path, made: Path, split: str, shards: list[Done], names: list[str]
+) -> dict[str, Any]:
+    """Names the shards, joins their lines and writes the index; returns the manifest's entry."""
+    lines = made / folder.records_name(split)
+    _join([work / each.part.name("jsonl") for each in shards], lines)
+    organ_of = {name: n for n, name in enumerate(names)}
+    index = np.zeros(sum(sum(each.organs.values()) for each in shards) + 1, folder.INDEX)
+    content, offset = hashlib.blake2b(digest_size=16), 0
+    content.update(json.dumps([folder.VERSION, split, names], ensure_ascii=False).encode())
+    with open(lines, "rb") as file:
+        for n, line in enumerate(file):
+            index[n] = (offset, zlib.crc32(line), organ_of[json.loads(line)["organ"]], 0)
+            offset += len(line)
+            content.update(line)
+    index[-1]["offset"] = offset
+    (made / folder.index_name(split)).write_bytes(index.tobytes())
+    entries = []
+    for n, each in enumerate(shards):
+        name = folder.shard_name(split, n, len(shards))
+        # A link, not a move: until the end the parts stay, so that a kill here costs nothing.
+        os.link(work / each.part.name("array_record"), made / name)
+        entries.append({"name": name, "records": sum(each.organs.values()), "bytes": each.bytes})
+    return {
+        "fingerprint": content.hexdigest(),
+        "index": folder.digest(index.tobytes()),
+        "shards": entries,
+    }
+
+
+def _write_tfds(made: Path, splits: dict[str, Any]) -> None:
+    """dataset_info.json and features.json, by TFDS itself."""
+    from tensorflow_datasets.core import dataset_info, file_adapters, naming
+    from tensorflow_datasets.core import splits as tfds_splits
+    from tensorflow_datasets.core.utils.version import Version
+
+    format = file_adapters.FileFormat.ARRAY_RECORD
+    identity = dataset_info.DatasetIdentity(
+        name=folder.NAME,
+        version=Version(folder.VERSION),
+        data_dir=str(made),
+        module_name="echovlm_jax.data.build",
+    )
+    info = dataset_info.DatasetInfo(
+        builder=identity,
+        features=folder.features(),
+        description="Ultrasound exams for EchoVLM: encoded pictures, conversations and reports.",
+    )
+    info.set_file_format(format)
+    template = {"dataset_name": folder.NAME, "data_dir": made, "filetype_suffix": format.value}
+    info.set_splits(
+        tfds_splits.SplitDict(
+            [
+                tfds_splits.SplitInfo(
+                    name=split,
+                    shard_lengths=[shard["records"] for shard in entry["shards"]],
+                    num_bytes=sum(shard["bytes"] for shard in entry["shards"]),
+                    filename_template=naming.ShardedFileTemplate(split=split, **template),
+                )
+                for split, entry in splits.items()
+            ]
+        )
+    )
+    info.write_to_directory(made)
+
+
+def _join(pieces: list[Path], whole: Path) -> None:
+    with open(whole, "wb") as out:
+        for piece in pieces:
+            with open(piece, "rb") as file:
+                shutil.copyfileobj(file, out, 2**20)
+
+
+@contextlib.contextmanager
+def _work_folder(work: Path) -> Iterator[None]:
+    """The folder that work goes on in, locked; removed by an error that leaves nothing to go on."""
+    if work.is_symlink() or (work.exists() and not (work / LOCK).is_file()):
+        raise InputError(
+            f"{shown(work)}: is no unfinished work of ours, but its name is needed; move it away"
+        )
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / LOCK, "ab")  # noqa: SIM115 - held to the end
+    except OSError as error:
+        raise InputError(
+            f"{shown(work)}: can't be made ({error.strerror}); choose another --out"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"{shown(work)}: another process is writing into it; wait for it to end"
+            ) from None
+        yield
+
+
+def _refuse_other_work(work: Path, plan: dict[str, Any]) -> None:
+    """Begins anew where the folder holds parts of another build: they are ours, and of no use."""
+    try:
+        same = json.loads((work / parts.PLAN).read_bytes()) == plan
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        for path in work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+
+def _save_plan(work: Path, plan: dict[str, Any], rows: np.ndarray) -> None:
+    rows.tofile(work / parts.ROWS)
+    (work / parts.PLAN).write_text(json.dumps(plan), "utf-8")
+
+
+def _drop_parts_with_losses(work: Path, plan: dict[str, Any]) -> None:
+    for values in plan["parts"]:
+        part = Part(*values)
+        if (found := parts.read_done(work, part)) and found.quarantined:
+            (work / part.name("json")).unlink()
+    for path in work.glob("*.tmp"):
+        path.unlink()
+
+
+def _check_new(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{shown(target)}: exists; choose another --out, or delete it first")
+
+
+def _place(line: dict[str, Any]) -> tuple[str, int]:
+    return line["source"], line["number"]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,192 @@
+"""Where records come from: the interface, and the reader of folders that `data build` made."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from echovlm_jax.data import folder
+from echovlm_jax.data.record import Record
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.files import shown
+from echovlm_jax.processing.images import decode_image
+
+PHANTOM = "phantom"
+_READER = "readahead_buffer_size:0,max_parallelism:0"  # what suits random access
+
+
+class Dataset(Protocol):
+    """Exams by number. Cheap to pickle, and safe to read from several threads.
+
+    Attributes:
+      fingerprint: hexadecimal; differs where any content differs.
+      organs: int16 [N], each record's index into `organ_names`.
+      organ_names: in the order of their indices.
+    """
+
+    fingerprint: str
+    organs: np.ndarray
+    organ_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def record(self, i: int) -> Record:
+        """The texts and sizes of exam `i`; no pixels are read."""
+        ...
+
+    def media(self, i: int) -> list[np.ndarray]:
+        """Its pixels, as `record(i).media` says: uint8 RGB [H, W, 3], of a video [T, H, W, 3]."""
+        ...
+
+
+def open_dataset(data: str | Path, split: str = "train") -> Dataset:
+    """A split of a dataset.
+
+    Args:
+      data: a folder made by `echovlm data build`, or "phantom": exams made as they are asked for.
+      split: "train", or another split of the folder.
+
+    Raises:
+      InputError: there is no such dataset or split, or it is damaged.
+    """
+    if str(data) == PHANTOM:
+        from echovlm_jax.data.phantom import PhantomDataset
+
+        return PhantomDataset(split)
+    return FolderDataset(data, split)
+
+
+def texts_of(data: str | Path, split: str = "train") -> Iterator[str]:
+    """What is said and written in a split: answers, questions and reports, record by record."""
+    dataset = open_dataset(data, split)
+    for i in range(len(dataset)):
+        record = dataset.record(i)
+        yield from (turn.text for turn in record.turns)
+        for report in record.reports:
+            yield from (report.findings, report.impression, report.caption, report.diagnosis)
+            for question in report.questions:
+                yield from (question.question, question.answer, *question.options)
+
+
+def split_names(data: str | Path) -> tuple[str, ...]:
+    """The splits of a dataset. Raises InputError where there is none."""
+    if str(data) == PHANTOM:
+        from echovlm_jax.data.phantom.dataset import SIZES
+
+        return tuple(SIZES)
+    return tuple(folder.read_manifest(Path(data))["splits"])
+
+
+class FolderDataset:
+    """A `Dataset` on disk. Everything that is read is checked against digests made at the build."""
+
+    def __init__(self, root: str | Path, split: str = "train") -> None:
+        self._root = Path(root)
+        self._split = split
+        self._open()
+
+    def _open(self) -> None:
+        manifest = folder.read_manifest(self._root)
+        splits = manifest["splits"]
+        if self._split not in splits:
+            raise InputError(
+                f"{shown(self._root)}: has no split {self._split!r}; it has {', '.join(splits)}"
+            )
+        entry = splits[self._split]
+        self.fingerprint: str = entry["fingerprint"]
+        self.organ_names: tuple[str, ...] = tuple(manifest["organs"])
+        self._shards: list[dict[str, Any]] = entry["shards"]
+        self._index = folder.read_index(self._root / folder.index_name(self._split), entry)
+        self.organs = np.ascontiguousarray(self._index["organ"][:-1])
+        self._ends = np.cumsum([shard["records"] for shard in self._shards])
+        for shard in self._shards:
+            _check_size(self._root / shard["name"], shard["bytes"])
+        self._path = self._root / folder.records_name(self._split)
+        _check_size(self._path, int(self._index["offset"][-1]))
+        with open(self._path, "rb") as file:
+            # Pages that the system drops and reads again as it likes: nothing is held in memory.
+            self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._readers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.organs)
+
+    def __getstate__(self) -> tuple[Path, str]:
+        return self._root, self._split
+
+    def __setstate__(self, state: tuple[Path, str]) -> None:
+        self._root, self._split = state
+        self._open()
+
+    def record(self, i: int) -> Record:
+        return folder.record_of(self._line(i))
+
+    def media(self, i: int) -> list[np.ndarray]:
+        line = self._line(i)
+        name = f"{shown(self._root)}: record {line['id']}"
+        images = folder.images_of(self._example(i, line["digest"]))
+        frames = [decode_image(image, name) for image in images]
+        out, start = [], 0
+        for count, *_ in line["media"]:
+            stop = start + max(count, 1)
+            out.append(np.stack(frames[start:stop]) if count else frames[start])
+            start = stop
+        return out
+
+    def _line(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        start, stop = (int(self._index["offset"][j]) for j in (i, i + 1))
+        line = self._lines[start:stop]
+        if zlib.crc32(line) != int(self._index["crc"][i]):
+            raise _damaged(self._path)
+        return json.loads(line)
+
+    def _example(self, i: int, digest: str) -> bytes:
+        """The stored bytes of exam `i`."""
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        shard = self._shards[number]
+        path = self._root / shard["name"]
+        position = i - int(self._ends[number] - shard["records"])
+        try:
+            data = self._reader(number, path).read([position])[0]
+        except (RuntimeError, ValueError, IndexError):  # what the C++ reader makes of damage
+            raise _damaged(path) from None
+        if folder.digest(data) != digest:
+            raise _damaged(path)
+        return data
+
+    def _reader(self, number: int, path: Path) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        with self._lock:
+            if number not in self._readers:
+                self._readers[number] = ArrayRecordReader(
+                    str(path), _READER, file_reader_buffer_size=2**15
+                )
+            return self._readers[number]
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise InputError(
+            f"{shown(path)}: can't be read ({error.strerror}); build the dataset again"
+        ) from None
+    if found != size:
+        raise _damaged(path)
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(
+        f"{shown(path)}: is not what `data build` wrote; build the dataset again, or copy it again"
+    )

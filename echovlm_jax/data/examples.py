@@ -1,0 +1,123 @@
+"""From a record's number and a key to one sample: what is asked and answered, and how large it is.
+
+The plan calls this to know lengths, a worker calls it again to build the sample. It is the one way
+from a key to a sample, so what is built has exactly the planned lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from echovlm_jax.config import ModelConfig
+from echovlm_jax.data.dataset import Dataset, open_dataset
+from echovlm_jax.data.encode import text_tokens
+from echovlm_jax.data.fit import Grid, fit
+from echovlm_jax.data.record import Record, Turn
+from echovlm_jax.data.settings import Settings
+from echovlm_jax.data.tasks import compose, mix_for
+from echovlm_jax.data.tokenizer import tokenizer_for
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.images import ImageConfig
+from echovlm_jax.processing.tokenizer import Tokenizer
+
+
+class Source(NamedTuple):
+    """All that samples are made from."""
+
+    settings: Settings
+    dataset: Dataset
+    tokenizer: Tokenizer
+    model: ModelConfig
+    images: ImageConfig
+    tasks: Mapping[str, float]  # the weight of each task
+    peers: tuple[np.ndarray, ...]  # of each organ, the numbers of its records in order
+
+
+class Example(NamedTuple):
+    """One sample, before its pixels are read and its text is encoded."""
+
+    record: Record
+    task: str
+    language: str
+    turns: tuple[Turn, ...]
+    grids: tuple[Grid, ...]  # of each medium
+    vision: tuple[tuple[str, int], ...]  # of each medium: "image" or "video", and its tokens
+    tokens: int  # all of them, also those that stand for patches
+    patches: int
+
+
+class NoExample(InputError):
+    """Nothing can be made of a record. `reason` is one of REASONS."""
+
+    def __init__(self, reason: str, record: Record, detail: str) -> None:
+        super().__init__(f"record {record.id}: {reason}: {detail}")
+        self.reason = reason
+
+
+TOO_LONG, NOTHING, SIDES = "too long", "nothing to teach", "image sizes"
+REASONS = (TOO_LONG, NOTHING, SIDES)
+
+
+def open_source(settings: Settings) -> Source:
+    """Opens the dataset and the tokenizer. Cheap: each worker does it for itself."""
+    dataset = open_dataset(settings.data, settings.split)
+    tokenizer, model, images = tokenizer_for(settings.model, settings.tokenizer)
+    weights = dict(settings.task_weights) if settings.task_weights else None
+    peers = tuple(np.flatnonzero(dataset.organs == i) for i in range(len(dataset.organ_names)))
+    tasks = mix_for(settings.stage, weights)
+    return Source(settings, dataset, tokenizer, model, images, tasks, peers)
+
+
+def example(source: Source, number: int, key: int) -> Example:
+    """The sample that a key makes of a record; the same one every time.
+
+    Raises:
+      NoExample: its texts hold nothing to teach, it is too long for a row, or an image's sides
+        can't be made into patches.
+      InputError: the dataset is damaged.
+    """
+    record = source.dataset.record(number)
+    try:
+        composed = compose(record, key, source.tasks, lambda n: _other(source, number, n))
+    except InputError as error:
+        raise NoExample(NOTHING, record, str(error)) from None
+    kinds = ["video" if medium.frames else "image" for medium in record.media]
+    text = text_tokens(source.tokenizer, composed.turns, len(kinds))
+    settings = source.settings
+    limits = (settings.seq_len, settings.max_patches, settings.max_image_patches)
+    try:
+        grids = fit(record.media, text, *limits, source.images)
+    except InputError as error:
+        raise NoExample(SIDES, record, str(error)) from None
+    if grids is None:
+        raise NoExample(
+            TOO_LONG,
+            record,
+            f"its text takes {text} of seq_len {settings.seq_len} tokens, and beside it, or into"
+            f" max_patches {settings.max_patches}, its {len(kinds)} media don't fit",
+        )
+    unit = source.images.merge_size**2
+    vision = tuple((kind, g.patches // unit) for kind, g in zip(kinds, grids, strict=True))
+    return Example(
+        record=record,
+        task=composed.task,
+        language=composed.language,
+        turns=composed.turns,
+        grids=grids,
+        vision=vision,
+        tokens=text + sum(n for _, n in vision),
+        patches=sum(grid.patches for grid in grids),
+    )
+
+
+def _other(source: Source, number: int, n: int) -> Record | None:
+    """The n-th record of the same organ, this one left out; None where it is the only one."""
+    peers = source.peers[int(source.dataset.organs[number])]
+    if len(peers) < 2:
+        return None
+    place = n % (len(peers) - 1)
+    place += place >= np.searchsorted(peers, number)
+    return source.dataset.record(int(peers[place]))

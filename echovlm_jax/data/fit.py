@@ -1,0 +1,144 @@
+"""How large an exam's images get: within an image's own limit, and so that the exam fits a row.
+
+An exam is never split over rows. One that is too long is shortened, by this rule: first loops get
+fewer frames, all of them half as many at a time, down to 2 (one time step); then all images and
+frames get smaller, to the largest common limit of pixels that fits, no lower than the processor's
+own minimum; if that doesn't do, the exam is too long. Text is never cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from echovlm_jax.data.record import Medium
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.images import ImageConfig, smart_resize, to_patches
+
+
+class Grid(NamedTuple):
+    """What becomes of one image or loop: t · h · w patches."""
+
+    t: int  # time steps, of temporal_patch_size frames
+    h: int  # patches
+    w: int
+    frames: int  # of a loop: so many, evenly spaced; 0: an image
+    max_pixels: int  # the limit that gives this size
+
+    @property
+    def patches(self) -> int:
+        return self.t * self.h * self.w
+
+
+def fit(
+    media: Sequence[Medium],
+    text_tokens: int,
+    seq_len: int,
+    max_patches: int,
+    max_image_patches: int,
+    config: ImageConfig,
+) -> tuple[Grid, ...] | None:
+    """The sizes that an exam's media get, or None where it is too long even at the smallest.
+
+    Args:
+      media: as stored.
+      text_tokens: the sample's tokens but for those that stand for patches.
+      seq_len, max_patches: what a row holds; a merged block of patches takes a token.
+      max_image_patches: what an image, or one time step of a loop, may have.
+
+    Raises:
+      InputError: an image's sides are too unequal, or of sizes that don't divide where the
+        configuration forbids resizing.
+    """
+    unit = config.merge_size**2
+    room = min(max_patches, (seq_len - text_tokens) * unit)
+    if room < 0:
+        return None
+    most = min(config.max_pixels, max_image_patches * config.patch_size**2)
+    least = min(most, max(config.min_pixels, config.factor**2))
+
+    def tried(frames: Sequence[int], limit: int) -> tuple[Grid, ...] | None:
+        grids = tuple(
+            _grid(medium.height, medium.width, n, limit, config)
+            for medium, n in zip(media, frames, strict=True)
+        )
+        within = all(grid.h * grid.w <= max_image_patches for grid in grids)
+        return grids if within and sum(grid.patches for grid in grids) <= room else None
+
+    frames = [medium.frames for medium in media]
+    grids = tried(frames, most)
+    while grids is None and any(n > 2 for n in frames):
+        frames = [n if n <= 2 else max(2, (n + 1) // 2) for n in frames]
+        grids = tried(frames, most)
+    if grids is not None or not config.do_resize:
+        return grids
+    # The largest limit, in steps of a merged block, that fits. Sizes go up with the limit but for
+    # slivers of images, so what is found is checked, and may not be the very largest for those.
+    block = config.factor**2
+    grids, low, high = tried(frames, least), least // block, most // block
+    while grids is not None and high - low > 1:
+        middle = (low + high) // 2
+        found = tried(frames, middle * block)
+        grids, low, high = (grids, low, middle) if found is None else (found, middle, high)
+    return grids
+
+
+@lru_cache(maxsize=2**16)
+def _grid(height: int, width: int, frames: int, limit: int, config: ImageConfig) -> Grid:
+    """As to_patches makes it with `limit` for max_pixels."""
+    if config.do_resize:
+        least = min(config.min_pixels, limit)
+        height, width = smart_resize(height, width, config.factor, least, limit)
+    elif height % config.factor or width % config.factor:
+        raise InputError(
+            f"image of {height} x {width} pixels: do_resize is false in the preprocessor"
+            f" configuration, so both sides must be multiples of {config.factor}"
+        )
+    steps = -(-max(1, frames) // config.temporal_patch_size)
+    return Grid(steps, height // config.patch_size, width // config.patch_size, frames, limit)
+
+
+def cut(
+    pixels: np.ndarray, grid: Grid, config: ImageConfig, out: np.ndarray | None = None
+) -> np.ndarray:
+    """An image or loop as the patches that its grid says.
+
+    Args:
+      pixels: uint8 [H, W, 3] or [T, H, W, 3].
+      out: float32 [t·h·w, 1176] to write to; a new array by default.
+
+    Returns:
+      float32 [t·h·w, 1176], in the order of `to_patches`.
+
+    Raises:
+      InputError: the pixels are not of the size that the grid was made for.
+    """
+    if (pixels.ndim == 4) != (grid.frames > 0) or grid.frames > len(pixels):
+        raise InputError(
+            f"an image of shape {list(pixels.shape)} was planned as {_planned(grid)}; the data"
+            " changed after the plan was made: build it anew"
+        )
+    height, width = pixels.shape[-3:-1]
+    made = _grid(height, width, grid.frames, grid.max_pixels, config)
+    if made != grid:
+        raise InputError(
+            f"an image of shape {list(pixels.shape)} makes {' x '.join(map(str, made[:3]))} patches"
+            f" where {_planned(grid)} was planned; the data changed after the plan was made: build"
+            " it anew"
+        )
+    if grid.frames:  # the same frames as processing takes of a loop that is too long
+        pixels = pixels[np.arange(grid.frames) * len(pixels) // grid.frames]
+    limited = dataclasses.replace(
+        config, max_pixels=grid.max_pixels, min_pixels=min(config.min_pixels, grid.max_pixels)
+    )
+    patches, _ = to_patches(pixels, limited, out)
+    return patches
+
+
+def _planned(grid: Grid) -> str:
+    what = f"a loop of {grid.frames} frames" if grid.frames else "an image"
+    return f"{what} of {grid.t} x {grid.h} x {grid.w} patches"

@@ -1,0 +1,164 @@
+"""A long JSON list, entry by entry: memory stays flat however long the file is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.files import open_file, shown
+
+MAX_ENTRY = 2**24  # characters of one entry; a long conversation takes a few thousand
+_READ = 2**20
+_SPACE = re.compile(r"[ \t\r\n]*")
+DUPLICATE = "\0twice"  # a key, put into an object that has some key twice
+
+
+class Entry(NamedTuple):
+    offset: int  # bytes from the file's beginning
+    size: int  # bytes
+    value: Any
+
+
+def read_entries(path: Path) -> Iterator[Entry]:
+    """The entries of a file that holds one JSON list.
+
+    Bytes that are no UTF-8 come as lone surrogates, so that only their own entry is spoilt.
+
+    Raises:
+      InputError: the file can't be read or is not one JSON list; the message says where.
+    """
+    try:
+        with open_file(path) as file:
+            yield from _Text(file, path).entries()
+    except OSError as error:
+        raise InputError(f"{shown(path)}: can't be read ({error.strerror})") from None
+
+
+def parse_entry(data: bytes) -> Any:
+    """What `read_entries` made of an entry, from its bytes. Raises ValueError where it is none."""
+    try:
+        return _decoder.decode(data.decode("utf-8", "surrogateescape"))
+    except RecursionError:
+        raise ValueError("too deep") from None
+
+
+class _Text:
+    """The file as text that is taken off at the front and grows at the back."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file, self._path = file, path
+        self._text, self._at = "", 0  # what is decoded, and how far it is taken
+        self._offset, self._line = 0, 1  # of that place in the file
+        self._undecoded = b""
+        self._ended = False
+
+    def entries(self) -> Iterator[Entry]:
+        if self._peek() == "\ufeff":  # a byte order mark, as Windows writes it
+            self._take(self._at + 1)
+        if self._peek() != "[":
+            raise self._broken("must hold a JSON list of records")
+        self._take(self._at + 1)
+        if self._peek() == "]":
+            self._take(self._at + 1)
+        else:
+            while True:
+                self._peek()
+                yield self._entry()
+                mark = self._peek()
+                if mark not in (",", "]"):
+                    raise self._broken("is not valid JSON: ',' or ']' is missing")
+                self._take(self._at + 1)
+                if mark == "]":
+                    break
+        if self._peek():
+            raise self._broken("is not valid JSON: something follows the list")
+
+    def _peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            match = _SPACE.match(self._text, self._at)
+            self._take(match.end() if match else self._at)
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def _entry(self) -> Entry:
+        while True:
+            try:
+                value, end = _decoder.raw_decode(self._text, self._at)
+                # A number at the end of what was read may go on.
+                if end < len(self._text) or self._ended:
+                    offset = self._offset
+                    self._take(end)
+                    return Entry(offset, self._offset - offset, value)
+            except RecursionError:
+                raise self._broken("an entry is nested too deeply") from None
+            except json.JSONDecodeError as error:
+                if self._ended:
+                    self._take(min(error.pos, len(self._text)))
+                    raise self._broken(f"is not valid JSON: {error.msg}") from None
+            wanted = 2 * (len(self._text) - self._at)
+            if wanted > 2 * MAX_ENTRY:
+                raise self._broken(
+                    f"an entry begins that is not valid JSON, or longer than {MAX_ENTRY} characters"
+                )
+            while len(self._text) - self._at < wanted and self._more():
+                pass
+
+    def _more(self) -> bool:
+        """Reads on; False at the end of the file."""
+        data = self._file.read(_READ)
+        self._ended = not data
+        whole = self._undecoded + data
+        # A character's bytes may be cut by the end of what was read; 3 of them at most.
+        keep = 0 if self._ended else _unfinished(whole)
+        self._undecoded = whole[len(whole) - keep :]
+        added = whole[: len(whole) - keep].decode("utf-8", "surrogateescape")
+        self._text = self._text[self._at :] + added
+        self._at = 0
+        return not self._ended
+
+    def _take(self, end: int) -> None:
+        taken = self._text[self._at : end]
+        self._offset += len(taken) if taken.isascii() else len(_bytes(taken))
+        self._line += taken.count("\n")
+        self._at = end
+
+    def _broken(self, what: str) -> InputError:
+        return InputError(f"{shown(self._path)}: line {self._line}: {what}; mend the file")
+
+
+def _unfinished(data: bytes) -> int:
+    """How many bytes at the end begin a character of UTF-8 that they don't finish."""
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return back if back < length else 0
+        if byte < 0x80:
+            return 0
+    return 0
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        out[DUPLICATE] = True
+    return out
+
+
+def _whole(digits: str) -> int | float:
+    # Python refuses to make an int of thousands of digits; no key of ours holds one.
+    return int(digits) if len(digits) < 20 else float("inf")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole)

@@ -1,0 +1,143 @@
+"""An image file to what a dataset stores: encoded pictures without a word about the patient.
+
+PNG and JPEG keep their compressed bytes, less every part that is not needed to draw the picture
+(EXIF, comments, text, profiles, thumbnails, whatever follows the end). DICOM frames become PNG.
+What is burnt into the pixels stays there.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from echovlm_jax.data.quarantine import Refused
+from echovlm_jax.data.record import Medium
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.dicom import read_dicom
+from echovlm_jax.processing.files import file_kind, read_bytes, shown
+from echovlm_jax.processing.images import MAX_ASPECT_RATIO, decode_image
+
+MAX_FILE_BYTES = 2**28  # a PNG or JPEG; the largest that decodes is about as large as pixels
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_PARTS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+# Frames (SOFn), tables (DHT, DAC, DQT, DRI) and scans (SOS).
+_JPEG_PARTS = {*range(0xC0, 0xD0), 0xDB, 0xDD, 0xDA} - {0xC8}
+_IN_A_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # what ends one: not stuffing, not RSTn
+
+
+class Encoded(NamedTuple):
+    images: tuple[bytes, ...]  # PNG or JPEG: one, or each frame of a video
+    medium: Medium
+
+
+def read_medium(path: Path, *, num_frames: int, crop: bool) -> Encoded:
+    """Reads an image file.
+
+    Args:
+      path: PNG, JPEG or DICOM, told by content.
+      num_frames: a longer DICOM loop is sampled to so many frames.
+      crop: cut DICOM frames to their ultrasound regions.
+
+    Raises:
+      Refused: it can't be used; the detail does not quote the file's content.
+    """
+    try:
+        if file_kind(path) == "dicom":
+            frames = read_dicom(path, num_frames=num_frames, crop=crop)
+            images = tuple(_to_png(frame) for frame in frames)
+            medium = Medium(len(frames) if len(frames) > 1 else 0, *frames.shape[1:3])
+        else:
+            data = read_bytes(path, MAX_FILE_BYTES)
+            pixels = decode_image(data, shown(path))
+            images = (_clean(data, pixels),)
+            medium = Medium(0, *pixels.shape[:2])
+    except InputError as error:
+        detail = str(error)
+        large = any(sign in detail for sign in ("is over the limit", "claims more", "larger than"))
+        raise Refused("image too large" if large else "unreadable image", detail) from None
+    sides = sorted(medium[1:])
+    if sides[1] > MAX_ASPECT_RATIO * sides[0]:
+        raise Refused("unusable shape", f"{shown(path)}: {medium.height} x {medium.width} pixels")
+    return Encoded(images, medium)
+
+
+def _clean(data: bytes, pixels: np.ndarray) -> bytes:
+    """`data` without metadata, or a PNG of `pixels` where that would draw another picture."""
+    stripped = strip_png(data) if data.startswith(_PNG_START) else strip_jpeg(data)
+    if stripped == data:
+        return data
+    try:
+        # Metadata may have turned the picture, or taken a part in its colours.
+        if stripped and np.array_equal(decode_image(stripped, ""), pixels):
+            return stripped
+    except InputError:
+        pass
+    return _to_png(pixels)
+
+
+def _to_png(pixels: np.ndarray) -> bytes:
+    """uint8 RGB [H, W, 3] as PNG; as grey where it is grey, which reads as the same RGB."""
+    grey = (pixels == pixels[..., :1]).all()
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels[..., 0] if grey else pixels)).save(out, "PNG")
+    return out.getvalue()
+
+
+def strip_png(data: bytes) -> bytes | None:
+    """Only the chunks that draw the picture, byte for byte; None where the file is irregular."""
+    parts, at = [_PNG_START], len(_PNG_START)
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if end > len(data):
+            return None
+        if kind in _PNG_PARTS:
+            if zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+                return None
+            parts.append(data[at:end])
+        if kind == b"IEND":
+            return b"".join(parts)
+        at = end
+    return None
+
+
+def strip_jpeg(data: bytes) -> bytes | None:
+    """Only the segments that draw the picture, byte for byte; None where the file is irregular.
+
+    JFIF's and Adobe's markers say how colours are stored; they stay, without thumbnail.
+    """
+    parts, at = [b"\xff\xd8"], 2
+    while at + 4 <= len(data):
+        if data[at] != 0xFF:
+            return None
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker == 0xD9:
+            break
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        body = data[at + 4 : end]
+        if end > len(data) or end < at + 4:
+            return None
+        if marker in _JPEG_PARTS:
+            parts.append(data[at:end])
+        elif marker == 0xE0 and body[:5] == b"JFIF\0" and len(body) >= 14:
+            parts.append(b"\xff\xe0\x00\x10" + body[:12] + b"\0\0")
+        elif marker == 0xEE and body[:5] == b"Adobe" and len(body) == 12:
+            parts.append(data[at:end])
+        at = end
+        if marker == 0xDA:
+            found = _IN_A_SCAN.search(data, at)
+            if found is None:
+                return None
+            parts.append(data[at : found.start()])
+            at = found.end() - 2
+    return b"".join([*parts, b"\xff\xd9"]) if data[at : at + 2] == b"\xff\xd9" else None

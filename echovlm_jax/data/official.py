@@ -1,0 +1,293 @@
+"""Records in the official form, checked: raw JSON to texts and image paths.
+
+Two forms, both with any number of turns, a system turn first where there is one:
+
+    {"id": "1", "image": "a.png" or ["a.png", …],
+     "conversations": [{"from": "human", "value": "<image>…"}, {"from": "gpt", "value": "…"}]}
+    {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>…"}, …]}
+
+and, in either, what is known besides: organ, patient_id, study_id, exam_id, synthetic, description
+(a caption), reports [{language, findings, impression, caption, diagnosis,
+questions [{question, answer, options}]}].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from echovlm_jax.data.json_list import DUPLICATE
+from echovlm_jax.data.organs import organ_name
+from echovlm_jax.data.quarantine import Refused
+from echovlm_jax.data.record import LANGUAGES, Question, Record, Report, Turn
+from echovlm_jax.data.sections import split_report
+
+GROUPS = ("patient_id", "study_id", "exam_id")
+MAX_IMAGES = 256  # files of one exam
+_ROLES = {
+    **{"system": "system", "human": "user", "user": "user"},
+    **{"gpt": "assistant", "assistant": "assistant"},
+}
+_MARK = re.compile(r"<(?:image|video)>")
+_CONTROL = re.compile(r"<\|[A-Za-z_]+\|>")
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+_REPORT_TEXTS = ("findings", "impression", "caption", "diagnosis")
+
+
+class Official(NamedTuple):
+    record: Record  # without media, which are not read here
+    images: tuple[str, ...]  # paths as they are written
+
+
+def read_record(raw: Any, *, id: str, organ: str, source: str, group: str) -> Official:
+    """Checks one entry of a file.
+
+    Args:
+      raw: the entry.
+      id, source, group: as the record is to have them.
+      organ: what the record is of, where it does not say so itself.
+
+    Raises:
+      Refused: with the first fault found.
+    """
+    if not isinstance(raw, dict):
+        raise Refused("not an object", f"found {type(raw).__name__}")
+    _check_texts(raw)
+    images = image_paths(raw)
+    turns, marks = _turns(raw)
+    reports = _reports(raw, turns)
+    if not turns and not reports:
+        raise Refused("no text", "has neither conversations (or messages) nor reports")
+    if not images:
+        raise Refused("no images", "names no image")
+    if len(images) > MAX_IMAGES:
+        raise Refused("too many images", f"{len(images)} images; at most {MAX_IMAGES}")
+    if turns and marks != len(images):
+        raise Refused("image marks", f"{marks} marks for {len(images)} images")
+    stated = raw.get("organ")
+    if stated is not None and (not isinstance(stated, str) or not stated.strip()):
+        raise Refused("wrong type", "organ must be a text")
+    synthetic = raw.get("synthetic", False)
+    if not isinstance(synthetic, bool):
+        raise Refused("wrong type", "synthetic must be true or false")
+    return Official(
+        Record(
+            id=id,
+            organ=organ_name(stated) if stated else organ,
+            turns=turns,
+            reports=reports,
+            source=source,
+            group=group,
+            synthetic=synthetic,
+        ),
+        images,
+    )
+
+
+def record_id(raw: Any, number: int) -> str:
+    """The id that an entry states; else its place in the file, as "#12"."""
+    found = raw.get("id") if isinstance(raw, dict) else None
+    if isinstance(found, int) and not isinstance(found, bool):
+        return str(found)
+    return found if isinstance(found, str) and found.strip() else f"#{number}"
+
+
+def group_texts(raw: Any) -> list[str]:
+    """What ties an entry to others that must be in the same split: its patient's, study's and
+    exam's id, and its images."""
+    if not isinstance(raw, dict):
+        return []
+    stated = [(key, raw.get(key)) for key in GROUPS]
+    out = [
+        f"{key}\0{value}" for key, value in stated if isinstance(value, str | int) and value != ""
+    ]
+    with contextlib.suppress(Refused):  # it will be refused when it is read
+        out += [f"image\0{PurePosixPath(path)}" for path in image_paths(raw)[:MAX_IMAGES]]
+    return out
+
+
+def image_paths(raw: dict[str, Any]) -> tuple[str, ...]:
+    """The paths under `image` or `images`: one, or a list of them."""
+    if "image" in raw and "images" in raw:
+        raise Refused("wrong type", "has both image and images; keep one")
+    found = raw.get("image", raw.get("images"))
+    listed = [] if found is None else [found] if isinstance(found, str) else found
+    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
+        raise Refused("wrong type", "image must be a path or a list of paths")
+    return tuple(listed)
+
+
+def inside(root: Path, path: str) -> Path:
+    """The file that `path`, relative to `root`, names.
+
+    Args:
+      root: a folder, links resolved.
+
+    Raises:
+      Refused: it is absolute, or leads out of `root`, by a link too; or there is no such file.
+    """
+    shown = "".join(c if c.isprintable() else "?" for c in path)[:300]
+    if not path or "\0" in path or path.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", path):
+        raise Refused("path outside the folder", shown or "an empty path")
+    try:
+        file = (root / path).resolve()
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a name beyond the limit
+        raise Refused("missing image", shown) from None
+    if not file.is_relative_to(root):
+        raise Refused("path outside the folder", f"{shown}: a link leads out")
+    try:
+        if not file.exists():
+            raise Refused("missing image", shown)
+    except (OSError, ValueError):
+        raise Refused("missing image", shown) from None
+    return file
+
+
+def _check_texts(raw: Any) -> None:
+    """Refuses, anywhere in an entry, a key that is there twice and a text that is no UTF-8."""
+    left = [raw]  # not recursive: JSON may be nested more deeply than calls
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            if DUPLICATE in value:
+                raise Refused("duplicate key", "an object has a key twice; keep one of the two")
+            left += value.keys()
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise Refused("not UTF-8", "a text holds bytes or escapes beyond UTF-8") from None
+
+
+def _turns(raw: dict[str, Any]) -> tuple[tuple[Turn, ...], int]:
+    """The conversation without its image marks, and how many of them it had."""
+    if "conversations" in raw and "messages" in raw:
+        raise Refused("wrong type", "has both conversations and messages; keep one")
+    form = "conversations" if "conversations" in raw else "messages"
+    role_key, text_key = ("from", "value") if form == "conversations" else ("role", "content")
+    entries = raw.get(form)
+    if entries is None:
+        return (), 0
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise Refused("wrong type", f"{form} must be a list of objects")
+    turns, marks = [], 0
+    for n, entry in enumerate(entries, 1):
+        role = _ROLES.get(str(entry.get(role_key)).casefold())
+        if role is None:
+            raise Refused("turns", f"{form} {n}: its {role_key!r} is no known role")
+        text, found = _plain(_content(entry.get(text_key), f"{form} {n}: {text_key}"))
+        if found and role != "user":
+            raise Refused("image marks", f"{form} {n}: an image mark outside a user's turn")
+        if not text and role == "assistant":
+            raise Refused("empty answer", f"{form} {n}: its {text_key!r} is empty")
+        if not text and role == "user" and not found:
+            raise Refused("empty question", f"{form} {n}: its {text_key!r} is empty")
+        marks += found
+        turns.append(Turn(role, text))
+    _check_order([turn.role for turn in turns])
+    return tuple(turns), marks
+
+
+def _check_order(roles: list[str]) -> None:
+    if not roles:
+        return
+    rest = roles[1:] if roles[0] == "system" else roles
+    if not rest or len(rest) % 2 or rest != ["user", "assistant"] * (len(rest) // 2):
+        raise Refused("turns", f"the turns are {', '.join(roles[:8])}")
+
+
+def _content(value: Any, name: str) -> str:
+    """A turn's text; a list of entries, as chat programs write it, becomes one with marks."""
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        parts = []
+        for entry in value:
+            if entry.get("type") in ("image", "video"):
+                parts.append(f"<{entry['type']}>")
+            else:
+                parts.append(_text(entry.get("text"), name))
+        return "".join(parts)
+    return _text(value, name)
+
+
+def _plain(text: str) -> tuple[str, int]:
+    """A text without image marks, and how many it had."""
+    return _MARK.sub("", text).strip(), len(_MARK.findall(text))
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise Refused("wrong type", f"{name} must be a text")
+    if _CONTROL.search(value):
+        raise Refused("control token", f"{name} holds a token of the chat template")
+    return value
+
+
+def _reports(raw: dict[str, Any], turns: Iterable[Turn]) -> tuple[Report, ...]:
+    """The reports stated, and filled into them what the description and the answers tell."""
+    stated = raw.get("reports", [])
+    if not isinstance(stated, list):
+        raise Refused("wrong type", "reports must be a list")
+    reports = [_report(value, n) for n, value in enumerate(stated, 1)]
+    description = _text(raw.get("description") or "", "description").strip()
+    if description:
+        _fill(reports, Report(language_of(description), caption=description))
+    for turn in turns:
+        parts = split_report(turn.text) if turn.role == "assistant" else None
+        if parts:
+            found = Report(language_of(turn.text), findings=parts[0], impression=parts[1])
+            _fill(reports, found)
+    return tuple(reports)
+
+
+def _fill(reports: list[Report], found: Report) -> None:
+    """Puts what `found` tells where a report of its language tells nothing; adds one if none is."""
+    told = {key: text for key in _REPORT_TEXTS if (text := getattr(found, key))}
+    for n, report in enumerate(reports):
+        if report.language == found.language:
+            if not any(getattr(report, key) for key in told):
+                reports[n] = dataclasses.replace(report, **told)
+            return
+    reports.append(found)
+
+
+def language_of(text: str) -> str:
+    return "zh" if _CHINESE.search(text) else "en"
+
+
+def _report(value: Any, n: int) -> Report:
+    name = f"reports {n}"
+    if not isinstance(value, dict) or value.get("language") not in LANGUAGES:
+        raise Refused("wrong type", f"{name}: language must be one of {', '.join(LANGUAGES)}")
+    texts = {key: _text(value.get(key) or "", f"{name}: {key}").strip() for key in _REPORT_TEXTS}
+    questions = value.get("questions") or []
+    if not isinstance(questions, list):
+        raise Refused("wrong type", f"{name}: questions must be a list")
+    asked = tuple(_question(question, name) for question in questions)
+    if not asked and not any(texts.values()):
+        raise Refused("no text", f"{name}: is empty")
+    return Report(value["language"], questions=asked, **texts)
+
+
+def _question(value: Any, name: str) -> Question:
+    if not isinstance(value, dict):
+        raise Refused("wrong type", f"{name}: a question must be an object")
+    question = _text(value.get("question"), f"{name}: question").strip()
+    answer = _text(value.get("answer"), f"{name}: answer").strip()
+    listed = value.get("options") or []
+    if not isinstance(listed, list):
+        raise Refused("wrong type", f"{name}: options must be a list")
+    options = tuple(_text(option, f"{name}: an option").strip() for option in listed)
+    if not question:
+        raise Refused("empty question", f"{name}: a question is empty")
+    if not answer:
+        raise Refused("empty answer", f"{name}: an answer is empty")
+    if options and (answer not in options or len(set(options)) != len(options)):
+        raise Refused("wrong type", f"{name}: an answer must be one of its options, each once")
+    return Question(question, answer, options)

@@ -1,0 +1,247 @@
+"""The work of `data build`, cut into parts: a part makes one shard, in whatever process it runs.
+
+A part finds all it needs in the work folder, so that a job is just a number. What it writes there
+is the same whoever writes it, and appears under its name only when it is complete: a part may be
+killed, run again, or run twice at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from echovlm_jax.data import folder
+from echovlm_jax.data.json_list import parse_entry
+from echovlm_jax.data.media import read_medium
+from echovlm_jax.data.official import inside, read_record, record_id
+from echovlm_jax.data.quarantine import Refused
+from echovlm_jax.data.record import Record
+from echovlm_jax.data.sources import ROW, SPLITS
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.files import shown
+
+PLAN, ROWS = "plan.json", "rows.bin"
+MAX_FRAMES = 4096  # of all media of an exam together
+MAX_EXAM_BYTES = 2**30  # protocol buffers end at 2 GiB
+_WRITER = "group_size:1,uncompressed"  # random access; pictures don't shrink again
+
+
+class Part(NamedTuple):
+    """Records start … stop of the rows, all of one split."""
+
+    number: int
+    split: str
+    start: int
+    stop: int
+
+    def name(self, ending: str) -> str:
+        return f"part-{self.number:05d}.{ending}"
+
+
+class Done(NamedTuple):
+    """What became of a part."""
+
+    part: Part
+    organs: dict[str, int]  # records kept
+    bytes: int  # of the shard
+    quarantined: dict[str, int]
+
+
+def cut(rows: np.ndarray, records: int) -> list[Part]:
+    """The parts of rows that are sorted by split: at most `records` each."""
+    parts: list[Part] = []
+    for n, split in enumerate(SPLITS):
+        start, stop = np.searchsorted(rows["split"], [n, n + 1])
+        for first in range(int(start), int(stop), records):
+            parts.append(Part(len(parts), split, first, min(first + records, int(stop))))
+    return parts
+
+
+def write_part(work: str, number: int) -> int:
+    """Makes part `number` of the work folder, unless it is there. Returns its count of records."""
+    plan = _plan(work)
+    part = Part(*plan["parts"][number])
+    if read_done(Path(work), part) is None:
+        _write(Path(work), plan, part)
+    return part.stop - part.start
+
+
+def check_part(work: str, number: int) -> list[dict[str, Any]]:
+    """What would be quarantined of part `number`; writes nothing."""
+    plan = _plan(work)
+    part = Part(*plan["parts"][number])
+    return [result for result in _results(Path(work), plan, part) if isinstance(result, dict)]
+
+
+def read_done(work: Path, part: Part) -> Done | None:
+    """What became of a part; None where it isn't done."""
+    try:
+        found = json.loads((work / part.name("json")).read_bytes())
+        return Done(part, found["organs"], found["bytes"], found["quarantined"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _plan(work: str) -> dict[str, Any]:
+    path = Path(work) / PLAN
+    return _read_plan(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_plan(path: Path, written: int) -> dict[str, Any]:
+    return json.loads(path.read_bytes())
+
+
+def _write(work: Path, plan: dict[str, Any], part: Part) -> None:
+    """The shard, its lines, its share of the quarantine; last of all the word that it is done."""
+    serializer, features = _serializer()
+    organs, quarantined = Counter[str](), Counter[str]()
+    with (
+        _shard(work / part.name("array_record")) as shard,
+        _file(work / part.name("jsonl")) as lines,
+        _file(work / part.name("quarantine")) as left_out,
+    ):
+        for result in _results(work, plan, part):
+            if isinstance(result, dict):
+                quarantined[result["reason"]] += 1
+                left_out.write(_json_line(result))
+                continue
+            record, images = result
+            example = features.encode_example(folder.example_of(record, images))
+            # serialize_example would leave the order of the keys, so the bytes, to chance.
+            stored = serializer.get_tf_example(example).SerializeToString(deterministic=True)
+            shard.write(stored)
+            lines.write(_json_line(folder.line_of(record, stored)))
+            organs[record.organ] += 1
+    done = {
+        "organs": dict(sorted(organs.items())),
+        "bytes": (work / part.name("array_record")).stat().st_size,
+        "quarantined": dict(sorted(quarantined.items())),
+    }
+    with _file(work / part.name("json")) as file:
+        file.write(_json_line(done))
+
+
+def _results(
+    work: Path, plan: dict[str, Any], part: Part
+) -> Iterator[tuple[Record, list[bytes]] | dict[str, Any]]:
+    """Each row of a part: the record and its pictures, or its line in the quarantine."""
+    rows = np.memmap(work / ROWS, ROW, mode="r")[part.start : part.stop]
+    with contextlib.ExitStack() as stack:
+        files: dict[int, IO[bytes]] = {}
+        for row in rows:
+            source, number = int(row["source"]), int(row["number"])
+            if source not in files:
+                files[source] = stack.enter_context(open(plan["files"][source], "rb"))
+            raw = _entry(files[source], plan["files"][source], row)
+            stem = plan["stems"][source]
+            id = record_id(raw, number)
+            try:
+                if row["twice"]:
+                    raise Refused("duplicate id", f"an earlier record has the id {id}; rename one")
+                group = str(row["group"]) if row["group"] >= 0 else ""
+                yield _make(raw, plan, f"{stem}/{id}", stem, group)
+            except Refused as refused:
+                yield {
+                    "id": _printable(id),
+                    "source": stem,
+                    "number": number,
+                    "reason": refused.reason,
+                    "detail": _printable(refused.detail),
+                }
+
+
+def _make(
+    raw: Any, plan: dict[str, Any], id: str, stem: str, group: str
+) -> tuple[Record, list[bytes]]:
+    """One record, with its pictures. Raises Refused."""
+    root = Path(plan["images"])
+    record, paths = read_record(raw, id=id, organ=plan["organs"][stem], source=stem, group=group)
+    files = [inside(root, path) for path in paths]  # all, before any is read
+    media, images, size = [], [], 0
+    for file in files:
+        encoded = read_medium(file, num_frames=plan["num_frames"], crop=plan["crop"])
+        media.append(encoded.medium)
+        images += encoded.images
+        size += sum(map(len, encoded.images))
+        if len(images) > MAX_FRAMES:
+            raise Refused("too many images", f"more than {MAX_FRAMES} frames in one exam")
+        if size > MAX_EXAM_BYTES:
+            raise Refused("image too large", f"an exam of more than {MAX_EXAM_BYTES} bytes")
+    return _with_media(record, media), images
+
+
+def _with_media(record: Record, media: list[Any]) -> Record:
+    return Record(**{**vars(record), "media": tuple(media)})
+
+
+def _entry(file: IO[bytes], path: str, row: Any) -> Any:
+    file.seek(int(row["offset"]))
+    try:
+        return parse_entry(file.read(int(row["size"])))
+    except ValueError:
+        raise InputError(
+            f"{shown(path)}: has changed while the dataset was built; start again"
+        ) from None
+
+
+@functools.cache
+def _serializer() -> tuple[Any, Any]:
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    features = folder.features()
+    return ExampleSerializer(features.get_serialized_info()), features
+
+
+@contextlib.contextmanager
+def _shard(path: Path) -> Iterator[Any]:
+    """An ArrayRecord writer; the file gets its name when it is whole and on the disk."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    writer = ArrayRecordWriter(str(temporary), _WRITER)
+    try:
+        yield writer
+        try:
+            writer.close()
+        except RuntimeError:  # its only word for a full disk
+            raise OSError(f"{shown(temporary)} can't be written") from None
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if writer.is_open():
+            with contextlib.suppress(RuntimeError):
+                writer.close()
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name when it is whole and on the disk."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _json_line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)[:500]

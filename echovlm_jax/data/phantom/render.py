@@ -1,0 +1,116 @@
+"""From an exam's parameters to its pictures."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from echovlm_jax.data.keys import mix
+from echovlm_jax.data.phantom.abdominal import (
+    kidney_probe,
+    liver_probe,
+    paint_kidney,
+    paint_liver,
+    paint_pelvis,
+    pelvis_probe,
+)
+from echovlm_jax.data.phantom.acoustics import (
+    Probe,
+    Tissue,
+    beam_levels,
+    empty_tissue,
+    scan_convert,
+    scan_table,
+    to_grey,
+)
+from echovlm_jax.data.phantom.exam import Exam, View, between, stream
+from echovlm_jax.data.phantom.heart import heart_probe, paint_heart
+from echovlm_jax.data.phantom.superficial import (
+    breast_probe,
+    paint_breast,
+    paint_thyroid,
+    paint_vessel,
+    thyroid_probe,
+    vessel_probe,
+)
+
+HEADER = 11  # px: the black strip on top, which says what this is
+RULER = 7  # px: the black strip on the right, with a mark for every 10 mm of depth
+
+_PROBES: dict[str, Callable[[int, int, int], Probe]] = {
+    "breast": breast_probe,
+    "gynaecology": pelvis_probe,
+    "heart": heart_probe,
+    "kidney": kidney_probe,
+    "liver": liver_probe,
+    "thyroid": thyroid_probe,
+    "vessel": vessel_probe,
+}
+_PAINTERS: dict[str, Callable[[Tissue, Exam, View], None]] = {
+    "breast": paint_breast,
+    "gynaecology": paint_pelvis,
+    "kidney": paint_kidney,
+    "liver": paint_liver,
+    "thyroid": paint_thyroid,
+    "vessel": paint_vessel,
+}
+
+
+def render(exam: Exam, view: View) -> np.ndarray:
+    """One view's picture, uint8 RGB: [H, W, 3], or [T, H, W, 3] of a loop (one heartbeat)."""
+    if not view.frames:
+        phase = next(stream(view.key, 72)) * 0.3  # stills are frozen near the end of filling
+        return _picture(exam, view, phase)
+    return np.stack([_picture(exam, view, t / view.frames) for t in range(view.frames)])
+
+
+def _picture(exam: Exam, view: View, phase: float) -> np.ndarray:
+    height, width = view.height - HEADER, view.width - RULER
+    view_inside = view._replace(height=height, width=width)
+    probe = _PROBES[exam.organ](exam.key, height, width)  # one setting for the whole exam
+    tissue = empty_tissue(probe, height, width)
+    if exam.organ == "heart":
+        paint_heart(tissue, exam, view_inside, phase)
+    else:
+        _PAINTERS[exam.organ](tissue, exam, view_inside)
+    # Blood and noise change from frame to frame; tissue keeps its scatterers.
+    level = beam_levels(tissue, probe, int(mix(view.key, 73)))
+    grey = to_grey(level, between(stream(view.key, 74), -2.5, 2.5))
+    top, scale = 0.0, height / probe.depth
+    if probe.half_angle:
+        scan = scan_table(probe, height, width)
+        grey, top, scale = scan_convert(grey, scan, height, width), scan.top, scan.scale
+    out = np.zeros((view.height, view.width), np.uint8)
+    out[HEADER:, :width] = (grey + np.float32(0.5)).astype(np.uint8)
+    _mark(out, top, scale, probe.depth)
+    return np.repeat(out[:, :, None], 3, axis=2)
+
+
+def _mark(picture: np.ndarray, top: float, scale: float, depth: float) -> None:
+    """Writes the label and the ruler into the black strips, in place."""
+    label = _label()
+    picture[3 : 3 + label.shape[0], 4 : 4 + label.shape[1]] = label
+    for i in range(int(depth / 10) + 1):
+        row = HEADER + int(top + i * 10 * scale)
+        if HEADER <= row < len(picture):
+            picture[row, -RULER + 2 + (0 if i % 5 == 0 else 2) :] = 200
+
+
+# 5 rows of 3 px, top to bottom.
+_LETTERS = {
+    "S": "###|#..|###|..#|###", "Y": "#.#|#.#|.#.|.#.|.#.", "N": "#.#|###|###|###|#.#",
+    "T": "###|.#.|.#.|.#.|.#.", "H": "#.#|#.#|###|#.#|#.#", "E": "###|#..|##.|#..|###",
+    "I": "###|.#.|.#.|.#.|###", "C": "###|#..|#..|#..|###",
+}  # fmt: skip
+
+
+@functools.cache
+def _label() -> np.ndarray:
+    """SYNTHETIC in small letters, uint8 [5, 35]."""
+    rows = [""] * 5
+    for letter in "SYNTHETIC":
+        for i, row in enumerate(_LETTERS[letter].split("|")):
+            rows[i] += row + "."
+    return np.array([[200 if c == "#" else 0 for c in row] for row in rows], np.uint8)

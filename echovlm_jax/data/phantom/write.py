@@ -1,0 +1,197 @@
+"""Phantom exams as files: the official JSON beside PNG images and DICOM loops."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.filewriter import dcmwrite
+from pydicom.tag import Tag
+from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage
+
+from echovlm_jax.data.keys import mix, text_key
+from echovlm_jax.data.phantom.dataset import organ_of
+from echovlm_jax.data.phantom.exam import Exam, make_exam
+from echovlm_jax.data.phantom.render import render
+from echovlm_jax.data.phantom.reports import reports
+from echovlm_jax.data.record import ORGANS, Report
+from echovlm_jax.data.sections import join_report
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.files import shown
+from echovlm_jax.progress import progress
+
+NOTE = "SYNTHETIC: simulated ultrasound of nobody"
+HEARTBEAT = 800.0  # ms: the length of a loop
+
+
+def write_exams(
+    out: str | Path,
+    exams: int,
+    seed: int,
+    *,
+    balanced: bool = False,
+    cine: float = 0.25,
+    cine_frames: int = 8,
+) -> dict[str, Any]:
+    """Writes exams as users' own come: OUT/phantom.json and OUT/images/.
+
+    Args:
+      out: a folder to make; it may be there if it is empty.
+      exams: how many.
+      seed: another seed makes other exams, and none of a `PhantomDataset`.
+      balanced, cine, cine_frames: as in `PhantomDataset`.
+
+    Returns:
+      out, exams, images, loops and organs (exams of each).
+
+    Raises:
+      InputError: there is something in the folder, or a number is out of its range.
+    """
+    out = Path(out)
+    if exams < 1:
+        raise InputError(f"exams must be at least 1, found {exams}")
+    try:
+        (out / "images").mkdir(parents=True)
+        if len(list(out.iterdir())) > 1:
+            (out / "images").rmdir()
+            raise FileExistsError
+    except FileExistsError:
+        raise InputError(f"{shown(out)}: is not empty; name a new folder") from None
+    except OSError as error:
+        raise InputError(f"{shown(out)}: can't be made ({error.strerror})") from None
+    base = int(mix(text_key("phantom/files"), seed))
+    organs = organ_of(base, np.arange(exams), balanced)
+    counts = {"images": 0, "loops": 0}
+    entries = []
+    with progress(exams, "exam", "phantom") as tick:
+        for i, organ in enumerate(organs):
+            exam = make_exam(
+                int(mix(base, 1, i)), ORGANS[organ], cine=cine, cine_frames=cine_frames
+            )
+            name = f"phantom-{seed}-{i:06d}"
+            files = _write_views(out, name, exam)
+            counts["loops"] += sum(file.endswith(".dcm") for file in files)
+            counts["images"] += sum(file.endswith(".png") for file in files)
+            entries.append(_entry(name, exam, files))
+            tick(1)
+    # Last, so that a folder with it is whole.
+    text = "[\n" + ",\n".join(json.dumps(e, ensure_ascii=False) for e in entries) + "\n]\n"
+    with _whole_file(out / "phantom.json") as file:
+        file.write(text.encode())
+    found = np.bincount(organs, minlength=len(ORGANS)).tolist()
+    return {
+        "out": str(out),
+        "exams": exams,
+        **counts,
+        "organs": dict(zip(ORGANS, found, strict=True)),
+        "synthetic": True,
+    }
+
+
+def _entry(name: str, exam: Exam, files: list[str]) -> dict[str, Any]:
+    """One exam in the official form, its reports beside the conversation."""
+    written = reports(exam)
+    told = written[exam.key % len(written)]
+    ask = {"zh": "请根据图像写出超声报告。", "en": "Write the ultrasound report of these images."}
+    return {
+        "id": name,
+        "image": files,
+        "conversations": [
+            {"from": "human", "value": "<image>" * len(files) + ask[told.language]},
+            {
+                "from": "gpt",
+                "value": join_report(told.findings, told.impression, told.language),
+            },
+        ],
+        "organ": exam.organ,
+        "patient_id": name,
+        "synthetic": True,
+        "reports": [_report_entry(report) for report in written],
+    }
+
+
+def _report_entry(report: Report) -> dict[str, Any]:
+    return {
+        "language": report.language,
+        "findings": report.findings,
+        "impression": report.impression,
+        "caption": report.caption,
+        "diagnosis": report.diagnosis,
+        "questions": [
+            {"question": q.question, "answer": q.answer, "options": list(q.options)}
+            for q in report.questions
+        ],
+    }
+
+
+def _write_views(out: Path, name: str, exam: Exam) -> list[str]:
+    """An exam's images, as paths relative to `out`."""
+    files = []
+    for n, view in enumerate(exam.views):
+        pixels = render(exam, view)[..., 0]  # grey
+        file = f"images/{name}-{n}.{'dcm' if view.frames else 'png'}"
+        data = _dicom(pixels, view.key) if view.frames else _png(pixels)
+        with _whole_file(out / file) as stream:
+            stream.write(data)
+        files.append(file)
+    return files
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    note, buffer = PngInfo(), io.BytesIO()
+    note.add_text("Comment", NOTE)
+    Image.fromarray(pixels).save(buffer, "png", pnginfo=note, compress_level=4)
+    return buffer.getvalue()
+
+
+def _dicom(frames: np.ndarray, key: int) -> bytes:
+    """A grey loop [T, H, W] as an Ultrasound Multi-frame Image (PS3.3 A.7), of nobody."""
+    uids = [UID(f"2.25.{(int(mix(key, 80, n)) << 64) + int(mix(key, 81, n))}") for n in range(3)]
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = UltrasoundMultiFrameImageStorage
+    meta.MediaStorageSOPInstanceUID = uids[0]
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    image = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    image.SOPClassUID, image.SOPInstanceUID = UltrasoundMultiFrameImageStorage, uids[0]
+    image.StudyInstanceUID, image.SeriesInstanceUID = uids[1], uids[2]
+    image.Modality, image.ImageType = "US", ["DERIVED", "SECONDARY"]
+    image.SeriesDescription = image.ImageComments = NOTE
+    # Asked for by the standard, and empty: there is no patient, physician or date.
+    for keyword in (
+        "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
+        "StudyID", "SeriesNumber", "InstanceNumber", "AccessionNumber", "ReferringPhysicianName",
+        "Manufacturer",
+    ):  # fmt: skip
+        setattr(image, keyword, "" if keyword not in ("SeriesNumber", "InstanceNumber") else None)
+    image.NumberOfFrames, image.Rows, image.Columns = frames.shape
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 8, 8, 7, 0
+    image.FrameTime = f"{HEARTBEAT / len(frames):.6g}"
+    image.FrameIncrementPointer = Tag("FrameTime")
+    image.LossyImageCompression = "00"
+    data = frames.tobytes()
+    image.PixelData = data + b"\0" * (len(data) % 2)
+    buffer = io.BytesIO()
+    dcmwrite(buffer, image, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[Any]:
+    """A file that has its name once it is all there."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        yield file
+        file.flush()
+        if path.suffix == ".json":  # one that stands for all the others
+            os.fsync(file.fileno())
+    os.replace(part, path)

@@ -1,0 +1,210 @@
+"""What a run will see of a dataset: counts, lengths, how full rows get, how often organs come."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echovlm_jax.data.examples import Source, open_source
+from echovlm_jax.data.fit import fit
+from echovlm_jax.data.packing import WINDOW, pack
+from echovlm_jax.data.plan import Epoch, plan_epoch
+from echovlm_jax.data.record import LANGUAGES
+from echovlm_jax.data.settings import Settings
+from echovlm_jax.data.tasks import TASKS
+
+# Patches a row has room for, over what the tokens of a full row would bring on average. Rows differ
+# in how much of them is images: with little room patches run out before tokens do, a lot of room
+# is padding that the vision model computes. Its patches take a quarter of the work that their
+# tokens' part of a row takes, in the 11 B model, so unused ones count a quarter.
+_SPARE = (1.04, 1.08, 1.12, 1.2, 1.3, 1.5)
+_PATCHES_COUNT = 0.25
+_SAMPLES = 2 * WINDOW  # that suggestions are tried on
+_STEP = 128  # what a suggested number of patches is a multiple of: attention's blocks are
+_NO_LIMIT = 2**40
+
+
+def stats(
+    data: str | Path, split: str = "train", settings: Settings | None = None
+) -> dict[str, Any]:
+    """What one epoch of a dataset holds.
+
+    Args:
+      data: a folder made by `data build`, or "phantom".
+      settings: how it is trained on; its `data` and `split` don't count. None: the shipped
+        configurations' rows, organs as they are, and a byte for a token, about twice as many as
+        the model's own tokenizer makes.
+
+    Returns:
+      plain data for JSON. `by_organ`, `tasks` and `languages`: shares that the run sees, and of
+      each organ its exams, how often one comes up in an epoch, its lengths, and how full rows of
+      it alone would be. `packing_efficiency`: the share of all rows' tokens and patches that is
+      used. `suggested`: patches a row for these tokens a row, and what they would give.
+
+    Raises:
+      InputError: the dataset is damaged, the mixture doesn't fit it, or no sample fits a row.
+    """
+    settings = settings or Settings(
+        data=str(data),
+        model="echovlm_11b",
+        stage="instruction",
+        seq_len=2048,
+        max_patches=6144,
+        max_image_patches=784,
+        global_batch_size=8,
+        mix_temperature=1.0,
+    )
+    return stats_of(open_source(dataclasses.replace(settings, data=str(data), split=split)))
+
+
+def stats_of(source: Source) -> dict[str, Any]:
+    """`stats` of a dataset that is open."""
+    settings, epoch = source.settings, plan_epoch(source, 0)
+    budgets = settings.seq_len, settings.max_patches
+    rows = len(epoch.offsets) - 1
+    return {
+        "records": len(source.dataset),
+        "samples": len(epoch.record),
+        "dropped": epoch.dropped,
+        "rows": rows,
+        "steps_per_epoch": rows // settings.global_batch_size,
+        "samples_per_row": len(epoch.record) / rows,
+        "seq_len": settings.seq_len,
+        "max_patches": settings.max_patches,
+        "tokens": _spread(epoch.tokens),
+        "patches": _spread(epoch.patches),
+        "packing_efficiency": _efficiency(epoch.tokens, epoch.patches, rows, *budgets),
+        "same_exam_in_a_batch": int(epoch.clashes),
+        "by_organ": _by_organ(source, epoch),
+        "tasks": _shares(epoch.task, TASKS),
+        "languages": _shares(epoch.language, LANGUAGES),
+        "suggested": _suggested(source, epoch),
+    }
+
+
+def _by_organ(source: Source, epoch: Epoch) -> dict[str, Any]:
+    settings, out = source.settings, {}
+    organs = source.dataset.organs[epoch.record]
+    lost = np.bincount(source.dataset.organs[epoch.lost_record], minlength=len(source.peers))
+    for i, name in enumerate(source.dataset.organ_names):
+        at = np.flatnonzero(organs == i)
+        tokens, patches = epoch.tokens[at], epoch.patches[at]
+        out[name] = {
+            "records": len(source.peers[i]),
+            "samples": len(at),
+            "dropped": int(lost[i]),
+            "share": len(at) / len(organs),
+            "repeats": (len(at) + int(lost[i])) / max(1, len(source.peers[i])),
+        }
+        if len(at):
+            budgets = settings.seq_len, settings.max_patches
+            rows = len(pack(tokens, patches, *budgets, key=0).offsets) - 1
+            out[name] |= {
+                "tokens": _spread(tokens),
+                "patches": _spread(patches),
+                "packing_efficiency": _efficiency(tokens, patches, rows, *budgets),
+            }
+    return out
+
+
+def _spread(values: np.ndarray) -> dict[str, Any]:
+    """Mean, percentiles and a histogram of twelve equal bins."""
+    counts, edges = np.histogram(values, 12, (0, max(12, int(values.max()) + 1)))
+    low, middle, high = (int(v) for v in np.percentile(values, (5, 50, 95), method="lower"))
+    return {
+        "mean": float(values.mean()),
+        "p5": low,
+        "p50": middle,
+        "p95": high,
+        "max": int(values.max()),
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+    }
+
+
+def _efficiency(
+    tokens: np.ndarray, patches: np.ndarray, rows: int, seq_len: int, max_patches: int
+) -> dict[str, float]:
+    return {
+        "tokens": int(tokens.sum()) / (rows * seq_len),
+        "patches": int(patches.sum()) / max(1, rows * max_patches),
+    }
+
+
+def _shares(values: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    counts = np.bincount(values, minlength=len(names))
+    return {name: int(n) / len(values) for name, n in zip(names, counts, strict=True) if n}
+
+
+def _suggested(source: Source, epoch: Epoch) -> dict[str, Any]:
+    """The patches a row that suit its tokens, where no exam has to shrink for them."""
+    settings, images = source.settings, source.images
+    unit = images.merge_size**2
+    text = (epoch.tokens - epoch.patches // unit)[:_SAMPLES]
+    natural = np.empty(len(text), np.int64)
+    limits = (settings.seq_len, _NO_LIMIT, settings.max_image_patches)
+    for i, tokens in enumerate(text.tolist()):
+        media = source.dataset.record(int(epoch.record[i])).media
+        natural[i] = sum(grid.patches for grid in fit(media, tokens, *limits, images) or ())
+    tokens = text + natural // unit
+    mean, most = settings.seq_len * natural.sum() / tokens.sum(), int(natural.max())
+    tried = []
+    for spare in _SPARE:
+        budget = -(-max(int(np.ceil(mean * spare)), most) // _STEP) * _STEP
+        rows = len(pack(tokens, natural, settings.seq_len, budget, key=0).offsets) - 1
+        tried.append((budget, _efficiency(tokens, natural, rows, settings.seq_len, budget)))
+    budget, used = max(tried, key=lambda one: one[1]["tokens"] + _PATCHES_COUNT * one[1]["patches"])
+    return {"max_patches": budget, "packing_efficiency": used}
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    """What `stats` returns, as a text for people."""
+    used, better = found["packing_efficiency"], found["suggested"]
+    dropped = ", ".join(f"{n} {reason}" for reason, n in found["dropped"].items())
+    lines = [
+        f"{found['records']:,} exams; an epoch shows {found['samples']:,} samples in"
+        f" {found['rows']:,} rows, {found['steps_per_epoch']:,} steps",
+        f"left out: {dropped or 'none'}; in a batch that has the exam already:"
+        f" {found['same_exam_in_a_batch']:,}",
+        "",
+        f"{'organ':<16}{'exams':>10}{'samples':>10}{'share':>8}{'times':>7}"
+        f"{'tokens':>8}{'patches':>9}  rows of it alone, full to",
+    ]
+    for name, organ in found["by_organ"].items():
+        line = f"{name:<16}{organ['records']:>10,}{organ['samples']:>10,}{organ['share']:>8.1%}"
+        line += f"{organ['repeats']:>7.2f}"
+        if organ["samples"]:
+            alone = organ["packing_efficiency"]
+            line += f"{organ['tokens']['mean']:>8.0f}{organ['patches']['mean']:>9.0f}"
+            line += f"  {alone['tokens']:.1%} of tokens, {alone['patches']:.1%} of patches"
+        lines.append(line)
+    for what in ("tasks", "languages"):
+        shares = sorted(found[what].items(), key=lambda item: -item[1])
+        listed = f"{what}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares)
+        lines += textwrap.wrap(listed, 100, subsequent_indent="  ")
+    for what in ("tokens", "patches"):
+        lines += ["", *_bars(f"{what} a sample", found[what])]
+    lines += [
+        "",
+        f"rows of {found['seq_len']} tokens and {found['max_patches']} patches are full to"
+        f" {used['tokens']:.1%} and {used['patches']:.1%}",
+        f"with max_patches {better['max_patches']}: to {better['packing_efficiency']['tokens']:.1%}"
+        f" and {better['packing_efficiency']['patches']:.1%}",
+    ]
+    return "\n".join(lines)
+
+
+def _bars(title: str, spread: Mapping[str, Any]) -> list[str]:
+    edges, counts = spread["histogram"]["edges"], spread["histogram"]["counts"]
+    lines = [
+        f"{title}: mean {spread['mean']:.0f}, 5 % below {spread['p5']}, half below"
+        f" {spread['p50']}, 95 % below {spread['p95']}, at most {spread['max']}"
+    ]
+    for start, end, n in zip(edges[:-1], edges[1:], counts, strict=True):
+        bar = "#" * -(-40 * n // max(counts))
+        lines.append(f"  {start:>7.0f} to {end:>7.0f} {n:>9,} {bar}".rstrip())
+    return lines

@@ -1,0 +1,138 @@
+"""What is stored of an image file: the same pixels, and nothing else."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image, PngImagePlugin
+from pydicom.dataset import FileDataset, FileMetaDataset
+
+from echovlm_jax.data.media import read_medium, strip_jpeg, strip_png
+from echovlm_jax.data.quarantine import Refused
+from echovlm_jax.data.record import Medium
+from echovlm_jax.processing.images import decode_image, load_media
+from tests.data.sources import encoded, pixels
+
+SECRET = "DOE^JOHN"
+
+
+def read(path, **options):
+    return read_medium(path, **{"num_frames": 16, "crop": False, **options})
+
+
+def _exif(orientation):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = orientation, SECRET
+    return exif
+
+
+def _jpeg(mode="RGB", orientation=1, **options):
+    out = io.BytesIO()
+    picture = Image.fromarray(pixels(1, 40, 48)).convert(mode)
+    picture.save(out, "JPEG", exif=_exif(orientation), comment=SECRET, **options)
+    return out.getvalue() + SECRET.encode()
+
+
+def _png(mode="RGB", orientation=1, **options):
+    out = io.BytesIO()
+    text = PngImagePlugin.PngInfo()
+    text.add_text("PatientName", SECRET)
+    picture = Image.fromarray(pixels(1)).convert(mode)
+    picture.save(out, "PNG", pnginfo=text, exif=_exif(orientation), **options)
+    return out.getvalue() + SECRET.encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(_jpeg(), _jpeg("L"), _jpeg("CMYK"), _jpeg(progressive=True), _jpeg(orientation=6)),
+        _jpeg(icc_profile=SECRET.encode() * 9),
+        *(_png(), _png("L"), _png("P"), _png("RGBA"), _png("1"), _png(orientation=3)),
+        _png("P", transparency=0),
+    ],
+)
+def test_pixels_stay_and_metadata_goes(tmp_path, data):
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    assert SECRET.encode() in data
+    stored = read(path)
+    (image,) = stored.images
+    want = load_media(path)
+    np.testing.assert_array_equal(decode_image(image, ""), want)
+    assert stored.medium == Medium(0, *want.shape[:2])
+    assert SECRET.encode() not in image and b"Exif" not in image and b"ICC" not in image
+    assert not Image.open(io.BytesIO(image)).getexif()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_clean_file_keeps_its_bytes(tmp_path, kind):
+    data = encoded(1, kind)
+    (tmp_path / "a").write_bytes(data)
+    assert read(tmp_path / "a").images == (data,)
+
+
+def test_compressed_bytes_survive_stripping():
+    jpeg = _jpeg()
+    assert (strip_jpeg(jpeg) or b"").endswith(jpeg[jpeg.index(b"\xff\xda") : -len(SECRET)])
+    assert strip_png(_png()[: -len(SECRET) - 20]) is None  # no end: made anew instead
+
+
+def _dicom(path, frames):
+    array = np.stack([pixels(n)[..., 0] for n in range(frames)])
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
+    data.PatientName, data.PatientID = SECRET, SECRET
+    data.Rows, data.Columns, data.NumberOfFrames = 20, 30, frames
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 8, 8, 7, 0
+    data.PixelData = array.tobytes()
+    data.save_as(path)
+    return array
+
+
+@pytest.mark.parametrize(("frames", "asked", "found"), [(1, 16, 0), (5, 16, 5), (6, 3, 3)])
+def test_dicom_frames_become_png(tmp_path, frames, asked, found):
+    array = _dicom(tmp_path / "a.dcm", frames)
+    stored = read(tmp_path / "a.dcm", num_frames=asked)
+    assert stored.medium == Medium(found, 20, 30)
+    assert len(stored.images) == max(found, 1)
+    for n, image in enumerate(stored.images):
+        want = array[n * frames // len(stored.images)]
+        assert image.startswith(b"\x89PNG") and SECRET.encode() not in image
+        np.testing.assert_array_equal(decode_image(image, "")[..., 0], want)
+
+
+def _claim(width, height):
+    """A PNG that claims to be large."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    good = encoded(1)
+    return good[:12] + head + struct.pack(">I", zlib.crc32(head)) + good[33:]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "unreadable image"),
+        (b"GIF89a", "unreadable image"),
+        (encoded(1)[:200], "unreadable image"),
+        (encoded(1, "JPEG")[:300], "unreadable image"),
+        (_claim(60_000, 60_000), "image too large"),
+        (_claim(8_200, 8_200), "image too large"),
+    ],
+)
+def test_files_that_are_no_use_are_refused(tmp_path, data, reason):
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(Refused) as refused:
+        read(tmp_path / "a")
+    assert refused.value.reason == reason
+
+
+def test_a_line_of_pixels_is_no_image(tmp_path):
+    Image.fromarray(pixels(1, 2, 500)).save(tmp_path / "a.png")
+    with pytest.raises(Refused) as refused:
+        read(tmp_path / "a.png")
+    assert refused.value.reason == "unusable shape"
