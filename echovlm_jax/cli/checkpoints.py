@@ -1,4 +1,4 @@
-"""Commands about checkpoints: convert, export, inspect, parity."""
+"""Commands about checkpoints: convert, export, upcycle, inspect, verify, parity."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from echovlm_jax.cli.frame import MODEL, Result, add_command
+
+# Sizes of the mixture that `upcycle` has a flag for.
+MIXTURE = {
+    "num_experts": "in every layer",
+    "top_k": "experts that a token goes to",
+    "expert_mlp_dim": "width of an expert",
+    "shared_mlp_dim": "width of the shared expert",
+}
 
 
 def add_convert(commands: Any) -> None:
@@ -48,6 +56,59 @@ def add_export(commands: Any) -> None:
     )
 
 
+def add_upcycle(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.convert.upcycle import read_mixture, upcycle
+        from echovlm_jax.train.config_file import check_config, load_config
+
+        like = None
+        if args.config and args.config.endswith(".py"):
+            config = load_config(args.config)
+            check_config(config)
+            like = read_mixture(str(config.model))
+        elif args.config:
+            like = read_mixture(args.config)
+        sizes = {name: getattr(args, name) for name in MIXTURE}
+        return upcycle(
+            args.src,
+            args.dst,
+            like=like,
+            sizes=sizes,
+            init=args.init,
+            seed=args.seed,
+            dtype=args.dtype,
+        )
+
+    command = add_command(
+        commands,
+        "upcycle",
+        run,
+        "give a dense Qwen2-VL the experts that stage 1 trains; what it computes stays the same, "
+        "which is measured: exit code 1 if a logit changed by more than is stated",
+        "echovlm upcycle Qwen2-VL-7B-Instruct/ echovlm-start/ --config configs/alignment.py",
+    )
+    command.add_argument("src", metavar="QWEN2VL", type=Path, help="a Hugging Face folder")
+    command.add_argument("dst", metavar="DST", type=Path, help="the folder to make")
+    command.add_argument(
+        "--config",
+        metavar="F",
+        help="take the mixture's sizes from the model of a training configuration (F.py), a model "
+        "folder, a config.json or a preset; default: the released ones, scaled to the dense MLP",
+    )
+    for name, what in MIXTURE.items():
+        flag = "--" + name.replace("_", "-").replace("num-", "")
+        command.add_argument(flag, dest=name, metavar="N", type=int, help=what)
+    command.add_argument(
+        "--init",
+        default="random",
+        choices=["random", "sliced", "released"],
+        help="new weights: random; experts sliced from the dense MLP; or all random as in the "
+        "released scripts, which does not preserve the function. Default: %(default)s",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    command.add_argument("--dtype", metavar="D", help="store as D, e.g. float32; default: as is")
+
+
 def add_inspect(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         from echovlm_jax.convert.inspect import inspect
@@ -62,6 +123,25 @@ def add_inspect(commands: Any) -> None:
         "echovlm inspect EchoVLM-hf/",
     )
     command.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
+
+
+def add_verify(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.verify import verify
+
+        return verify(args.model)
+
+    command = add_command(
+        commands,
+        "verify",
+        run,
+        "read every byte that a model or a training run stores and compare it with its digest; "
+        "exit code 1 and the names of files if some are corrupt",
+        "echovlm verify runs/alignment/",
+    )
+    command.add_argument(
+        "model", type=Path, metavar="MODEL", help="made by `convert`, `upcycle` or `train`"
+    )
 
 
 def add_parity(commands: Any) -> None:

@@ -230,19 +230,25 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return out
 
 
-def copy_side_files(folder: Path, target: Path, dtype: np.dtype | None = None) -> None:
-    """Copies everything but weights; config.json is told of a new dtype where one is given."""
+def copy_side_files(
+    folder: Path,
+    target: Path,
+    dtype: np.dtype | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Copies everything but weights. config.json is told of a new dtype, or has other content,
+    where one is given."""
     for pattern in _SIDE_FILES:
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and path.name != REPORT and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, target / path.name)
-    if dtype is None:
+    if dtype is None and config is None:
         return
-    raw = json.loads((target / CONFIG).read_text("utf-8"))
-    for part in (raw, raw.get("text_config"), raw.get("vision_config")):
+    raw = json.loads(json.dumps(config) if config else (target / CONFIG).read_text("utf-8"))
+    for part in (raw, raw.get("text_config"), raw.get("vision_config")) if dtype else ():
         for key in ("torch_dtype", "dtype"):
             if isinstance(part, dict) and key in part:
-                part[key] = dtype.name
+                part[key] = dtype.name  # type: ignore[union-attr]
     write_json(target / CONFIG, raw)
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from echovlm_jax import digests
 from echovlm_jax.convert import folder, store, table
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
+from echovlm_jax.digests import sync_folder
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 
@@ -31,12 +33,24 @@ _IN_FLIGHT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """What a folder of ours is made of.
+
+    Attributes:
+      source: the tensors.
+      slots: the table of the model to make, by released name.
+      match: the source's tensor for each slot.
+      dtypes: of each parameter, by path.
+      identity: in JSON's types; work that was begun is gone on with only where it is equal.
+      config: the content of config.json; the source's own by default.
+    """
+
     source: sources.Source
     slots: dict[str, table.Slot]
     match: table.Match
     dtypes: dict[str, np.dtype]
     identity: dict[str, Any]
+    config: Mapping[str, Any] | None = None
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
         """Each parameter's shape, dtype and count of stacked axes."""
@@ -57,7 +71,8 @@ def convert(
     *,
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Converts a Hugging Face-form checkpoint to DST/{config.json, …, params/, conversion.json}.
+    """Converts a Hugging Face-form checkpoint to DST/{config.json, …, params/, conversion.json,
+    XXH128SUMS}.
 
     Works in DST.partial and renames at the end. After a kill or an error, the same call goes on
     where it stopped; where DST is this very conversion already, its report is returned.
@@ -75,13 +90,18 @@ def convert(
     Raises:
       InputError: the source is incomplete, damaged or not of its config.json; DST exists; no space.
     """
-    started = time.monotonic()
     wanted = folder.as_dtype(dtype)
+    return carry_out(lambda: _make_plan(src, wanted), dst)
+
+
+def carry_out(make_plan: Callable[[], Plan], dst: str | os.PathLike[str]) -> dict[str, Any]:
+    """Makes a planned folder, as `convert` says; the plan is asked for where `dst` may be made."""
+    started = time.monotonic()
     target = Path(os.path.abspath(dst))
     partial = work_folder(target, ".partial")
     if not (target / folder.REPORT).is_file():
         folder.check_new(target)
-    plan = _make_plan(src, wanted)
+    plan = make_plan()
     if finished := _finished(target, plan.identity):
         _drop_leftover(partial, plan.identity)
         return finished
@@ -92,7 +112,9 @@ def convert(
         try:
             folder.check_new(target)  # again: the last one to hold the lock may have made it
             _check_left(plan, partial, journal)
-            _make_model(plan, partial, journal)
+            data = partial / MODEL / folder.PARAMS
+            with digests.Watch(lambda: data.glob(store.DATA_FILES)) as watch:
+                _make_model(plan, partial, journal)
         except store.LostChunksError:
             discard(partial)  # the journal promises what is gone
             raise
@@ -102,18 +124,19 @@ def convert(
                 discard(partial)
             raise
         report = _report(plan, resumed, time.monotonic() - started)
-        digests = {name: journal.done[name] for name in plan.slots}
+        of_tensors = {name: journal.done[name] for name in plan.slots}
         folder.write_json(
             partial / MODEL / folder.REPORT,
-            {**report, "identity": plan.identity, "sha256": digests},
+            {**report, "identity": plan.identity, "sha256": of_tensors},
         )
+        digests.write(partial / MODEL, seen=watch.seen)
         os.replace(partial / MODEL, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         discard(partial)
     return report
 
 
-def _check_left(plan: _Plan, partial: Path, journal: Journal) -> None:
+def _check_left(plan: Plan, partial: Path, journal: Journal) -> None:
     """Refuses a journal of other tensors, and a disk that can't take those that are left."""
     if odd := journal.done.keys() - plan.slots.keys():
         raise InputError(
@@ -124,7 +147,7 @@ def _check_left(plan: _Plan, partial: Path, journal: Journal) -> None:
     folder.check_space(partial, sum(map(plan.nbytes, left)))
 
 
-def _make_model(plan: _Plan, partial: Path, journal: Journal) -> None:
+def _make_model(plan: Plan, partial: Path, journal: Journal) -> None:
     """Everything of the model folder but its report."""
     model = partial / MODEL
     if not journal.done:
@@ -139,10 +162,11 @@ def _make_model(plan: _Plan, partial: Path, journal: Journal) -> None:
             f"{partial}: writing failed ({store.reason(error)}); free some space and run the same"
             " command again"
         ) from error
-    folder.copy_side_files(plan.source.folder, model, folder.as_dtype(plan.identity["dtype"]))
+    dtype = folder.as_dtype(plan.identity["dtype"])
+    folder.copy_side_files(plan.source.folder, model, dtype, plan.config)
 
 
-def _make_plan(src: str | os.PathLike[str], dtype: np.dtype | None) -> _Plan:
+def _make_plan(src: str | os.PathLike[str], dtype: np.dtype | None) -> Plan:
     source = sources.open_source(src, once=True)
     slots = table.slots(folder.read_config(source.folder))
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
@@ -156,7 +180,7 @@ def _make_plan(src: str | os.PathLike[str], dtype: np.dtype | None) -> _Plan:
         "dtype": dtype.name if dtype else None,
         "layout": 1,
     }
-    return _Plan(source, slots, match, dtypes, identity)
+    return Plan(source, slots, match, dtypes, identity)
 
 
 def _finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -177,7 +201,7 @@ def _drop_leftover(partial: Path, identity: dict[str, Any]) -> None:
             discard(partial)
 
 
-def _report(plan: _Plan, resumed: int, seconds: float) -> dict[str, Any]:
+def _report(plan: Plan, resumed: int, seconds: float) -> dict[str, Any]:
     names = sorted({dtype.name for dtype in plan.dtypes.values()})
     return {
         "tensors": len(plan.slots),
@@ -193,7 +217,7 @@ def _report(plan: _Plan, resumed: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def _write_params(plan: _Plan, target: Path, journal: Journal) -> None:
+def _write_params(plan: Plan, target: Path, journal: Journal) -> None:
     """Streams every tensor that the journal lacks, in the order of the source's files."""
     writer = store.Writer(target, plan.arrays())
     pending: deque[_Chunk] = deque()
@@ -240,7 +264,7 @@ class _Chunk:
 
 
 def _chunks(
-    plan: _Plan, writer: store.Writer, hasher: ThreadPoolExecutor, done: set[str]
+    plan: Plan, writer: store.Writer, hasher: ThreadPoolExecutor, done: set[str]
 ) -> Iterator[_Chunk]:
     tensors = plan.source.tensors
     names = [name for name in plan.slots if name not in done]
@@ -258,11 +282,3 @@ def _chunks(
             hashed = hasher.submit(digest.update, values.reshape(-1).view(np.uint8).data)
             written = writer.write(slot.path, (*slot.index, *cut), values)
             yield _Chunk(name, values.nbytes, written, hashed, digest, cut is cuts[-1])
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

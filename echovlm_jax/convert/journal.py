@@ -107,8 +107,8 @@ class Journal:
             return {}
         if lines[0] != identity:
             raise InputError(
-                f"{self._folder}: holds an unfinished conversion of another source or dtype;"
-                " delete that folder to start over"
+                f"{self._folder}: holds an unfinished conversion of another source or dtype, or"
+                " with other settings; delete that folder to start over"
             )
         self._file.truncate(end)
         done: dict[str, str] = {}

@@ -22,7 +22,7 @@ from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.norms import rms_norm
 
 _LAYERS = "text/layers/"
-_HEAD_ROWS = 16384  # of the output head that are in memory at once
+_HEAD_ROWS = 16384  # of the embedding and the output head that are in memory at once
 
 
 def forward(model: Model, batch: Batch) -> tuple[Output, np.ndarray]:
@@ -47,8 +47,7 @@ def forward(model: Model, batch: Batch) -> tuple[Output, np.ndarray]:
             batch["patch_positions"],
         )
     used, inverse = np.unique(np.asarray(batch["tokens"]), return_inverse=True)
-    table = _read(model, "text/embed/embedding")[used].astype(np.float32)
-    x = jnp.asarray(table[inverse.reshape(batch["tokens"].shape)])
+    x = jnp.asarray(_embeddings(model, used)[inverse.reshape(batch["tokens"].shape)])
     if image_tokens is not None:
         x = insert_images(x, image_tokens, batch["patch_index"])
     layer = jax.jit(DecoderLayer(config, keep_hidden=True).apply)
@@ -70,6 +69,17 @@ def forward(model: Model, batch: Batch) -> tuple[Output, np.ndarray]:
         image_tokens=None if image_tokens is None else np.asarray(image_tokens),
     )
     return output, _logits(model, hidden)
+
+
+def _embeddings(model: Model, tokens: np.ndarray) -> np.ndarray:
+    """The embeddings [N, D] of ascending tokens [N]."""
+    found = []
+    for row in range(0, model.config.text.vocab_size, _HEAD_ROWS):
+        inside = tokens[(row <= tokens) & (tokens < row + _HEAD_ROWS)] - row
+        if inside.size:
+            rows = _read(model, "text/embed/embedding", slice(row, row + _HEAD_ROWS))
+            found.append(rows[inside].astype(np.float32))
+    return np.concatenate(found)
 
 
 def _logits(model: Model, hidden: Array) -> np.ndarray:

@@ -27,6 +27,7 @@ from echovlm_jax.errors import InputError
 CHUNK_BYTES = 16 * 2**20
 # Orbax's layout of one process's data, which its readers reach through the merged database.
 _PROCESS = "ocdbt.process_0"
+DATA_FILES = f"{_PROCESS}/d/*"  # what the values are in
 _CACHE_BYTES = 256 * 2**20
 _REASON_CHARS = 200
 

@@ -44,7 +44,7 @@ places = {
     "side": (from_torch.folder, "copy_side_files"),
     "report": (from_torch.folder, "write_json"),
     "rename": (from_torch.os, "replace"),
-    "renamed": (from_torch, "_sync_folder"),
+    "renamed": (from_torch, "sync_folder"),
 }
 if place in places:
     deadly(*places[place])
@@ -145,7 +145,7 @@ def test_no_debris_of_a_killed_write(tmp_path: Path) -> None:
 def test_a_kill_after_the_last_rename(tmp_path: Path) -> None:
     """The model is there; the next run says so and takes the journal away."""
     source, target = write(tmp_path / "source", tensors()), tmp_path / "ours"
-    stopped(source, target, from_torch, "_sync_folder", 1)
+    stopped(source, target, from_torch, "sync_folder", 1)
     assert target.exists() and (tmp_path / "ours.partial").exists()
     convert(source, target)
     is_complete(target, source)

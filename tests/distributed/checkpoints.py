@@ -1,0 +1,68 @@
+"""A program for several processes: restores the newest checkpoint and saves the next.
+
+checkpoints.py FOLDER save STEP | FOLDER damage
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from echovlm_jax.checkpoint import open_checkpoints
+
+
+def state(step: int, *spec: str | None) -> dict[str, jax.Array]:
+    """Each device holds a part, or all of them the same."""
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    out = {}
+    for name, parts in (("split", spec), ("whole", ())):
+        values = np.random.default_rng([step, len(name)]).normal(size=(8, 8)).astype("float32")
+        where = NamedSharding(mesh, PartitionSpec(*parts))
+        out[name] = jax.make_array_from_callback(
+            values.shape, where, lambda index, values=values: values[index]
+        )
+    return out
+
+
+def check(checkpoints, step: int) -> None:
+    wanted = state(step, None, "x")
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted
+    )
+    found, extra = checkpoints.restore(step, like)
+    assert extra == {"step": step}
+    for name in wanted:
+        for a, b in zip(
+            found[name].addressable_shards, wanted[name].addressable_shards, strict=True
+        ):
+            np.testing.assert_array_equal(a.data, b.data)
+
+
+if __name__ == "__main__":
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    with open_checkpoints(folder, keep=2) as checkpoints:
+        if mode == "save":
+            step = int(sys.argv[3])
+            newest = checkpoints.latest()
+            assert newest == (step - 1 or None), newest
+            if newest:
+                check(checkpoints, newest)
+            checkpoints.save(step, state(step, "x"), {"step": step})
+            checkpoints.wait()
+            check(checkpoints, step)
+            assert len(list((folder / str(step) / "state").glob("ocdbt.process_*"))) == (
+                jax.process_count()
+            )
+        else:
+            if jax.process_index() == 0:
+                files = (folder / "3/state").rglob("ocdbt.process_1/d/*")
+                path = max(files, key=lambda file: file.stat().st_size)
+                data = bytearray(path.read_bytes())
+                data[len(data) // 2] ^= 4
+                path.write_bytes(data)
+            multihost_utils.sync_global_devices("damaged")
+            assert checkpoints.latest() == 2
+            check(checkpoints, 2)
