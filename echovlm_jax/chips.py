@@ -57,6 +57,26 @@ CHIPS = {
 }
 
 
+# Parts of the name that JAX gives a device of each chip.
+_KINDS = (
+    ("v5 lite", "v5e"),
+    ("v5e", "v5e"),
+    ("v6 lite", "v6e"),
+    ("v6e", "v6e"),
+    ("v5p", "v5p"),
+    ("tpu v5", "v5p"),
+    ("tpu v4", "v4"),
+    ("7x", "tpu7x"),
+    ("h100", "h100"),
+)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`; None for one that is not in CHIPS."""
+    lower = device_kind.lower()
+    return next((CHIPS[name] for part, name in _KINDS if part in lower), None)
+
+
 class Topology(NamedTuple):
     """One slice's name and chip; how many chips all have, and how many devices JAX sees on them."""
 

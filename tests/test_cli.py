@@ -73,6 +73,7 @@ CALLS = [
         {"max_shard_size": "2MB"},
     ),
     ("inspect a", INSPECT, "inspect", (Path("a"),), {}),
+    ("verify a", "echovlm_jax.verify", "verify", (Path("a"),), {}),
     (
         "parity a --golden g.npz --atol 1e-3",
         "echovlm_jax.convert.parity",
@@ -145,13 +146,17 @@ def test_generate_batch(fake, capsys) -> None:
 
 PLAN = "plan --config c.py --topology v5e:4x4"
 PLANS = [
-    (PLAN, [], {"step": "train", "rows_per_chip": None}),
-    (f"{PLAN} --step decode --rows-per-chip 2", [], {"step": "decode", "rows_per_chip": 2}),
+    (PLAN, [], {"step": "train", "rows_per_chip": None, "slices": 1}),
+    (
+        f"{PLAN} --step decode --rows-per-chip 2",
+        [],
+        {"step": "decode", "rows_per_chip": 2, "slices": 1},
+    ),
     (
         "plan --config.a=1 --config c.py --config.mesh.data -1 --topology v5e:4x4 --config.b=x=y "
         "--config.c",
         ["a=1", "mesh.data=-1", "b=x=y", "c"],
-        {"step": "train", "rows_per_chip": None},
+        {"step": "train", "rows_per_chip": None, "slices": 1},
     ),
 ]
 

@@ -14,12 +14,21 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from echovlm_jax.cli.checkpoints import add_convert, add_export, add_inspect, add_parity
+from echovlm_jax.cli.checkpoints import (
+    add_convert,
+    add_export,
+    add_inspect,
+    add_parity,
+    add_upcycle,
+    add_verify,
+)
+from echovlm_jax.cli.data import add_data
 from echovlm_jax.cli.demo import add_demo
 from echovlm_jax.cli.frame import Parser, explain, quiet_libraries, stdout_for_json, version_text
 from echovlm_jax.cli.generate import add_generate
 from echovlm_jax.cli.measure import add_bench, add_plan
 from echovlm_jax.cli.printing import print_json
+from echovlm_jax.cli.train import add_train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,8 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version_text())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (
-        *(add_demo, add_convert, add_export, add_inspect, add_parity),
-        *(add_generate, add_plan, add_bench),
+        *(add_demo, add_convert, add_export, add_upcycle, add_inspect, add_verify),
+        *(add_parity, add_data, add_plan, add_train, add_generate, add_bench),
     ):
         add(commands)
     return parser

@@ -91,16 +91,23 @@ def _show_plan(result: Result, args: argparse.Namespace) -> None:
 
 def add_bench(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
+        if args.what == "data":
+            if args.size:
+                raise InputError("--size is for `bench convert` and `bench moe`; leave it out")
+            from echovlm_jax.bench_data import bench_data
+
+            return bench_data(args.dir)
+        size = args.size or "echovlm_11b"
         if args.what == "moe":
             if args.dir:
-                raise InputError("--dir is for `bench convert`; `bench moe` writes no files")
+                raise InputError("--dir is for `bench convert` and `bench data`; leave it out")
             from echovlm_jax.bench_moe import bench_moe
 
             with no_native_stderr(args.debug):
-                return bench_moe(size=args.size)
+                return bench_moe(size=size)
         from echovlm_jax.bench_convert import bench_convert
 
-        return bench_convert(args.dir, size=args.size)
+        return bench_convert(args.dir, size=size)
 
     command = add_command(
         commands,
@@ -108,20 +115,22 @@ def add_bench(commands: Any) -> None:
         run,
         "the project's own benchmarks, both sides in one run; convert: our conversion of a made-up "
         "checkpoint against `cp` of the same bytes; moe: the default expert dispatch against the "
-        "others, their extra work counted and their time taken",
-        "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench moe --size tiny",
+        "others, their extra work counted and their time taken; data: images a second through "
+        "make_batches against a PyTorch DataLoader with Hugging Face's processor",
+        "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench moe --size tiny\n"
+        "  echovlm bench data",
         show=_show_bench,
     )
-    command.add_argument("what", choices=["convert", "moe"])
+    command.add_argument("what", choices=["convert", "data", "moe"])
     command.add_argument(
-        "--size", default="echovlm_11b", metavar="PRESET", help="default: %(default)s"
+        "--size", metavar="PRESET", help="of convert and moe; default: echovlm_11b"
     )
     command.add_argument(
         "--dir",
         type=Path,
         metavar="DIR",
-        help="of convert, where twice the checkpoint has room (47 GB at full size); default: a "
-        "temporary one",
+        help="of convert, where twice the checkpoint has room (47 GB at full size), and of data "
+        "(100 MB); default: a temporary one",
     )
 
 

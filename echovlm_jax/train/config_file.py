@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.errors import InputError
 from echovlm_jax.mesh import AXES
 from echovlm_jax.model.compute import REMAT
@@ -56,6 +57,10 @@ RULES: Mapping[str, Rule] = {
     "max_patches": _at_least(0),
     "max_image_patches": _at_least(1),
     "mix_temperature": _ABOVE_0._replace(optional=True),
+    **{f"task_weights.{task}": _NOT_NEGATIVE._replace(optional=True) for task in TASKS},
+    "tokenizer": _NAMED._replace(optional=True),
+    "data_workers": _at_least(0)._replace(optional=True),
+    "data_cache": _NAMED._replace(optional=True),
     "learning_rate": _ABOVE_0,
     "warmup_fraction": Rule(float, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
     "adam_b1": _BELOW_1,
@@ -67,6 +72,8 @@ RULES: Mapping[str, Rule] = {
     "lora.alpha": _ABOVE_0,
     "lora.dropout": _BELOW_1,
     "moe_dispatch": _one_of(DISPATCHES),
+    "balance_weight": _NOT_NEGATIVE._replace(optional=True),
+    "router_z_weight": _NOT_NEGATIVE._replace(optional=True),
     "capacity_factor": _ABOVE_0._replace(optional=True),
     "dtype": _DTYPE,
     "param_dtype": _DTYPE,
@@ -74,10 +81,13 @@ RULES: Mapping[str, Rule] = {
     "optimization_level": _one_of(("O0", "O1", "O2", "O3"), optional=True),
     **{f"mesh.{axis}": _AXIS for axis in AXES},
     **{f"mesh.dcn.{axis}": _at_least(1)._replace(optional=True) for axis in AXES},
+    "split": _NAMED._replace(optional=True),
     "log_every": _at_least(1),
+    "eval_batches": _at_least(1)._replace(optional=True),
     "eval_every": _at_least(1),
     "checkpoint_every": _at_least(1),
     "checkpoint_keep": _at_least(1),
+    "checkpoint_keep_every": _at_least(1)._replace(optional=True),
 }
 # organ_weights.NAME: the names are the data's.
 ORGANS = "organ_weights"
@@ -134,6 +144,14 @@ def check_config(config: ConfigDict) -> None:
         )
     if weights and not any(weights):
         raise InputError(f"config keys {ORGANS}.* are all 0; give some organ a weight above 0")
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What two configurations (as of JSON) say differently: "key before → after" each."""
+    flat = [dict(_flatten(ConfigDict(config))) for config in (before, after)]
+    keys = sorted(flat[0].keys() | flat[1].keys())
+    old, new = ([one.get(key) for key in keys] for one in flat)
+    return [f"{key} {a!r} → {b!r}" for key, a, b in zip(keys, old, new, strict=True) if a != b]
 
 
 def _run(path: Path) -> ConfigDict:

@@ -25,7 +25,7 @@ from echovlm_jax.train.config_file import check_config
 from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes
 from echovlm_jax.train.optimizer import in_float32, learning_rate, make_optimizer
 from echovlm_jax.train.stages import how_it_trains, split
-from echovlm_jax.train.step import BATCH_AXES, TrainState, make_train_step
+from echovlm_jax.train.step import BATCH_AXES, TrainState, make_eval_step, make_train_step
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes no type checker knows
 
@@ -45,6 +45,7 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     step: Callable[..., Any]  # jitted: (state, batch) → (state, metrics), in jax.set_mesh(mesh)
+    evaluate: Callable[..., Any]  # `step.make_eval_step`
     state: TrainState  # of jax.ShapeDtypeStruct, with shardings
     batch: dict[str, jax.ShapeDtypeStruct]  # with shardings
     optimization_level: str | None  # XLA's; None is its default
@@ -58,6 +59,14 @@ class Program(NamedTuple):
             return lowered.compile(compiler_options=dict(options or {}))
         finally:
             jax.config.update("jax_optimization_level", before)
+
+    def compile_eval(self) -> jax.stages.Compiled:
+        """(trainable, frozen, batch) → the loss without its gradient (`step.make_eval_step`)."""
+        with jax.set_mesh(self.mesh):
+            lowered = jax.jit(self.evaluate).lower(
+                self.state.trainable, self.state.frozen, self.batch
+            )
+        return lowered.compile()
 
     def lower(self) -> jax.stages.Lowered:
         """The step as a program for the compiler."""
@@ -81,6 +90,9 @@ def make_program(
     check_config(config)
     devices = list(jax.devices() if devices is None else devices)
     model = preset(config.model) if model is None else model
+    balance = config.get("balance_weight")
+    if balance is not None and model.moe is not None:
+        model = model.replace(moe={"router_aux_loss_coef": float(balance)})
     mesh = config_mesh(config, devices)
     layout = activation_layout(mesh)
     compute = Compute(
@@ -125,14 +137,28 @@ def make_program(
         dtype=dtype,
         grad_accum=config.grad_accum,
         lora_scale=config.lora.alpha / config.lora.rank,
+        z_weight=config.get("router_z_weight") or 0.0,
     )
     jitted = jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda s: s.sharding, state), None),
     )
-    level = config.get("optimization_level")
-    return Program(model, compute, mesh, how, optimizer, schedule, jitted, state, batch, level)
+    return Program(
+        model,
+        compute,
+        mesh,
+        how,
+        optimizer,
+        schedule,
+        jitted,
+        make_eval_step(
+            model, compute, dtype=dtype, lora_scale=config.lora.alpha / config.lora.rank
+        ),
+        state,
+        batch,
+        config.get("optimization_level"),
+    )
 
 
 def config_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
@@ -156,7 +182,7 @@ def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainSta
     Args:
       program: whose state.
       key: of the random parameters and updates.
-      params: the parameters to start from; random ones by default.
+      params: the parameters to start from, which are used up; random ones by default.
     """
 
     def init(key: jax.Array, params: Any) -> TrainState:
@@ -175,7 +201,11 @@ def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainSta
         return TrainState(step, trainable, frozen, program.optimizer.init(in_float32(trainable)))
 
     shardings = jax.tree.map(lambda s: s.sharding, program.state)
-    return jax.jit(init, out_shardings=shardings)(key, params)
+    lowered = jax.jit(init, out_shardings=shardings, donate_argnums=1).lower(key, params)
+    # It runs once: on a CPU, compiling it well takes four times as long as this.
+    on_cpu = program.mesh.devices.flat[0].platform == "cpu"
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0} if on_cpu else {}
+    return lowered.compile(options)(key, params)
 
 
 def _optimizer_state(optimizer: Any, trainable: Any, mesh: Mesh) -> Any:
@@ -207,6 +237,7 @@ def _batch(config: Config, model: ModelConfig, mesh: Mesh, layout: Any) -> dict[
         "labels": ((rows, length), jnp.int32),
         "segment_ids": ((rows, length), jnp.int32),
         "positions": ((rows, 3, length), jnp.int32),
+        "organs": ((rows, length), jnp.int32),
     }
     if patches:
         shapes |= {

@@ -60,6 +60,34 @@ def how_it_trains(params: Any, stage: str) -> dict[str, str]:
     return found
 
 
+def training_table(state: Any, how: Mapping[str, str]) -> str:
+    """What trains how, a line a parameter, with counts: for people, before anything is compiled.
+
+    Args:
+      state: a TrainState of arrays or shapes.
+      how: of `how_it_trains`.
+    """
+    flat: dict[str, Any] = flatten_dict(merge(state.trainable["params"], state.frozen), sep="/")
+    updates: dict[str, Any] = flatten_dict(state.trainable.get("lora", {}), sep="/")
+    rows = []
+    for path in sorted(flat, key=lambda path: (("full", "lora", "frozen").index(how[path]), path)):
+        leaf, module = flat[path], path.removesuffix("/kernel")
+        added = sum(
+            updates[name].size for name in (f"{module}/a", f"{module}/b") if name in updates
+        )
+        shape = "×".join(map(str, leaf.shape))
+        trains = leaf.size if how[path] == "full" else added
+        rows.append((path, shape, str(leaf.dtype), how[path], f"{trains:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    whole, trained = count(flat), count(state.trainable)
+    lines.append(f"{whole:,} parameters; {trained:,} values train ({trained / whole:.1%} of that)")
+    return "\n".join(lines) + "\n"
+
+
 def split(params: Any, how: Mapping[str, str]) -> tuple[Any, Any]:
     """(trained in full, the rest): two nested dicts that `merge` joins again."""
     flat = flatten_dict(params, sep="/")

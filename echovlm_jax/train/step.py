@@ -11,22 +11,26 @@ import optax
 from jax.typing import DTypeLike
 
 from echovlm_jax.config import ModelConfig
+from echovlm_jax.data.record import ORGANS
 from echovlm_jax.model import Compute, EchoVLM
 from echovlm_jax.ops import Array
 from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.loss import IGNORE, balancing_losses, token_losses
 from echovlm_jax.train.optimizer import in_float32
 from echovlm_jax.train.stages import merge
+from echovlm_jax.train.telemetry import mixture_sums, z_loss
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, jax.Array]
 
+ORGAN_NUMBERS = len(ORGANS) + 1  # the last is for all others
 # The logical axes of a batch's arrays.
 BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
     "tokens": ("batch", "length"),
     "labels": ("batch", "length"),
     "segment_ids": ("batch", "length"),
     "positions": ("batch", None, "length"),
+    "organs": ("batch", "length"),
     "patch_index": ("batch", "length"),
     "patches": ("batch", "length", None),
     "patch_segment_ids": ("batch", "length"),
@@ -65,15 +69,19 @@ def loss_and_metrics(
     config: ModelConfig,
     compute: Compute,
     dtype: DTypeLike,
+    z_weight: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
     """This batch's part of the global loss: parts add up to the loss over all of `totals`.
 
-    loss = Σ cross-entropy / totals.labels + coefficient · Σ_rows balancing · share of tokens.
+    loss = Σ cross-entropy / totals.labels + coefficient · Σ_rows balancing · share of tokens
+    + z_weight · Σ router z-loss / totals.tokens.
 
     Args:
       variables: {"params": …}, and "lora" with the updates, their scale in them.
-      batch: the model's batch with `labels` [B, T], IGNORE where a token does not count.
+      batch: the model's batch with `labels` [B, T], IGNORE where a token does not count, and
+        optionally `organs` [B, T], each token's organ by number.
       totals: of the global batch.
+      z_weight: of `telemetry.z_loss`.
 
     Returns:
       The loss [] in float32, and parts of metrics that add up likewise.
@@ -94,6 +102,12 @@ def loss_and_metrics(
         metrics["aux_loss"] = jnp.sum(rows * share)
         metrics["dropped"] = jnp.sum(out.dropped).astype(jnp.float32)
         loss = loss + config.moe.router_aux_loss_coef * metrics["aux_loss"]
+        if z_weight:
+            metrics["z_loss"] = z_loss(out.router_logits, counted / totals.tokens)
+            loss = loss + z_weight * metrics["z_loss"]
+        metrics |= mixture_sums(
+            out, batch, top_k=config.moe.top_k, organs=ORGAN_NUMBERS, layout=compute.layout
+        )
     return loss, {"loss": loss, **metrics}
 
 
@@ -105,8 +119,12 @@ def make_train_step(
     dtype: DTypeLike = jnp.bfloat16,
     grad_accum: int = 1,
     lora_scale: float = 1.0,
+    z_weight: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step for a model and a way to compute it; jit it with the state donated.
+
+    Where the loss or the gradient's norm is not finite the update is left out: parameters and
+    optimizer stay as they were, and the metric `skipped` is 1.
 
     Args:
       config, compute: what is computed, and how.
@@ -115,23 +133,23 @@ def make_train_step(
       grad_accum: the batch's rows go in this many equal parts, one after the other. The update is
         the whole batch's: means are global, not means of means.
       lora_scale: alpha / rank.
+      z_weight: of the router's z-loss.
     """
 
     def loss_fn(trainable: Any, frozen: Any, part: Batch, totals: Totals) -> Any:
-        variables = {"params": merge(trainable["params"], frozen)}
-        if trainable.get("lora"):
-            variables["lora"] = scaled(trainable["lora"], lora_scale)
         return loss_and_metrics(
-            variables, part, totals, config=config, compute=compute, dtype=dtype
+            _variables(trainable, frozen, lora_scale),
+            part,
+            totals,
+            config=config,
+            compute=compute,
+            dtype=dtype,
+            z_weight=z_weight,
         )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = {name: compute.layout.constrain(x, *BATCH_AXES[name]) for name, x in batch.items()}
-        wanted = targets(batch["labels"], batch["segment_ids"])
-        totals = Totals(
-            labels=jnp.maximum(jnp.sum(wanted != IGNORE), 1).astype(jnp.float32),
-            tokens=jnp.maximum(jnp.sum(batch["segment_ids"] != 0), 1).astype(jnp.float32),
-        )
+        totals = totals_of(batch)
 
         def gradients(part: Batch) -> tuple[Any, Metrics]:
             return jax.grad(loss_fn, has_aux=True)(state.trainable, state.frozen, part, totals)
@@ -139,15 +157,58 @@ def make_train_step(
         grads, metrics = _accumulate(gradients, batch, grad_accum)
         grads = in_float32(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, in_float32(state.trainable))
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         metrics |= {
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "tokens": totals.tokens,
             "labels": totals.labels,
+            "skipped": 1.0 - finite.astype(jnp.float32),
         }
-        trainable = optax.apply_updates(state.trainable, updates)
+        # A loss or gradient that is no number changes nothing but the step's own number.
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.trainable, updates), opt_state),
+            (state.trainable, state.opt_state),
+        )
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     return step
+
+
+def make_eval_step(
+    config: ModelConfig,
+    compute: Compute,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    lora_scale: float = 1.0,
+) -> Callable[[Any, Any, Batch], Metrics]:
+    """(trainable, frozen, batch) → the batch's `ce_loss`, its mean over `labels`, and `labels`."""
+
+    def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
+        variables = _variables(trainable, frozen, lora_scale)
+        _, metrics = loss_and_metrics(
+            variables, batch, totals_of(batch), config=config, compute=compute, dtype=dtype
+        )
+        return {"ce_loss": metrics["ce_loss"], "labels": totals_of(batch).labels}
+
+    return step
+
+
+def totals_of(batch: Batch) -> Totals:
+    """What a batch's means divide by; 1 where there is nothing to count."""
+    wanted = targets(batch["labels"], batch["segment_ids"])
+    return Totals(
+        labels=jnp.maximum(jnp.sum(wanted != IGNORE), 1).astype(jnp.float32),
+        tokens=jnp.maximum(jnp.sum(batch["segment_ids"] != 0), 1).astype(jnp.float32),
+    )
+
+
+def _variables(trainable: Any, frozen: Any, lora_scale: float) -> dict[str, Any]:
+    variables = {"params": merge(trainable["params"], frozen)}
+    if trainable.get("lora"):
+        variables["lora"] = scaled(trainable["lora"], lora_scale)
+    return variables
 
 
 def _accumulate(

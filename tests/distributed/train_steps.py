@@ -64,6 +64,7 @@ def random_batch(seed: int, model: ModelConfig, rows: int, length: int, patches:
         "labels": labels,
         "segment_ids": segments,
         "positions": np.repeat((columns - starts)[:, None], 3, axis=1),
+        "organs": np.minimum(segments, 1) * (np.arange(rows) % 7)[:, None],
         "patch_index": index,
         "patches": rng.normal(size=(rows, patches, model.vision.patch_dim)),
         "patch_segment_ids": np.tile(np.pad(frames, pad), (rows, 1)),

@@ -1,0 +1,60 @@
+"""The command that trains."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from echovlm_jax.cli.frame import Result, add_command
+
+
+def add_train(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.train.config_file import load_config
+        from echovlm_jax.train.loop import train
+
+        return train(
+            load_config(args.config, args.overrides),
+            args.workdir,
+            change_config=args.change_config,
+            profile=args.profile,
+        )
+
+    command = add_command(
+        commands,
+        "train",
+        run,
+        "train a configuration; a run that was stopped or killed goes on from its folder. "
+        "--config.KEY=VALUE changes a key of the configuration",
+        "echovlm train --config configs/alignment.py --workdir run/\n"
+        "  echovlm train --config configs/full_finetune.py --workdir run/ --config.model=tiny "
+        "--config.steps=20 --config.global_batch_size=1",
+    )
+    command.add_argument(
+        "--config", type=Path, required=True, metavar="F.py", help="a file as in configs/"
+    )
+    command.add_argument(
+        "--workdir", type=Path, required=True, metavar="DIR", help="the run's folder"
+    )
+    command.add_argument(
+        "--change-config",
+        action="store_true",
+        help="go on although the folder was begun with another configuration",
+    )
+    command.add_argument(
+        "--profile",
+        type=_steps,
+        metavar="A:B",
+        help="write a profile of the steps from A to before B, for TensorBoard",
+    )
+    command.set_defaults(overrides=[])
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(
+            f"must be A:B, two steps, the first before; found {text!r}"
+        )
+    return int(first), int(end)

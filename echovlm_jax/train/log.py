@@ -1,0 +1,258 @@
+"""What a run tells while it goes: metrics.jsonl, TensorBoard, and a line on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from echovlm_jax.chips import chip_of
+from echovlm_jax.data.record import ORGANS
+from echovlm_jax.errors import InputError
+from echovlm_jax.flops import Work, model_flops
+from echovlm_jax.train.heatmap import heatmap
+from echovlm_jax.train.program import Config, Program
+from echovlm_jax.train.telemetry import KINDS
+
+METRICS = "metrics.jsonl"
+ROUTING = "routing.jsonl"  # experts by organ, layer and kind of token
+ROUTING_PICTURE = "routing.png"
+MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient; then something is wrong
+
+
+class Log:
+    """A run's metrics; a context manager. Only the job's first process writes.
+
+    The devices are a step ahead: `add` reads the metrics of the step before the one it is given,
+    so that waiting for them never leaves a device without work.
+
+    Attributes:
+      last_loss: of the last step that was read; None before.
+      skipped: steps whose update was left out.
+    """
+
+    def __init__(self, folder: Path, config: Config, program: Program, first: int) -> None:
+        self.last_loss: float | None = None
+        self.skipped = 0
+        self._config, self._program = config, program
+        self._in_a_row = 0
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._flops = _step_flops(config, program)
+        self._peak = _peak_flops(program)
+        self._steps = self._tokens = 0
+        self._since = time.perf_counter()
+        self._folder = folder
+        self._counts: np.ndarray | float = 0.0  # expert_counts since the last evaluation
+        self._file = self._board = None
+        if jax.process_index() == 0:
+            self._file = _reopen(folder / METRICS, first)
+            _reopen(folder / ROUTING, first).close()
+            self._board = SummaryWriter(str(folder), purge_step=first + 1)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for writer in (self._file, self._board):
+            if writer is not None:
+                writer.close()
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of a step just begun (from 0), and reads those of the one before.
+
+        Raises:
+          InputError: MOST_SKIPPED steps in a row had no finite loss and gradient.
+        """
+        before, self._pending = self._pending, (step, metrics)
+        if before is not None:
+            self._read(*before)
+
+    def flush(self) -> None:
+        """Reads the metrics that are still to come."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._read(*pending)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done in here takes no part in the time of a step."""
+        self.flush()
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def evaluated(self, step: int, values: Mapping[str, Any]) -> None:
+        """What an evaluation after `step` updates found, and the routing since the last one."""
+        if values:
+            self.write(step, values)
+        if self._board is None or np.ndim(self._counts) == 0:
+            return
+        counts, self._counts = np.asarray(self._counts), 0.0
+        shares = _shares(counts)
+        organs = (*ORGANS, "others")
+        line = {
+            organ: {kind: _plain(shares[:, o, m]) for m, kind in enumerate(KINDS)}
+            for o, organ in enumerate(organs)
+            if counts[:, o].any()
+        }
+        with open(self._folder / ROUTING, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "expert_load": line}) + "\n")
+        picture = heatmap(_shares(counts.sum(axis=2)), organs)
+        picture.save(self._folder / ROUTING_PICTURE)
+        self._board.add_image("expert_load", np.asarray(picture), step, dataformats="HWC")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl after `step` updates; numbers go to TensorBoard too."""
+        if self._file is None or self._board is None:
+            return
+        line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self._file.name}: can't be written ({error.strerror}); mend that and start"
+                " again: the run goes on from its last checkpoint"
+            ) from error
+        for name, value in line.items():
+            if isinstance(value, float):
+                self._board.add_scalar(name, value, step)
+
+    def _read(self, step: int, metrics: Mapping[str, Any]) -> None:
+        found = jax.device_get(metrics)
+        self.last_loss = float(found["loss"])
+        self._steps += 1
+        found = self._mixture(found)
+        self._tokens += float(found["tokens"])
+        skipped = bool(found["skipped"])
+        self.skipped += skipped
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        if skipped or (step + 1) % self._config.log_every == 0 or step + 1 == self._config.steps:
+            rate = float(np.asarray(self._program.schedule(step)))
+            line = {**found, "lr": rate, "batch": step, **self._pace()}
+            self.write(step + 1, line)
+            self._show(step + 1, line)
+        if self._in_a_row == MOST_SKIPPED:
+            first = step + 1 - MOST_SKIPPED
+            raise InputError(
+                f"{MOST_SKIPPED} steps in a row, the last on batch {step}, had a loss or gradient"
+                f" that is no finite number; parameters are as after step {first}. Lower"
+                f" learning_rate, or look at the batches: make_batches(config, start_step={first})"
+            )
+
+    def _mixture(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """The sums of `telemetry.mixture_sums` as means, and shares, a number or list a layer."""
+        found = dict(found)
+        if "expert_counts" not in found:
+            return found
+        counts, tokens = found.pop("expert_counts"), max(float(found["tokens"]), 1.0)
+        self._counts = self._counts + counts
+        choices = max(float(counts.sum()), 1.0)
+        entropy, weight = (found.pop(name) / tokens for name in ("router_entropy", "coefficient"))
+        return {
+            **found,
+            "dropped": float(found["dropped"]) / choices,
+            "router_load": _shares(counts.sum(axis=(1, 2))),
+            "router_entropy": float(entropy.mean()),
+            "router_entropy_by_layer": entropy,
+            "coefficient": float(weight.mean()),
+            "coefficient_by_layer": weight,
+        }
+
+    def _pace(self) -> dict[str, float]:
+        """Since the last line: seconds a step, tokens and useful FLOPs a second."""
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        pace = {
+            "step_seconds": seconds / self._steps,
+            "tokens_per_second": self._tokens / seconds,
+            "model_flops_per_second": self._flops * self._steps / seconds,
+        }
+        if self._peak:
+            pace["mfu"] = pace["model_flops_per_second"] / self._peak
+        self._since, self._steps, self._tokens = now, 0, 0
+        return pace
+
+    def _show(self, step: int, line: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        words = [f"step {step}", f"loss {float(line['loss']):.4f}"]
+        words += [f"gradient {float(line['grad_norm']):.3f}", f"rate {line['lr']:.2e}"]
+        words += [f"{line['tokens_per_second']:.0f} tokens/s"]
+        words += [f"MFU {line['mfu']:.1%}"] if "mfu" in line else []
+        if line["skipped"]:
+            words.append(f"NOT FINITE: batch {line['batch']} changed nothing")
+        text = " · ".join(words)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """Counts over the last axis as shares of their sum; 0 where that is 0."""
+    return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1.0)
+
+
+def _reopen(path: Path, first: int) -> Any:
+    """metrics.jsonl, open for more, without what is after step `first`: it will come again."""
+    kept = []
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines(keepends=True):
+            try:
+                whole = line.endswith("\n") and json.loads(line)["step"] <= first
+            except (ValueError, KeyError, TypeError):
+                whole = False  # the end of a line that a crash cut off
+            if whole:
+                kept.append(line)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(kept), "utf-8")
+        os.replace(partial, path)
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror})") from error
+
+
+def _plain(value: Any) -> Any:
+    """A number or nested list for JSON, which has no word for what is not finite: None."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        value = np.asarray(value).tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _step_flops(config: Config, program: Program) -> float:
+    """Useful FLOPs of one step, as `plan` counts them."""
+    work = Work(
+        rows=config.global_batch_size,
+        seq_len=config.seq_len,
+        max_patches=config.max_patches,
+        frame_patches=min(config.max_image_patches, config.max_patches) or None,
+        trains=program.how,
+        lora_rank=config.lora.rank,
+    )
+    return model_flops(program.model, work).total
+
+
+def _peak_flops(program: Program) -> float | None:
+    """Of all devices together; None where the chip is unknown."""
+    devices = program.mesh.devices.ravel()
+    chip = chip_of(devices[0].device_kind)
+    return None if chip is None else chip.flops / chip.devices * len(devices)

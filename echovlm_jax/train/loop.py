@@ -1,0 +1,245 @@
+"""The training loop: a configuration and a folder in, a trained model in the folder.
+
+A run is its folder. Started again, it goes on from the newest whole checkpoint, and what it then
+computes is what it would have computed: the data's position is the step, and so is every random
+number's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from echovlm_jax.checkpoint import open_checkpoints
+from echovlm_jax.data import make_batches
+from echovlm_jax.data.dataset import split_names
+from echovlm_jax.errors import InputError
+from echovlm_jax.progress import progress
+from echovlm_jax.train.config_file import check_config, differences
+from echovlm_jax.train.log import Log
+from echovlm_jax.train.program import Config, Program, init_state, make_program
+from echovlm_jax.train.stages import training_table
+from echovlm_jax.train.start import starting_point
+from echovlm_jax.train.step import TrainState
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+PROFILE = "profile"
+VALIDATION = "validation"
+
+
+def train(
+    config: Config,
+    workdir: Path | str,
+    *,
+    change_config: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Trains to `config.steps`, from the newest checkpoint of `workdir` where there is one.
+
+    On SIGTERM, or a notice of preemption, the step in hand is finished and saved.
+
+    Args:
+      config: as the files in configs/ return it.
+      workdir: the run's folder; made if missing. It gets config.json, trainable.txt,
+        metrics.jsonl, TensorBoard events and checkpoints/.
+      change_config: go on although the configuration differs from the folder's, which it replaces.
+      profile: (first, end): of these steps a profile for TensorBoard is written.
+
+    Returns:
+      final_step, final_loss (of the last step logged; None where no step was left), workdir,
+      stopped (whether before `config.steps`), skipped (steps without an update).
+
+    Raises:
+      InputError: a value of the configuration can't be; the folder is of another configuration;
+        the data can't be read; or ten steps in a row had no finite loss and gradient.
+    """
+    check_config(config)
+    folder = Path(workdir)
+    _keep_config(config, folder, change_config)
+    start = starting_point(config.model)
+    program = make_program(config, model=start.config)
+    _keep_table(program, folder)
+
+    checkpoints = open_checkpoints(
+        folder / CHECKPOINTS,
+        keep=config.checkpoint_keep,
+        keep_every=config.get("checkpoint_keep_every"),
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(program.mesh))
+        stack.callback(checkpoints.close)
+        newest = checkpoints.latest()
+        if newest is None:
+            first, state = (
+                0,
+                init_state(program, jax.random.key(config.seed), start.params(program)),
+            )
+        else:
+            first, (state, _) = newest, checkpoints.restore(newest, program.state)
+        batches = make_batches(
+            config,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start_step=first,
+        )
+        stack.callback(batches.close)  # type: ignore[attr-defined]
+        stop = stack.enter_context(_asked_to_stop())
+        log = stack.enter_context(Log(folder, config, program, first))
+        tick = stack.enter_context(progress(config.steps - first, "step", "train"))
+        _say(f"compiling for {program.mesh.size} devices")
+        update = program.compile()
+        evaluate = _evaluation(config, program)
+        _say(f"training from step {first} to {config.steps} in {folder}")
+
+        step, saved = first, first
+        while step < config.steps:
+            with _profiled(folder, profile, step):
+                batch = _placed(next(batches), program)
+                state, metrics = update(state, batch)
+                log.add(step, metrics)  # reads those of the step before: this one still runs
+            step += 1
+            tick(1)
+            checkpoints.check()
+            ending = step == config.steps or stop(step)
+            if ending or step % config.eval_every == 0:
+                with log.aside():
+                    log.evaluated(step, evaluate(state))
+            if ending or step % config.checkpoint_every == 0:
+                with log.aside():
+                    checkpoints.save(step, state, {"config": json.loads(config.to_json())})
+                saved = step
+            if ending:
+                break
+        checkpoints.wait()
+    return {
+        "final_step": step,
+        "final_loss": log.last_loss,
+        "workdir": str(folder),
+        "stopped": step < config.steps,
+        "skipped": log.skipped,
+        "saved_step": saved,
+    }
+
+
+def _keep_config(config: Config, folder: Path, change: bool) -> None:
+    """Writes the configuration into the folder; refuses another one than is there already."""
+    path = folder / CONFIG
+    if path.exists() and not change:
+        try:
+            kept = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise InputError(
+                f"{path}: is damaged ({error}); with --change-config it is replaced"
+            ) from None
+        if changed := differences(kept, json.loads(config.to_json())):
+            raise InputError(
+                f"{path}: this run was begun with another configuration ({'; '.join(changed)});"
+                " name another folder, or go on with --change-config"
+            )
+    _write(path, config.to_json(indent=2) + "\n")
+
+
+def _keep_table(program: Program, folder: Path) -> None:
+    table = training_table(program.state, program.how)
+    _write(folder / "trainable.txt", table)
+    _say(table.rstrip())
+
+
+def _write(path: Path, text: str) -> None:
+    """A whole file or none; by one process of the job."""
+    if jax.process_index():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[Any]:
+    """Yields `stop`: called after each step with its number, whether the run is to end there.
+
+    Processes of one job have to end after the same step: JAX's own notice finds one. A process by
+    itself listens for SIGTERM.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _evaluation(config: Config, program: Program) -> Any:
+    """A function of the state: the loss over the first batches of the split VALIDATION."""
+    settings = config.copy_and_resolve_references()
+    with settings.unlocked():
+        settings.split = VALIDATION
+    compiled = None
+    if VALIDATION not in split_names(config.data):
+        _say(f"{config.data} has no split {VALIDATION}: nothing is evaluated on the way")
+        return lambda state: {}
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        nonlocal compiled
+        losses = labels = 0.0
+        batches = make_batches(
+            settings, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        with contextlib.closing(batches):  # type: ignore[type-var]
+            for _ in range(config.get("eval_batches") or 4):
+                batch = _placed(next(batches), program)
+                if compiled is None:
+                    compiled = program.compile_eval()
+                found = jax.device_get(compiled(state.trainable, state.frozen, batch))
+                losses += float(found["ce_loss"] * found["labels"])
+                labels += float(found["labels"])
+        return {"eval_loss": losses / labels}
+
+    return evaluate
+
+
+def _placed(batch: Mapping[str, np.ndarray], program: Program) -> dict[str, jax.Array]:
+    """This process's rows as its part of the global arrays that the step takes."""
+    return {
+        name: jax.make_array_from_process_local_data(
+            like.sharding, batch[name].astype(like.dtype, copy=False), like.shape
+        )
+        for name, like in program.batch.items()
+    }
+
+
+@contextlib.contextmanager
+def _profiled(folder: Path, steps: tuple[int, int] | None, step: int) -> Iterator[None]:
+    """Writes a profile of the steps from steps[0] to before steps[1]."""
+    if steps and step == steps[0]:
+        jax.profiler.start_trace(str(folder / PROFILE))
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        yield
+    if steps and step == steps[1] - 1:
+        jax.profiler.stop_trace()
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,275 @@
+"""The loop: a run is its folder, whatever happens to the process."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from echovlm_jax import demo
+from echovlm_jax.config import preset
+from echovlm_jax.errors import InputError
+from echovlm_jax.train import loop
+from echovlm_jax.train.config_file import load_config
+from echovlm_jax.train.loop import train
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "instruction.py"  # has all three: full, low-rank and frozen
+MODEL = preset("tiny").replace(
+    text={"num_layers": 2, "vocab_size": len(demo.SPECIAL) + 256},
+    vision={"depth": 1},
+)
+SMALL = {
+    "data": "phantom",
+    "data_workers": 0,
+    "steps": 6,
+    "global_batch_size": 2,
+    "seq_len": 512,
+    "max_patches": 512,
+    "max_image_patches": 64,
+    "learning_rate": 1e-3,
+    "dtype": "float32",
+    "moe_dispatch": "dense",
+    "log_every": 1,
+    "eval_every": 4,
+    "eval_batches": 1,
+    "checkpoint_every": 2,
+    "mesh.fsdp": 1,
+    "mesh.data": 1,
+}
+TIMES = {"step_seconds", "tokens_per_second", "model_flops_per_second"}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    return demo.make_checkpoint(tmp_path_factory.mktemp("model") / "torch", MODEL)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """All runs compile the same few programs."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+def config(model_folder, **changes):
+    return load_config(CONFIG, {**SMALL, "model": str(model_folder), **changes})
+
+
+def lines(folder):
+    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
+
+
+def state(folder, step):
+    """Every array of a checkpoint, by name."""
+    import orbax.checkpoint as ocp
+
+    tree = ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / str(step) / "state")
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_run(ours, expected, step=SMALL["steps"]):
+    assert lines(ours) == lines(expected)
+    a, b = state(ours, step), state(expected, step)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: devices)
+        result = train(config(model_folder), folder)
+    assert result["final_step"] == SMALL["steps"] and not result["stopped"]
+    return folder
+
+
+def test_a_run_tells_what_it_did(undisturbed):
+    told = lines(undisturbed)
+    steps = [line["step"] for line in told if "loss" in line]
+    assert steps == list(range(1, SMALL["steps"] + 1))
+    for line in told:
+        if "loss" in line:
+            assert np.isfinite(line["loss"]) and line["skipped"] == 0 and line["tokens"] > 500
+            load = np.array(line["router_load"])
+            assert load.shape == (2, 4) and np.allclose(load.sum(-1), 1)
+            assert 0 < line["router_entropy"] <= np.log(4) and 0 < line["coefficient"] < 1
+    evaluated = [line["step"] for line in told if "eval_loss" in line]
+    assert evaluated == [4, 6]
+    assert "values train" in (undisturbed / "trainable.txt").read_text()
+    assert (undisturbed / "routing.png").stat().st_size > 500
+    routing = [json.loads(x) for x in (undisturbed / "routing.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in routing] == [4, 6]
+    assert list(undisturbed.glob("events.out.tfevents.*"))
+    kept = sorted(int(p.name) for p in (undisturbed / "checkpoints").iterdir())
+    assert kept == [2, 4, 6]
+
+
+def test_what_is_frozen_keeps_its_bytes_and_all_else_moves(undisturbed, model_folder):
+    first, last = state(undisturbed, 2), state(undisturbed, 6)
+    frozen = [name for name in first if "frozen" in name]
+    assert frozen
+    for name in frozen:
+        np.testing.assert_array_equal(first[name], last[name], err_msg=name)
+    for name in first:
+        if "trainable" in name:
+            assert not np.array_equal(first[name], last[name]), name
+
+
+def test_a_run_that_fails_goes_on_where_it_was(undisturbed, model_folder, tmp_path, monkeypatch):
+    whole = loop.make_batches
+
+    def failing(*args, **options):
+        for i, batch in enumerate(whole(*args, **options)):
+            if i == 5:
+                raise RuntimeError("the machine went away")
+            yield batch
+
+    monkeypatch.setattr(loop, "make_batches", failing)
+    with pytest.raises(RuntimeError, match="went away"):
+        train(config(model_folder), tmp_path)
+    monkeypatch.undo()
+    devices = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    assert lines(tmp_path)[-1]["step"] > 2
+    result = train(config(model_folder), tmp_path)
+    assert result["final_step"] == 6
+    assert_same_run(tmp_path, undisturbed)
+    again = train(config(model_folder), tmp_path)
+    assert again["final_step"] == 6 and again["final_loss"] is None
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_sigterm_finishes_the_step_and_saves(undisturbed, model_folder, tmp_path, monkeypatch):
+    whole = loop.make_batches
+
+    def preempted(*args, **options):
+        for i, batch in enumerate(whole(*args, **options)):
+            if i == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(loop, "make_batches", preempted)
+    result = train(config(model_folder), tmp_path)
+    assert result["stopped"] and result["final_step"] == result["saved_step"] == 3
+    monkeypatch.setattr(loop, "make_batches", whole)
+    assert train(config(model_folder), tmp_path)["final_step"] == 6
+    told = [line for line in lines(tmp_path) if "loss" in line]
+    assert told == [line for line in lines(undisturbed) if "loss" in line]
+
+
+def test_what_is_not_finite_changes_nothing(model_folder, tmp_path, monkeypatch):
+    whole = loop.make_batches
+
+    def damaged(*args, **options):
+        for i, batch in enumerate(whole(*args, **options)):
+            if i == 3:
+                batch["patches"] = batch["patches"] * np.nan
+            yield batch
+
+    monkeypatch.setattr(loop, "make_batches", damaged)
+    short = {"steps": 4, "checkpoint_every": 1, "checkpoint_keep": 9, "eval_every": 100}
+    result = train(config(model_folder, **short), tmp_path)
+    assert result["skipped"] == 1
+    bad = lines(tmp_path)[3]
+    assert bad["skipped"] == 1 and bad["batch"] == 3 and bad["loss"] is None
+    before, after = state(tmp_path, 3), state(tmp_path, 4)
+    for name in before:
+        if name not in ("['step']",):
+            np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+
+
+def test_many_in_a_row_end_the_run(model_folder, tmp_path, monkeypatch):
+    whole = loop.make_batches
+
+    def damaged(*args, **options):
+        for batch in whole(*args, **options):
+            batch["patches"] = batch["patches"] * np.inf
+            yield batch
+
+    monkeypatch.setattr(loop, "make_batches", damaged)
+    with pytest.raises(InputError, match=r"10 steps in a row, the last on batch 9, .*start_step=0"):
+        train(config(model_folder, steps=30, eval_every=100, checkpoint_every=100), tmp_path)
+
+
+def test_another_configuration_is_refused_unless_told(model_folder, tmp_path):
+    short = {"steps": 1, "eval_every": 100}
+    train(config(model_folder, **short), tmp_path)
+    other = config(model_folder, **{**short, "steps": 2, "seed": 7})
+    with pytest.raises(InputError, match=r"seed 0 → 7; steps 1 → 2.*--change-config"):
+        train(other, tmp_path)
+    assert train(other, tmp_path, change_config=True)["final_step"] == 2
+
+
+PROGRAM = """
+import sys
+from echovlm_jax.train.config_file import load_config
+from echovlm_jax.train.loop import train
+import json
+train(load_config(sys.argv[1], json.loads(sys.argv[3])), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(2, id="2 kills"), pytest.param(30, marks=pytest.mark.slow)]
+)
+def test_kills_at_any_moment_change_nothing(kills, model_folder, tmp_path, compiled_once):
+    """Once undisturbed and once killed again and again, during saves too, in processes alike."""
+    changes = {**SMALL, "model": str(model_folder), "steps": 12, "checkpoint_every": 1}
+    cache = tmp_path / "xla"
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+
+    def start(name):
+        command = [sys.executable, "-c", PROGRAM, str(CONFIG), str(tmp_path / name)]
+        return subprocess.Popen(
+            [*command, json.dumps(changes)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    process = start("undisturbed")
+    assert process.wait() == 0, process.stderr.read()
+    began = time.monotonic()
+    process = start("measured")
+    assert process.wait() == 0
+    whole = time.monotonic() - began
+    rng = random.Random(5)
+    died = 0
+    for _ in range(kills):
+        process = start("killed")
+        time.sleep(rng.uniform(0.3, 1.0) * whole)
+        process.send_signal(signal.SIGKILL)
+        died += process.wait() == -signal.SIGKILL
+    assert died
+    process = start("killed")
+    assert process.wait() == 0, process.stderr.read()
+    assert_same_run(tmp_path / "killed", tmp_path / "undisturbed", 12)
