@@ -42,7 +42,7 @@ _LEFT = re.compile(rf"[0-9]+({re.escape(UNFINISHED)}|{re.escape(DELETED)})(\.orb
 _PART = ".digests.{}.json"
 # Orbax gives up after 20 minutes by default, and a slow disk takes longer than that.
 _PATIENCE_SECONDS = 6 * 3600
-# Small enough that several files are being written, and hashed, at once.
+# Small enough that most files are complete, and hashed, while others are being written.
 _FILE_BYTES = 64 * 2**20
 _SHOWN = 5
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
-from itertools import repeat
 from pathlib import Path
 
 import xxhash
@@ -27,7 +25,6 @@ _OWN = b"# XXH128 of the lines above: "
 _BLOCK = 2**18  # stays in a core's cache between reading and hashing
 _THREADS = min(8, os.cpu_count() or 1)
 _LOOK_SECONDS = 0.05
-_SAMPLE = 64
 
 # Device, number, size, times of change: equal before and after means that nobody wrote.
 Stamp = tuple[int, int, int, int, int]

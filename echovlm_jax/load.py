@@ -41,7 +41,7 @@ def load_model(
     crop: bool = False,
     max_pixels: int | None = None,
 ) -> Model:
-    """Loads a model folder: in Hugging Face form, or made by `convert`.
+    """Loads a model folder: in Hugging Face form, made by `convert`, or a training run's.
 
     Args:
       path: the folder.
@@ -77,7 +77,9 @@ def load_model(
     if mesh is not None:
         shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
     config, params = load_params(path, dtype=wanted, shardings=shardings)
-    return Model(config, params, path, num_frames=num_frames, crop=crop, max_pixels=max_pixels)
+    return Model(
+        config, params, opened.folder, num_frames=num_frames, crop=crop, max_pixels=max_pixels
+    )
 
 
 class Model:

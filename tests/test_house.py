@@ -22,7 +22,8 @@ PACKAGE = "echovlm_jax"
 
 # Who may import whom of ours; the longest matching name rules. A part may always import itself
 # and `errors`. `config` is where all data flows from: whatever is after it may read it.
-_CONVERT = {"config", "model.abstract_params", "model.logical_axes", "mesh", "digests", "progress"}
+_CONVERT = {"config", "model.abstract_params", "model.logical_axes", "mesh", "digests", "verify"}
+_CONVERT |= {"progress"}
 _LOAD = {"config", "mesh", "model", "processing", "convert", "generate"}
 ANYTHING = {""}
 MAY_IMPORT = {
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     "verify": {"digests", "progress"},
     "checkpoint": {"config", "mesh", "digests", "verify", "progress"},
     "train": {"config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint", "progress"},
-    "train.start": {"config", "model", "convert", "train"},
+    "train.start": {"config", "model", "convert", "data", "train"},
     "quantize": {"config", "mesh", "model", "processing", "progress"},
     "generate": {"config", "mesh", "model", "ops", "processing", "progress"},
     "load": _LOAD,

@@ -1,7 +1,8 @@
 """What a MODEL folder is: found out once, then read through one interface.
 
-`open_model` accepts a folder in Hugging Face form and a folder that `convert` made. Both give our
-parameters block by block, so that loading, exporting and inspecting need not know which it was.
+`open_model` accepts a folder in Hugging Face form, one that `convert` made, and a training run's.
+All give our parameters block by block, so that loading, exporting and inspecting need not know
+which it was.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import store, table
+from echovlm_jax.convert.run import Run, run_step
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
 
@@ -32,7 +34,7 @@ class Model(Protocol):
     """An open model folder.
 
     Attributes:
-      folder: where it is.
+      folder: where its configuration and tokenizer files are.
       config: its configuration.
       dtypes: every parameter's stored dtype, by path.
       duplicates: a tied checkpoint's stored lm_head → the tensor that it repeats.
@@ -59,6 +61,8 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a model folder")
+    if found := run_step(folder):
+        return Run(*found)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder}: has no {CONFIG}; give a checkpoint or a converted folder")
     if (folder / PARAMS / "_METADATA").is_file():

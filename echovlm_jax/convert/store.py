@@ -264,12 +264,13 @@ def _orbax_files(arrays: Mapping[str, Any], chunks: Any) -> dict[str, Any]:
 class Reader:
     """The parameters of a checkpoint folder that this module or Orbax wrote.
 
-    `shapes` and `dtypes` are by path; `read(path, index)` gives one block of one parameter.
+    `shapes` and `dtypes` are by path; `read(path, index)` gives one block of one parameter. Where
+    `parts` are given, only arrays whose path begins with one of them are opened.
 
     Raises InputError where the folder holds no readable checkpoint.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, parts: tuple[str, ...] = ("",)) -> None:
         self._folder = folder
         try:
             metadata = json.loads((folder / "_METADATA").read_text("utf-8"))
@@ -293,6 +294,7 @@ class Reader:
                     context=context,
                 )
                 for key in keys
+                if key.startswith(parts)
             }
             self._stores = {path: future.result() for path, future in opened.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

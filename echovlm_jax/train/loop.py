@@ -33,7 +33,7 @@ from echovlm_jax.train.start import starting_point
 from echovlm_jax.train.step import TrainState
 
 CONFIG = "config.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, MODEL = "checkpoints", "model"
 PROFILE = "profile"
 VALIDATION = "validation"
 
@@ -70,6 +70,8 @@ def train(
     start = starting_point(config.model)
     program = make_program(config, model=start.config)
     _keep_table(program, folder)
+    if jax.process_index() == 0:
+        start.keep(folder / MODEL, config)
 
     checkpoints = open_checkpoints(
         folder / CHECKPOINTS,

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from echovlm_jax.config import PRESETS, ModelConfig, preset
-from echovlm_jax.convert.folder import open_model
+from echovlm_jax.config import PRESETS, ModelConfig, preset, to_hf
+from echovlm_jax.convert.folder import copy_side_files, open_model, write_json
 from echovlm_jax.convert.load import load_params
+from echovlm_jax.data.tokenizer import byte_tokenizer
 from echovlm_jax.errors import InputError
 from echovlm_jax.train.program import Program
 from echovlm_jax.train.stages import merge
@@ -21,6 +22,21 @@ class Start(NamedTuple):
 
     config: ModelConfig
     params: Callable[[Program], Any]  # the parameters, laid out as in a program; None: random ones
+    files: Path | None  # the folder of the model's configuration and tokenizer, where it has one
+
+    def keep(self, folder: Path, config: Any) -> None:
+        """Puts what a model has beside its weights into a run's folder, so that it is a model too:
+        config.json, and the tokenizer that it is trained with."""
+        folder.mkdir(parents=True, exist_ok=True)
+        described = to_hf(self.config, config.param_dtype)
+        if self.files is None:
+            write_json(folder / "config.json", described)
+        else:
+            copy_side_files(self.files, folder)
+        if config.get("tokenizer"):
+            copy_side_files(Path(config.tokenizer), folder, config=described)
+        elif self.files is None:
+            byte_tokenizer(self.config).save(str(folder / "tokenizer.json"))
 
 
 def starting_point(model: str) -> Start:
@@ -33,7 +49,7 @@ def starting_point(model: str) -> Start:
       InputError: it is neither.
     """
     if model in PRESETS:
-        return Start(preset(model), lambda program: None)
+        return Start(preset(model), lambda program: None, None)
     if not Path(model).is_dir():
         raise InputError(
             f"config key model: {model!r} is neither a folder nor one of {', '.join(PRESETS)}"
@@ -43,4 +59,5 @@ def starting_point(model: str) -> Start:
         wanted = merge(program.state.trainable["params"], program.state.frozen)
         return load_params(model, shardings=jax.tree.map(lambda s: s.sharding, wanted))[1]
 
-    return Start(open_model(model).config, params)
+    opened = open_model(model)
+    return Start(opened.config, params, opened.folder)

@@ -2,16 +2,18 @@
 and no process that dies, or is left behind, goes unnoticed."""
 
 import gc
+import hashlib
 import itertools
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -202,7 +204,7 @@ def test_start_step_goes_on_where_a_run_would_be() -> None:
     assert same(take(config(), 3, start_step=steps - 3)[2], whole[-1])
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_workers_change_nothing(workers) -> None:
     here = take(config(), 4)
     assert all(map(same, take(config(data_workers=workers), 4), here))
@@ -244,11 +246,20 @@ def late(cfg) -> int:
     return next(i for i in records if plan.source.dataset.record(i).media)
 
 
-def collect(cfg, seconds: float = 60):
-    """Takes batches until an error; fails where none comes in time."""
+def collect(cfg, seconds: float = 60) -> None:
+    """Takes batches until there is an error, which it raises; fails where none comes in time."""
     batches = make_batches(cfg)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: list(itertools.islice(batches, 100))).result(seconds)
+    errors: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            for _ in itertools.islice(batches, 100):
+                pass
+        except Exception as error:
+            errors.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    raise errors.get(timeout=seconds)
 
 
 @pytest.mark.parametrize(
@@ -369,8 +380,6 @@ def gone(pids, seconds: float = 30) -> bool:
 
 
 def digests(steps: int) -> list[str]:
-    import hashlib
-
     return [
         hashlib.sha256(b"".join(batch[k].tobytes() for k in sorted(batch))).hexdigest()
         for batch in take(config(), steps)

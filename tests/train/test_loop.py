@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,21 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from echovlm_jax import demo
 from echovlm_jax.config import preset
+from echovlm_jax.convert.to_torch import export
 from echovlm_jax.errors import InputError
+from echovlm_jax.load import load_model
+from echovlm_jax.model import EchoVLM
 from echovlm_jax.train import loop
 from echovlm_jax.train.config_file import load_config
+from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.loop import train
+from echovlm_jax.train.stages import merge
+from tests.distributed.train_steps import random_batch
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "instruction.py"  # has all three: full, low-rank and frozen
@@ -79,12 +87,14 @@ def lines(folder):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
 
 
+def stored(folder, step):
+    """A checkpoint's state, as Orbax alone reads it."""
+    return ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / str(step) / "state")
+
+
 def state(folder, step):
     """Every array of a checkpoint, by name."""
-    import orbax.checkpoint as ocp
-
-    tree = ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / str(step) / "state")
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(stored(folder, step))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
@@ -126,6 +136,50 @@ def test_a_run_tells_what_it_did(undisturbed):
     assert list(undisturbed.glob("events.out.tfevents.*"))
     kept = sorted(int(p.name) for p in (undisturbed / "checkpoints").iterdir())
     assert kept == [2, 4, 6]
+
+
+def test_a_run_is_a_model(undisturbed, tmp_path):
+    """Its updates added to its weights: the logits that it trained with; out and back alike."""
+    model = load_model(undisturbed)
+    tree = stored(undisturbed, SMALL["steps"])
+    batch = random_batch(3, MODEL, 2, 48, 32)
+    batch["patches"] = batch["patches"].astype(np.float32)
+    variables = {
+        "params": merge(tree["trainable"]["params"], tree["frozen"]),
+        "lora": scaled(tree["trainable"]["lora"], 16 / 8),
+    }
+    trained = EchoVLM(MODEL, np.float32).apply(variables, batch, method="forward")
+    plain = EchoVLM(MODEL, np.float32).apply(
+        {"params": variables["params"]}, batch, method="forward"
+    )
+    ours = model.forward(batch)
+    assert np.abs(ours - trained).max() < 1e-5 * np.abs(trained).max()
+    assert np.abs(plain - trained).max() > 1e-4 * np.abs(trained).max()  # the updates do something
+
+    picture = np.random.default_rng(0).integers(0, 255, (56, 84, 3), np.uint8)
+    answer = model.generate([picture], "?", max_new_tokens=3)
+    assert answer["new_tokens"] == 3
+    export(undisturbed, tmp_path / "torch")
+    again = load_model(tmp_path / "torch")
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    with pytest.raises(InputError, match=r"checkpoints/2/.*|is broken"):
+        damaged = tmp_path / "run"
+        shutil.copytree(undisturbed, damaged)
+        for path in (damaged / "checkpoints" / "6").rglob("*"):
+            if path.is_file() and path.stat().st_size > 10_000:
+                content = bytearray(path.read_bytes())
+                content[5000] ^= 1
+                path.write_bytes(content)
+        load_model(damaged)
+    assert load_model(damaged / "checkpoints" / "4").config == MODEL
+
+
+def test_stage_two_starts_from_stage_one(undisturbed, tmp_path):
+    short = {"steps": 1, "eval_every": 9, "stage": "alignment", "moe_dispatch": "dense"}
+    train(config(undisturbed, **short, learning_rate=1e-9), tmp_path)
+    before, after = load_model(undisturbed), load_model(tmp_path)
+    for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
 
 
 def test_what_is_frozen_keeps_its_bytes_and_all_else_moves(undisturbed, model_folder):
@@ -227,7 +281,10 @@ def test_another_configuration_is_refused_unless_told(model_folder, tmp_path):
 PROGRAM = """
 import sys
 from echovlm_jax.train.config_file import load_config
+from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.loop import train
+from echovlm_jax.train.stages import merge
+from tests.distributed.train_steps import random_batch
 import json
 train(load_config(sys.argv[1], json.loads(sys.argv[3])), sys.argv[2])
 """
