@@ -23,8 +23,8 @@ from echovlm_jax.load import load_model
 from echovlm_jax.model import EchoVLM
 from echovlm_jax.train import loop
 from echovlm_jax.train.config_file import load_config
-from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.loop import train
+from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.stages import merge
 from tests.distributed.train_steps import random_batch
 
