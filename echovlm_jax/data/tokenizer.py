@@ -16,7 +16,7 @@ from echovlm_jax.config import PRESETS, ModelConfig, from_hf, preset
 from echovlm_jax.data.encode import neutral
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.chat import load_chat_template, qwen2_vl_prompt
-from echovlm_jax.processing.files import read_json, shown
+from echovlm_jax.processing.files import model_files, read_json, shown
 from echovlm_jax.processing.images import ImageConfig
 from echovlm_jax.processing.processor import check_patch_sizes, pixel_configs
 from echovlm_jax.processing.tokenizer import (
@@ -77,9 +77,10 @@ def tokenizer_for(
             raise InputError(
                 f"model {shown(model)}: is neither a folder nor one of {', '.join(PRESETS)}"
             )
-        config, images = _of_folder(Path(model))
-        folder = Path(model if tokenizer is None else tokenizer)
-        _check_template(Path(model))
+        files = model_files(Path(model))
+        config, images = _of_folder(files)
+        folder = files if tokenizer is None else Path(tokenizer)
+        _check_template(files)
     found = load_tokenizer(folder)
     _check_template(folder)
     _check_ids(found, config)

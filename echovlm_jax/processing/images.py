@@ -159,7 +159,7 @@ def to_patches(
     Args:
       frames: uint8 [H, W, 3] (an image, whose one frame is repeated) or [T, H, W, 3] (a video;
         where T is not a multiple of temporal_patch_size the last frame is repeated).
-      out: float32 rows to write the first of; a new array by default.
+      out: float32, C-contiguous: its first t·h·w rows are written; a new array by default.
 
     Returns:
       patches float32 [t·h·w, 3·temporal·patch·patch] and the grid (t, h, w). Rows go by time step,

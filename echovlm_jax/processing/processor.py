@@ -12,7 +12,7 @@ import numpy as np
 from echovlm_jax import config as model_config
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.chat import check_messages, entry_kind, load_chat_template
-from echovlm_jax.processing.files import read_json_if_there, shown
+from echovlm_jax.processing.files import model_files, read_json_if_there, shown
 from echovlm_jax.processing.images import (
     MAX_RESIZED_PIXELS,
     ImageConfig,
@@ -50,6 +50,7 @@ class Processor:
         folder = Path(path)
         if not folder.is_dir():
             raise InputError(f"{shown(folder)}: is not a folder with tokenizer files")
+        folder = model_files(folder)
         self.tokenizer = load_tokenizer(folder)
         self.template = load_chat_template(folder)
         self.image_config, self.video_config = pixel_configs(folder, max_pixels)
