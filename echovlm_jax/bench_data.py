@@ -44,7 +44,7 @@ class Speed(NamedTuple):
 def bench_data(
     workdir: str | os.PathLike[str] | None = None,
     *,
-    exams: int = 240,
+    exams: int = 480,
     rounds: int = 3,
     workers: int = 2,
 ) -> dict[str, Any]:

@@ -22,8 +22,10 @@ PACKAGE = "echovlm_jax"
 
 # Who may import whom of ours; the longest matching name rules. A part may always import itself
 # and `errors`. `config` is where all data flows from: whatever is after it may read it.
-_CONVERT = {"config", "model.abstract_params", "model.logical_axes", "mesh", "digests", "verify"}
-_CONVERT |= {"progress"}
+_CONVERT = {
+    *("config", "model.abstract_params", "model.logical_axes", "mesh"),
+    *("digests", "verify", "progress"),
+}
 _LOAD = {"config", "mesh", "model", "processing", "convert", "generate"}
 ANYTHING = {""}
 MAY_IMPORT = {

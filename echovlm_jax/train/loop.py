@@ -34,7 +34,7 @@ from echovlm_jax.train.step import TrainState
 
 CONFIG = "config.json"
 CHECKPOINTS, MODEL = "checkpoints", "model"
-PROFILE = "profile"
+PROFILE, PLANS = "profile", "plans"
 VALIDATION = "validation"
 
 
@@ -73,6 +73,10 @@ def train(
     if jax.process_index() == 0:
         start.keep(folder / MODEL, config)
 
+    settings = config.copy_and_resolve_references()
+    if not settings.get("data_cache"):
+        with settings.unlocked():
+            settings.data_cache = str(folder / PLANS)
     checkpoints = open_checkpoints(
         folder / CHECKPOINTS,
         keep=config.checkpoint_keep,
@@ -90,7 +94,7 @@ def train(
         else:
             first, (state, _) = newest, checkpoints.restore(newest, program.state)
         batches = make_batches(
-            config,
+            settings,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             start_step=first,
@@ -101,7 +105,7 @@ def train(
         tick = stack.enter_context(progress(config.steps - first, "step", "train"))
         _say(f"compiling for {program.mesh.size} devices")
         update = program.compile()
-        evaluate = _evaluation(config, program)
+        evaluate = _evaluation(settings, program)
         _say(f"training from step {first} to {config.steps} in {folder}")
 
         step, saved = first, first

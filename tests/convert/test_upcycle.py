@@ -203,6 +203,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert back[0] == back[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unmeasured")
 def test_twenty_steps_of_alignment_move_every_new_parameter(tmp_path: Path) -> None:
     target, _ = made(tmp_path)

@@ -17,7 +17,6 @@ CASES = ("image", "images", "video", "mixed", "text", "text_left", "left", "righ
 FAST = {
     ("released_shape", "left"),
     ("released_shape", "right"),
-    ("many_experts_normalised", "images"),
     ("many_experts_normalised", "text_left"),
     ("one_expert_tied", "image"),
     ("all_experts", "mixed"),

@@ -148,7 +148,8 @@ def check(result):
 def test_a_report_of_what_does_not_fit_says_what_to_change():
     text = report(
         {
-            "step": "train", "topology": "v5e:2x2", "chips": 4, "mesh": {"fsdp": 4}, "rows": 4,
+            "step": "train", "topology": "v5e:2x2", "slices": 1, "chips": 4,
+            "mesh": {"fsdp": 4}, "rows": 4,
             "rows_per_device": 2,
             "params": 10, "trainable_params": 10, "hbm_capacity": 16 * 2**30, "fits": False,
             "parameter_bytes_per_chip": {"parameters": {"mlp": 2**30}},

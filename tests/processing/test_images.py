@@ -98,6 +98,30 @@ def test_smart_resize_equals_hugging_faces_over_the_size_range():
         assert ours == hf_images.smart_resize(height, width, 28, low, high)
 
 
+@pytest.mark.parametrize("resample", range(6))
+@pytest.mark.parametrize("channels", [[0, 0, 0], [0, 0, 1], [0, 1, 1], [0, 1, 0]])
+def test_equal_channels_equal_hugging_faces(channels, resample):
+    """Grey images take a shorter way; images that are grey but for one channel must not."""
+    planes = np.random.default_rng(resample).integers(0, 256, (70, 90, 2), np.uint8)
+    image = np.ascontiguousarray(planes[..., channels])
+    patches, grid = to_patches(image, ImageConfig(resample=resample))
+    expected, grids = hf_patches([Image.fromarray(image)], resample=resample)
+    assert grid == tuple(grids[0])
+    np.testing.assert_allclose(patches, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("grey", [True, False])
+def test_patches_are_written_where_told(grey):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 70, 90, 3), np.uint8)
+    if grey:
+        frames[...] = frames[..., :1]
+    expected, grid = to_patches(frames, ImageConfig())
+    out = np.full((len(expected) + 2, 1176), 7, np.float32)
+    patches, again = to_patches(frames, ImageConfig(), out)
+    assert again == grid and np.shares_memory(patches, out)
+    assert np.array_equal(out[:-2], expected) and np.all(out[-2:] == 7)
+
+
 @pytest.mark.parametrize("frames", [1, 2, 3, 5])
 def test_video_pairs_frames_and_repeats_the_last(frames):
     video = np.random.default_rng(frames).integers(0, 256, (frames, 70, 90, 3), np.uint8)

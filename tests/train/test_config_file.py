@@ -231,3 +231,23 @@ def test_optional_keys_may_be_set_or_left_out() -> None:
     config.moe_dispatch = "ragged"
     with pytest.raises(InputError, match="capacity_factor is of moe_dispatch einsum; ragged drops"):
         check_config(config)
+
+
+def test_keys_of_the_data_may_be_set_or_left_out() -> None:
+    words = [
+        "task_weights.report=2",
+        "tokenizer=/models/qwen",
+        "data_workers=0",
+        "data_cache=plans",
+    ]
+    config = load_config(CONFIG, words)
+    check_config(config)
+    assert config.task_weights.to_dict() == {"report": 2.0}
+    assert (config.tokenizer, config.data_workers) == ("/models/qwen", 0)
+    with pytest.raises(
+        InputError, match=r"task_weights\.reports is unknown; did you mean .*report"
+    ):
+        load_config(CONFIG, ["task_weights.reports=1"])
+    for word in ("task_weights.report=-1", "data_workers=-1"):
+        with pytest.raises(InputError, match="at least 0"):
+            check_config(load_config(CONFIG, [word]))

@@ -77,7 +77,7 @@ def plain_step(grad_accum: int = 1, remat: str = "none", model: ModelConfig = MO
         for path, leaf in flatten_dict(after.trainable["params"], sep="/").items():
             before = flatten_dict(params, sep="/")[path]
             np.testing.assert_allclose(leaf, before - gradients[path], rtol=1e-6, atol=1e-6)
-        return {name: float(x) for name, x in metrics.items()}, gradients
+        return {name: np.asarray(x) for name, x in metrics.items()}, gradients
 
     return run
 
