@@ -83,18 +83,21 @@ def make_batches(
     return _batches(plan, ahead, process_index * count, count, start_step)
 
 
-def global_arrays(batch: Mapping[str, np.ndarray], shardings: Mapping[str, Any]) -> dict[str, Any]:
+def global_arrays(batch: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
     """This process's rows of a batch as its part of global `jax.Array`s.
 
     Args:
       batch: of `make_batches`, with this process's index and the number of processes.
-      shardings: of each array; a process's devices must hold its own rows and no others.
+      like: for each array wanted a jax.ShapeDtypeStruct of the global one, with its sharding; a
+        process's devices must hold its own rows and no others.
     """
     import jax
 
     return {
-        key: jax.make_array_from_process_local_data(shardings[key], array)
-        for key, array in batch.items()
+        key: jax.make_array_from_process_local_data(
+            one.sharding, batch[key].astype(one.dtype, copy=False), one.shape
+        )
+        for key, one in like.items()
     }
 
 

@@ -20,8 +20,8 @@ from echovlm_jax.data.tasks import TASKS
 
 # Patches a row has room for, over what the tokens of a full row would bring on average. Rows differ
 # in how much of them is images: with little room patches run out before tokens do, a lot of room
-# is padding that the vision model computes. Its patches take a quarter of the work that their
-# tokens' part of a row takes, in the 11 B model, so unused ones count a quarter.
+# is padding that the vision model computes. Four patches are about a quarter of the decoder's work
+# on a token (0.29 in the 11 B model where all of it trains, by `flops.py`); unused ones count so.
 _SPARE = (1.04, 1.08, 1.12, 1.2, 1.3, 1.5)
 _PATCHES_COUNT = 0.25
 _SAMPLES = 2 * WINDOW  # that suggestions are tried on

@@ -12,16 +12,15 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from echovlm_jax.checkpoint import open_checkpoints
-from echovlm_jax.data import make_batches
+from echovlm_jax.data import global_arrays, make_batches
 from echovlm_jax.data.dataset import split_names
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
@@ -111,7 +110,7 @@ def train(
         step, saved = first, first
         while step < config.steps:
             with _profiled(folder, profile, step):
-                batch = _placed(next(batches), program)
+                batch = global_arrays(next(batches), program.batch)
                 state, metrics = update(state, batch)
                 log.add(step, metrics)  # reads those of the step before: this one still runs
             step += 1
@@ -214,7 +213,7 @@ def _evaluation(config: Config, program: Program) -> Any:
         )
         with contextlib.closing(batches):  # type: ignore[type-var]
             for _ in range(config.get("eval_batches") or 4):
-                batch = _placed(next(batches), program)
+                batch = global_arrays(next(batches), program.batch)
                 if compiled is None:
                     compiled = program.compile_eval()
                 found = jax.device_get(compiled(state.trainable, state.frozen, batch))
@@ -223,16 +222,6 @@ def _evaluation(config: Config, program: Program) -> Any:
         return {"eval_loss": losses / labels}
 
     return evaluate
-
-
-def _placed(batch: Mapping[str, np.ndarray], program: Program) -> dict[str, jax.Array]:
-    """This process's rows as its part of the global arrays that the step takes."""
-    return {
-        name: jax.make_array_from_process_local_data(
-            like.sharding, batch[name].astype(like.dtype, copy=False), like.shape
-        )
-        for name, like in program.batch.items()
-    }
 
 
 @contextlib.contextmanager

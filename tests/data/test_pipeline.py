@@ -175,10 +175,16 @@ def test_without_patches_there_are_no_patch_arrays() -> None:
 def test_global_arrays_are_the_batch() -> None:
     (batch,) = take(config(), 1)
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    shardings = dict.fromkeys(batch, NamedSharding(mesh, PartitionSpec("data")))
-    arrays = global_arrays(batch, shardings)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    like = {
+        key: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        for key, array in batch.items()
+    }
+    arrays = global_arrays(batch, like)
     assert same({key: np.asarray(array) for key, array in arrays.items()}, batch)
-    assert arrays["patches"].sharding == shardings["patches"]
+    assert arrays["patches"].sharding == sharding
+    half = {"patches": jax.ShapeDtypeStruct(batch["patches"].shape, "bfloat16", sharding=sharding)}
+    assert global_arrays(batch, half)["patches"].dtype == "bfloat16"
 
 
 # The same bytes, whoever makes them.

@@ -22,6 +22,7 @@ FAST = {
     ("all_experts", "mixed"),
     ("dense", "video"),
     ("dense_tied", "text"),
+    ("dense_tied", "images"),
 }
 
 
