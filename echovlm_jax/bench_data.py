@@ -203,7 +203,7 @@ def ours(job: dict[str, Any]) -> None:
 
 def theirs(job: dict[str, Any]) -> None:
     """Prints the speed of a DataLoader."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     folder, workers = job["folder"], job["config"]["data_workers"]

@@ -107,7 +107,9 @@ class Log:
         }
         with open(self._folder / ROUTING, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "expert_load": line}) + "\n")
-        picture = heatmap(_shares(counts.sum(axis=2)), organs)
+        both = counts.sum(axis=2)
+        seen = both.sum(axis=-1, keepdims=True) > 0
+        picture = heatmap(np.where(seen, _shares(both), np.nan), organs)
         picture.save(self._folder / ROUTING_PICTURE)
         self._board.add_image("expert_load", np.asarray(picture), step, dataformats="HWC")
 
