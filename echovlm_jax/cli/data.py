@@ -151,10 +151,11 @@ def _add_stats(commands: Any) -> None:
         if args.config is None:
             return stats(args.data, args.split)
         from echovlm_jax.data.settings import Settings
-        from echovlm_jax.train.config_file import load_config
+        from echovlm_jax.train.config_file import check_config, load_config
 
-        config = load_config(args.config, args.overrides).to_dict()
-        return stats(args.data, args.split, Settings.from_config(config))
+        config = load_config(args.config, args.overrides)
+        check_config(config)
+        return stats(args.data, args.split, Settings.from_config(config.to_dict()))
 
     command = add_command(
         commands,

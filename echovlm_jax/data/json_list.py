@@ -157,8 +157,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int | float:
-    # Python refuses to make an int of thousands of digits; no key of ours holds one.
-    return int(digits) if len(digits) < 20 else float("inf")
+    # Python refuses to make an int of more than 4,300 digits, and no id is so long.
+    return int(digits) if len(digits) <= 100 else float("inf")
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole)

@@ -43,7 +43,9 @@ def ratios(
         weight above 0, or a mixture that makes an epoch absurdly long.
     """
     if (temperature is None) == (not weights):
-        raise InputError("give either mix_temperature or organ_weights, not both or neither")
+        raise InputError(
+            "give either mix_temperature or organ_weights: one of them, the other none"
+        )
     if weights:
         shares = _shares_by_weight(dict(zip(names, counts, strict=True)), weights)
     else:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -71,6 +72,11 @@ def read_record(raw: Any, *, id: str, organ: str, source: str, group: str) -> Of
     stated = raw.get("organ")
     if stated is not None and (not isinstance(stated, str) or not stated.strip()):
         raise Refused("wrong type", "organ must be a text")
+    if stated is not None and (not stated.isprintable() or "<|" in stated):
+        raise Refused("wrong type", "organ must be printable, and no token")
+    for key in ("id", *GROUPS):
+        if raw.get(key) is not None and _id_text(raw[key]) is None:
+            raise Refused("wrong type", f"{key} must be a text or a whole number")
     synthetic = raw.get("synthetic", False)
     if not isinstance(synthetic, bool):
         raise Refused("wrong type", "synthetic must be true or false")
@@ -90,10 +96,20 @@ def read_record(raw: Any, *, id: str, organ: str, source: str, group: str) -> Of
 
 def record_id(raw: Any, number: int) -> str:
     """The id that an entry states; else its place in the file, as "#12"."""
-    found = raw.get("id") if isinstance(raw, dict) else None
-    if isinstance(found, int) and not isinstance(found, bool):
-        return str(found)
-    return found if isinstance(found, str) and found.strip() else f"#{number}"
+    found = _id_text(raw.get("id")) if isinstance(raw, dict) else None
+    return found if found and found.strip() else f"#{number}"
+
+
+def _id_text(value: Any) -> str | None:
+    """An id as text: a float that is whole is the number that a table with gaps made of it, and one
+    that is no number such a gap (""). None for what is no id."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        return str(int(value)) if value.is_integer() else None
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value)
+    return None
 
 
 def group_texts(raw: Any) -> list[str]:
@@ -101,10 +117,8 @@ def group_texts(raw: Any) -> list[str]:
     exam's id, and its images."""
     if not isinstance(raw, dict):
         return []
-    stated = [(key, raw.get(key)) for key in GROUPS]
-    out = [
-        f"{key}\0{value}" for key, value in stated if isinstance(value, str | int) and value != ""
-    ]
+    stated = [(key, _id_text(raw.get(key))) for key in GROUPS]
+    out = [f"{key}\0{value}" for key, value in stated if value]
     with contextlib.suppress(Refused):  # it will be refused when it is read
         out += [f"image\0{PurePosixPath(path)}" for path in image_paths(raw)[:MAX_IMAGES]]
     return out

@@ -70,8 +70,8 @@ def make_batches(
             f"process {process_index} of {process_count} can't share global_batch_size {size}:"
             " it must be a multiple of the number of processes"
         )
-    if start_step < 0:
-        raise InputError(f"start_step must be at least 0, found {start_step}")
+    if start_step != int(start_step) or start_step < 0:
+        raise InputError(f"start_step must be a whole number of at least 0, found {start_step}")
     source = open_source(settings)
     unit = source.model.vision.merge_unit
     if settings.max_patches % unit:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from echovlm_jax.errors import InputError
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -28,9 +30,28 @@ class Settings:
     workers: int = 2  # processes; 0: none, everything in this one
     cache: Path | None = None  # a folder for plans; None: they are made anew at each start
 
+    def __post_init__(self) -> None:
+        least = {"seq_len": 1, "max_patches": 0, "max_image_patches": 1, "global_batch_size": 1}
+        for name, low in {**least, "seed": 0, "workers": 0}.items():
+            if getattr(self, name) < low:
+                key = "data_workers" if name == "workers" else name
+                raise InputError(
+                    f"config key {key} must be at least {low}; found {getattr(self, name)}"
+                )
+        if self.seed >= 2**63:
+            raise InputError(f"config key seed must be below 2**63; found {self.seed}")
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:
-        """Of a training configuration (ml_collections), which `check_config` has been over."""
+        """Of a training configuration (ml_collections).
+
+        Raises:
+          InputError: a key is missing, or its value can't be.
+        """
+        needed = ("data", "model", "stage", "seq_len", "max_patches", "max_image_patches")
+        for key in (*needed, "global_batch_size", "seed"):
+            if key not in config:
+                raise InputError(f"the configuration lacks {key}; see configs/ for examples")
 
         def weights(group: str) -> tuple[tuple[str, float], ...] | None:
             found = config.get(group)

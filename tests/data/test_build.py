@@ -15,6 +15,7 @@ from echovlm_jax.data import build as building
 from echovlm_jax.data import folder, parts
 from echovlm_jax.data.build import Options, build, validate
 from echovlm_jax.data.dataset import open_dataset
+from echovlm_jax.data.official import group_texts
 from echovlm_jax.data.quarantine import REASONS
 from echovlm_jax.data.sources import SPLITS, read_sources
 from echovlm_jax.errors import InputError
@@ -99,6 +100,14 @@ def test_no_group_is_in_two_splits(tmp_path):
     path.write_text(json.dumps(records[::-1]))
     other = read_sources([path], validation=0.2, test=0.2).rows["split"][::-1]
     assert other.tolist() == list(split.values())
+
+
+@pytest.mark.parametrize(
+    "number", [10**24, 3.0, "p"], ids=["many digits", "a table's float", "text"]
+)
+def test_a_patient_is_one_however_the_number_is_written(number):
+    (same,) = {tuple(group_texts({"patient_id": n})) for n in (number, number)}
+    assert same and same != tuple(group_texts({"patient_id": number * 2}))
 
 
 def test_alone_records_have_no_group_and_ids_stay_out_of_it(tmp_path):

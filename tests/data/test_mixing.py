@@ -115,8 +115,11 @@ def test_the_extra_showings_go_round():
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
-        ({}, "not both or neither"),
-        ({"temperature": 1.0, "weights": {"heart": 1.0}}, "not both or neither"),
+        ({}, "give either mix_temperature or organ_weights"),
+        (
+            {"temperature": 1.0, "weights": {"heart": 1.0}},
+            "give either mix_temperature or organ_weights",
+        ),
         ({"temperature": 0.0}, "above 0, found 0.0"),
         ({"temperature": float("nan")}, "above 0, found nan"),
         ({"weights": {"heart": 1, "kidney": 1}}, "lacks liver"),

@@ -233,12 +233,20 @@ def test_planning_ahead_changes_nothing(monkeypatch, tmp_path) -> None:
     [
         ({"process_count": 3}, "multiple of the number of processes"),
         ({"process_index": 2, "process_count": 2}, "process 2 of 2"),
-        ({"start_step": -1}, "start_step must be at least 0"),
+        ({"start_step": -1}, "start_step must be a whole number of at least 0"),
     ],
 )
 def test_impossible_places_are_refused(where, message) -> None:
     with pytest.raises(InputError, match=message):
         make_batches(config(), **where)
+
+
+@pytest.mark.parametrize("key", ["data_workers", "global_batch_size", "max_image_patches", "seed"])
+def test_impossible_values_are_refused(key) -> None:
+    with pytest.raises(InputError, match=rf"config key {key} must be at least \d; found -1"):
+        make_batches(config(**{key: -1}))
+    with pytest.raises(InputError, match="the configuration lacks data"):
+        make_batches({})
 
 
 # Processes that die, or should.
