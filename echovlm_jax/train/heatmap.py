@@ -15,8 +15,8 @@ def heatmap(loads: Float[np.ndarray, "L O E"], organs: Sequence[str]) -> Image.I
     """Draws which experts the organs' tokens go to.
 
     Args:
-      loads: each organ's shares of choices over the experts: they sum to 1, or are all 0 or
-        not-a-number where an organ had no token. An even load is white, more is red, none is blue.
+      loads: each organ's shares of choices over the experts: they sum to 1, or are
+        not-a-number where an organ had no token (grey). An even load is white, more red, less blue.
       organs: their names.
 
     Returns:
