@@ -215,7 +215,7 @@ def _add_phantom(commands: Any) -> None:
 
 def _add_tokenizer(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
-        from echovlm_jax.data.dataset import texts_of
+        from echovlm_jax.data.examples import texts_of
         from echovlm_jax.data.tokenizer import train_sentencepiece
 
         return train_sentencepiece(texts_of(args.data), args.out, args.vocab_size)

@@ -6,7 +6,6 @@ import json
 import mmap
 import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,18 +60,6 @@ def open_dataset(data: str | Path, split: str = "train") -> Dataset:
 
         return PhantomDataset(split)
     return FolderDataset(data, split)
-
-
-def texts_of(data: str | Path, split: str = "train") -> Iterator[str]:
-    """What is said and written in a split: answers, questions and reports, record by record."""
-    dataset = open_dataset(data, split)
-    for i in range(len(dataset)):
-        record = dataset.record(i)
-        yield from (turn.text for turn in record.turns)
-        for report in record.reports:
-            yield from (report.findings, report.impression, report.caption, report.diagnosis)
-            for question in report.questions:
-                yield from (question.question, question.answer, *question.options)
 
 
 def split_names(data: str | Path) -> tuple[str, ...]:

@@ -6,7 +6,9 @@ from a key to a sample, so what is built has exactly the planned lengths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +17,10 @@ from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.dataset import Dataset, open_dataset
 from echovlm_jax.data.encode import text_tokens
 from echovlm_jax.data.fit import Grid, fit
+from echovlm_jax.data.keys import mix
 from echovlm_jax.data.record import Record, Turn
 from echovlm_jax.data.settings import Settings
-from echovlm_jax.data.tasks import compose, mix_for
+from echovlm_jax.data.tasks import TASKS, compose, mix_for
 from echovlm_jax.data.tokenizer import tokenizer_for
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.images import ImageConfig
@@ -66,9 +69,8 @@ def open_source(settings: Settings) -> Source:
     dataset = open_dataset(settings.data, settings.split)
     tokenizer, model, images = tokenizer_for(settings.model, settings.tokenizer)
     weights = dict(settings.task_weights) if settings.task_weights else None
-    peers = tuple(np.flatnonzero(dataset.organs == i) for i in range(len(dataset.organ_names)))
     tasks = mix_for(settings.stage, weights)
-    return Source(settings, dataset, tokenizer, model, images, tasks, peers)
+    return Source(settings, dataset, tokenizer, model, images, tasks, _peers(dataset))
 
 
 def example(source: Source, number: int, key: int) -> Example:
@@ -81,7 +83,8 @@ def example(source: Source, number: int, key: int) -> Example:
     """
     record = source.dataset.record(number)
     try:
-        composed = compose(record, key, source.tasks, lambda n: _other(source, number, n))
+        other = partial(_other, source.dataset, source.peers, number)
+        composed = compose(record, key, source.tasks, other)
     except InputError as error:
         raise NoExample(NOTHING, record, str(error)) from None
     kinds = ["video" if medium.frames else "image" for medium in record.media]
@@ -113,11 +116,33 @@ def example(source: Source, number: int, key: int) -> Example:
     )
 
 
-def _other(source: Source, number: int, n: int) -> Record | None:
+def texts_of(data: str | Path, split: str = "train", draws: int = 2) -> Iterator[str]:
+    """What is said in training, turn by turn: of each record `draws` samples of all tasks.
+
+    A tokenizer that learns from these has pieces for what is asked as well as for reports.
+    """
+    dataset = open_dataset(data, split)
+    peers, tasks = _peers(dataset), {str(task): 1.0 for task in TASKS}
+    for number in range(len(dataset)):
+        record = dataset.record(number)
+        for draw in range(draws):
+            other = partial(_other, dataset, peers, number)
+            try:
+                composed = compose(record, int(mix(number, draw)), tasks, other)
+            except InputError:
+                break  # nothing to teach from; a plan counts such records
+            yield from (turn.text for turn in composed.turns)
+
+
+def _peers(dataset: Dataset) -> tuple[np.ndarray, ...]:
+    return tuple(np.flatnonzero(dataset.organs == i) for i in range(len(dataset.organ_names)))
+
+
+def _other(dataset: Dataset, peers: tuple[np.ndarray, ...], number: int, n: int) -> Record | None:
     """The n-th record of the same organ, this one left out; None where it is the only one."""
-    peers = source.peers[int(source.dataset.organs[number])]
-    if len(peers) < 2:
+    others = peers[int(dataset.organs[number])]
+    if len(others) < 2:
         return None
-    place = n % (len(peers) - 1)
-    place += place >= np.searchsorted(peers, number)
-    return source.dataset.record(int(peers[place]))
+    place = n % (len(others) - 1)
+    place += place >= np.searchsorted(others, number)
+    return dataset.record(int(others[place]))
