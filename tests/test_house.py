@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "quantize": {"config", "mesh", "model", "processing", "progress"},
     "generate": {"config", "mesh", "model", "ops", "processing", "progress"},
     "load": _LOAD,
-    "evaluate": {"config", "data", "generate", "load", "progress"},
+    "evaluate": {"config", "data", "generate", "load", "processing", "progress"},
     "plan": {"config", "chips", "flops", "mesh", "model", "train", "generate", "progress"},
     # The package's front door, and the commands that go the whole way.
     "": {"load"},

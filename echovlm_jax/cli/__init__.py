@@ -24,6 +24,7 @@ from echovlm_jax.cli.checkpoints import (
 )
 from echovlm_jax.cli.data import add_data
 from echovlm_jax.cli.demo import add_demo
+from echovlm_jax.cli.evaluate import add_compare, add_eval, add_score
 from echovlm_jax.cli.frame import Parser, explain, quiet_libraries, stdout_for_json, version_text
 from echovlm_jax.cli.generate import add_generate
 from echovlm_jax.cli.measure import add_bench, add_plan
@@ -70,7 +71,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (
         *(add_demo, add_convert, add_export, add_upcycle, add_inspect, add_verify),
-        *(add_parity, add_data, add_plan, add_train, add_generate, add_bench),
+        *(
+            add_parity,
+            add_data,
+            add_plan,
+            add_train,
+            add_generate,
+            add_eval,
+            add_score,
+            add_compare,
+        ),
+        add_bench,
     ):
         add(commands)
     return parser

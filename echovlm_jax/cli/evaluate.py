@@ -1,0 +1,166 @@
+"""`echovlm eval`, `score` and `compare`: how well a model answers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from echovlm_jax.cli.data import DATA
+from echovlm_jax.cli.frame import MODEL, Result, add_command
+from echovlm_jax.cli.printing import lines, table
+
+_GIVEN = (
+    *("split", "tasks", "limit", "images", "seed", "language", "batch_size", "max_new_tokens"),
+    *("max_image_patches", "bertscore"),
+)
+
+
+def add_eval(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.evaluate.harness import evaluate
+
+        given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}
+        return evaluate(args.model, args.data, args.out, **given)
+
+    command = add_command(
+        commands,
+        "eval",
+        run,
+        "evaluate a model on a split; it is asked for each exam's report, diagnosis and a choice "
+        "or judgement, and OUT gets its predictions beside the references, the metrics by organ "
+        "and task, and an HTML report. A run that was stopped goes on",
+        "echovlm eval echovlm-orbax/ --data exams/ --out results/\n"
+        "  echovlm eval run/ --data phantom --limit 100 --images blind --out blind/",
+        show=_show_eval,
+    )
+    command.add_argument("model", type=Path, metavar="MODEL", help=f"{MODEL}; or a training run's")
+    command.add_argument("--data", required=True, metavar="DIR", help=DATA)
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to make"
+    )
+    command.add_argument("--split", metavar="S", help="default: test")
+    command.add_argument(
+        "--tasks",
+        type=lambda text: tuple(text.split(",")),
+        metavar="T,T",
+        help="of report, diagnosis, vqa; default: all",
+    )
+    command.add_argument("--limit", type=int, metavar="N", help="the first N exams alone")
+    command.add_argument(
+        "--images",
+        metavar="I",
+        help="given; blind: none are shown; swapped: those of another organ; shuffled: those of "
+        "another exam of the organ; default: given",
+    )
+    command.add_argument("--language", metavar="L", help="ask in zh or en alone; default: both")
+    command.add_argument(
+        "--seed", type=int, metavar="S", help="of wordings, swaps and resamples; default: 0"
+    )
+    command.add_argument("--batch-size", type=int, metavar="N", help="exams at a time; default: 16")
+    command.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="of a report at the most; default: 512"
+    )
+    command.add_argument(
+        "--max-image-patches",
+        type=int,
+        metavar="N",
+        help="larger images are made this small; default: as the model was trained",
+    )
+    command.add_argument(
+        "--bertscore", type=Path, metavar="DIR", help="a local BERT-like model, for BERTScore"
+    )
+
+
+def add_score(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.evaluate.score import score_files
+
+        return score_files(args.references, args.predictions, args.lang, segment=args.segment)
+
+    command = add_command(
+        commands,
+        "score",
+        run,
+        'score predictions against references; both are files with a line {"id", "text"} a text',
+        "echovlm score --references references.jsonl --predictions answers.jsonl --lang zh",
+        show=_show_score,
+    )
+    command.add_argument("--references", type=Path, required=True, metavar="R.jsonl")
+    command.add_argument("--predictions", type=Path, required=True, metavar="P.jsonl")
+    command.add_argument(
+        "--lang", choices=("zh", "en"), default="zh", help="decides the tokens; default: zh"
+    )
+    command.add_argument(
+        "--segment",
+        choices=("characters", "jieba"),
+        default="characters",
+        help="what a Chinese token is: a character, or a word by jieba; default: characters",
+    )
+
+
+def add_compare(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Result:
+        from echovlm_jax.evaluate.compare import compare
+
+        return compare(args.a, args.b)
+
+    command = add_command(
+        commands,
+        "compare",
+        run,
+        "compare two evaluations of the same samples; the difference of every metric, by paired "
+        "bootstrap",
+        "echovlm compare results/ blind/",
+        show=_show_compare,
+    )
+    command.add_argument("a", type=Path, metavar="A", help="a folder that `eval` left")
+    command.add_argument("b", type=Path, metavar="B", help="another; differences are B less A")
+
+
+def _show_eval(result: Result, args: argparse.Namespace) -> None:
+    overall = result["overall"]
+    metrics = [name for name, value in overall.items() if isinstance(value, float)]
+    rows = [{"": "all"} | _row(overall, metrics)]
+    rows += [{"": part} | _row(row, metrics) for part, row in result["by_organ"].items()]
+    rows += [{"": part} | _row(row, metrics) for part, row in result["by_task"].items()]
+    print("\n".join(table(rows)), end="\n\n")
+    print("\n".join(table(list(_intervals(overall)))), end="\n\n")
+    rest = {key: result[key] for key in ("n", "failed", "signature", "reasons", "out")}
+    print("\n".join(lines(rest)))
+
+
+def _row(row: Mapping[str, Any], metrics: list[str]) -> dict[str, Any]:
+    return {"n": row["n"]} | {name: _number(row[name]) for name in metrics}
+
+
+def _intervals(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, (low, high) in row["intervals"].items():
+        yield {"": name, "all": _number(row[name]), "95 % interval": f"{low:.2f} to {high:.2f}"}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _show_score(result: Result, args: argparse.Namespace) -> None:
+    print("\n".join(table(list(_intervals(result)))), end="\n\n")
+    rest = {key: result[key] for key in ("n", "missing", "unexpected", "signature")}
+    print("\n".join(lines(rest)))
+
+
+def _show_compare(result: Result, args: argparse.Namespace) -> None:
+    rows = [
+        {
+            "": name,
+            "A": _number(found["a"]),
+            "B": _number(found["b"]),
+            "B - A": f"{found['difference']:+.2f}",
+            "95 % interval": "{:+.2f} to {:+.2f}".format(*found["interval"]),
+            "p": f"{found['p']:.3f}",
+        }
+        for name, found in result["overall"].items()
+    ]
+    print("\n".join(table(rows)), end="\n\n")
+    print("\n".join(lines({key: result[key] for key in ("a", "b", "n", "signature")})))

@@ -1,0 +1,1 @@
+"""How well a model answers: metrics with intervals, the harness, comparisons, the HTML report."""

@@ -1,0 +1,327 @@
+"""A model over a split of a dataset: predictions beside references, and the tables made of them.
+
+The work goes window by window of `batch_size` exams. A window's samples of one kind are a batch,
+always the same one, whatever was done before; its lines are written when all its batches are there.
+So a run that was stopped goes on to the same file, byte for byte.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from echovlm_jax.data.dataset import Dataset, open_dataset
+from echovlm_jax.errors import InputError
+from echovlm_jax.evaluate.answers import read_answer
+from echovlm_jax.evaluate.samples import Limits, Sample, inputs_of, make_samples
+from echovlm_jax.evaluate.summary import KINDS, NO_BERTSCORE, Line, summarise
+from echovlm_jax.load import load_model
+from echovlm_jax.processing.files import model_files, read_json, read_json_if_there, shown
+from echovlm_jax.progress import progress as progress_bar
+
+SETTINGS, PREDICTIONS = "settings.json", "predictions.jsonl"
+METRICS, BERTSCORE = "metrics.json", "bertscore.json"
+# A label, a letter or a word: what comes after so many tokens is no part of the answer.
+SHORT = 64
+_MOST_PATCHES = 2**30  # no limit: the processor's own holds
+_MEDIA_BYTES = 2**28  # of decoded images kept for an exam's other questions
+_NAMES_ONLY = ("model", "data")  # settings that may differ: the fingerprints tell
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    split: str = "test",
+    tasks: Sequence[str] = KINDS,
+    limit: int | None = None,
+    images: str = "given",
+    seed: int = 0,
+    language: str | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 512,
+    max_image_patches: int | None = None,
+    bertscore: str | Path | None = None,
+    report: bool = True,
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, Any]:
+    """Asks a model about every exam of a split and scores what it says; greedy decoding.
+
+    `out` gets settings.json, predictions.jsonl (a line a sample, in the order of the split),
+    metrics.json and report.html. A call with the same settings goes on where another stopped.
+
+    Args:
+      model: a MODEL folder; of a training run, images get as large as they did in training.
+      data: a dataset's folder, or "phantom".
+      out: a new folder, or one that an evaluation with the same settings began.
+      split: of the dataset.
+      tasks: of "report", "diagnosis" and "vqa".
+      limit: the first so many exams; None = all.
+      images: "given"; "blind": none are shown; "swapped": those of an exam of another organ;
+        "shuffled": those of another exam of the same organ, where it has one.
+      seed: decides wordings and languages, swaps and resamples.
+      language: ask in "zh" or "en" only; None = in each exam's own, by seed where it has both.
+      batch_size: exams asked about at a time.
+      max_new_tokens: of a report; other answers end at SHORT tokens at the latest.
+      max_image_patches: what an image may have; None = as in training, or as the processor says.
+      bertscore: a local folder of a BERT-like model, for BERTScore.
+      report: whether to write report.html.
+      progress: called with the samples done and all of them.
+
+    Returns:
+      overall, by_organ, by_task, signature, reasons, as in metrics.json; n, failed (samples without
+      a prediction, scored as empty), out, settings.
+
+    Raises:
+      InputError: the model or data can't be used, a setting is out of range, or `out` holds
+        something else.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, found {batch_size}")
+    out = Path(out)
+    dataset = open_dataset(data, split)
+    asked = {"kinds": tuple(tasks), "limit": limit, "images": images, "seed": seed}
+    exams = make_samples(dataset, **asked, language=language)  # type: ignore[arg-type]
+    if not any(exams):
+        raise InputError(f"{shown(data)}: split {split!r} has no text for {', '.join(tasks)}")
+    loaded = load_model(model)
+    settings: dict[str, Any] = {
+        "model": str(model),
+        "model_fingerprint": fingerprint(loaded.params),
+        "data": str(data),
+        "data_fingerprint": dataset.fingerprint,
+        **{"split": split, "tasks": list(tasks), "limit": limit, "images": images},
+        **{"seed": seed, "language": language, "batch_size": batch_size},
+        **{"max_new_tokens": max_new_tokens, "max_image_patches": max_image_patches},
+        "sampling": "greedy",
+    }
+    limits = _limits(loaded, Path(model), max_new_tokens, max_image_patches)
+    _begin(out, settings)
+    size = min(batch_size, len(exams))
+    windows = [exams[i : i + size] for i in range(0, len(exams), size)]
+    lines, todo = _done(out / PREDICTIONS, windows)
+    total = sum(len(exam) for exam in exams)
+    read = _reader(dataset)
+    with (
+        open(out / PREDICTIONS, "a", encoding="utf-8", errors="backslashreplace") as file,
+        progress_bar(total, "sample", "evaluate") as tick,
+    ):
+        tick(len(lines))
+        for window in windows[todo:]:
+            made = _answer(loaded, dataset, read, window, size, limits, max_new_tokens)
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in made))
+            file.flush()
+            lines += made
+            tick(len(made))
+            if progress is not None:
+                progress(len(lines), total)
+    return _finish(out, lines, settings, bertscore, report)
+
+
+def _finish(
+    out: Path,
+    lines: list[dict[str, Any]],
+    settings: dict[str, Any],
+    bertscore: str | Path | None,
+    report: bool,
+) -> dict[str, Any]:
+    """Writes the tables and the report of all predictions."""
+    reasons, signed = {"bertscore": NO_BERTSCORE}, {}
+    if bertscore is not None:
+        from echovlm_jax.evaluate.bertscore import bertscore as score
+
+        texts = [line for line in lines if line["kind"] == "report"]
+        found, signed = score(
+            [line["reference"] for line in texts],
+            [line["prediction"] for line in texts],
+            bertscore,
+        )
+        values = dict(zip((line["id"] for line in texts), found, strict=True))
+        write_json(out / BERTSCORE, values)
+        reasons = {}
+    result = summarise(with_bertscore(lines, out), int(settings["seed"]), reasons)
+    result["signature"] |= signed
+    failed = sum("error" in line for line in lines)
+    result |= {"n": len(lines), "failed": failed, "settings": settings}
+    write_json(out / METRICS, result)
+    if report:
+        from echovlm_jax.evaluate.report import write_report
+
+        write_report(out, title="Evaluation")
+    return result | {"out": str(out)}
+
+
+def with_bertscore(lines: Sequence[Line], out: Path) -> list[dict[str, Any]]:
+    """The lines, those of reports with the "bertscore" that the folder has for them."""
+    known = read_json_if_there(out / BERTSCORE) or {}
+    return [{**line, "bertscore": known.get(line["id"])} for line in lines]
+
+
+def _answer(
+    model: Any,
+    dataset: Dataset,
+    read: Callable[[int], list[np.ndarray]],
+    window: Sequence[Sequence[Sample]],
+    size: int,
+    limits: Limits,
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """The lines of a window of exams, in order."""
+    inputs: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    errors: dict[str, str] = {}
+    samples = [sample for exam in window for sample in exam]
+    for sample in samples:
+        pixels = [] if sample.media is None else read(sample.media)
+        record = None if sample.media is None else dataset.record(sample.media)
+        try:
+            inputs[sample.id] = inputs_of(model, sample, pixels, record, limits)
+        except InputError as error:
+            errors[sample.id] = " ".join(str(error).split())
+    for kind in KINDS:
+        batch = [s.id for s in samples if s.kind == kind and s.id in inputs]
+        if not batch:
+            continue
+        # Filled up: another number of rows would be another program to compile.
+        rows = batch + batch[-1:] * (size - len(batch))
+        new = max_new_tokens if kind == "report" else min(SHORT, max_new_tokens)
+        answers = model.answer([inputs[name] for name in rows], max_new_tokens=new)
+        texts |= {name: a["text"] for name, a in zip(batch, answers, strict=False)}
+    return [_line(s, texts.get(s.id, ""), errors.get(s.id)) for s in samples]
+
+
+def _line(sample: Sample, prediction: str, error: str | None) -> dict[str, Any]:
+    extracted = correct = None
+    if sample.answer is not None:
+        extracted = read_answer(sample.task, prediction, sample.question, sample.labels)
+        correct = extracted == sample.answer
+    line: dict[str, Any] = {
+        **{"id": sample.id, "record": sample.record, "organ": sample.organ},
+        **{"task": sample.task, "kind": sample.kind, "language": sample.language},
+        **{"question": sample.question, "reference": sample.reference, "prediction": prediction},
+        **{"answer": sample.answer, "extracted": extracted, "correct": correct},
+    }
+    return line if error is None else line | {"error": error}
+
+
+def fingerprint(params: Any) -> str:
+    """Hexadecimal, of a corner of every parameter: another checkpoint has another one."""
+
+    digest = hashlib.blake2b(digest_size=16)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for name, leaf, corner in zip(names, jax.tree.leaves(params), _corners(params), strict=True):
+        digest.update(f"{name} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(np.asarray(corner).tobytes())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _corners(tree: Any) -> list[jax.Array]:
+    return [
+        leaf[tuple(slice(0, 4) for _ in leaf.shape)].astype(jnp.float32)
+        for leaf in jax.tree.leaves(tree)
+    ]
+
+
+def _limits(model: Any, folder: Path, new: int, max_image_patches: int | None) -> Limits:
+    """How large exams may get: as in the training run that the folder is of, where it is one."""
+    room = model.config.text.max_position_embeddings - new
+    if room < 1:
+        raise InputError(
+            f"max_new_tokens {new} leaves no room for a prompt below this model's"
+            f" max_position_embeddings {model.config.text.max_position_embeddings}"
+        )
+    files = model_files(folder)
+    run = read_json(files.parent / "config.json") if files != folder else {}
+    of_run = run.get("max_image_patches", _MOST_PATCHES)
+    return Limits(
+        seq_len=min(room, int(run.get("seq_len", room))),
+        max_patches=int(run.get("max_patches", _MOST_PATCHES)),
+        max_image_patches=int(of_run if max_image_patches is None else max_image_patches),
+    )
+
+
+def _begin(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes the folder, or checks that it was begun with the same settings."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{shown(out)}: is a file; name a new folder")
+    begun = read_json_if_there(out / SETTINGS)
+    if begun is None:
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{shown(out)}: is not empty and no evaluation's; name a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / SETTINGS, settings)
+        return
+    for key in {**settings, **begun}:
+        if key not in _NAMES_ONLY and begun.get(key) != settings.get(key):
+            raise InputError(
+                f"{shown(out)}: was begun with {key} {begun.get(key)!r}, not"
+                f" {settings.get(key)!r}; name a new folder"
+            )
+
+
+def _done(
+    path: Path, windows: Sequence[Sequence[Sequence[Sample]]]
+) -> tuple[list[dict[str, Any]], int]:
+    """The lines of the windows that are whole, and how many these are; cuts off what is after."""
+    if not path.exists():
+        return [], 0
+    *whole, _ = path.read_bytes().split(b"\n")
+    lines: list[dict[str, Any]] = []
+    size = number = 0
+    for window in windows:
+        samples = [sample for exam in window for sample in exam]
+        raw = whole[len(lines) : len(lines) + len(samples)]
+        if len(raw) < len(samples):
+            break
+        lines += [_read_line(path, line, s) for line, s in zip(raw, samples, strict=True)]
+        size += sum(len(line) + 1 for line in raw)
+        number += 1
+    if path.stat().st_size != size:
+        with open(path, "r+b") as file:
+            file.truncate(size)
+    return lines, number
+
+
+def _read_line(path: Path, raw: bytes, sample: Sample) -> dict[str, Any]:
+    try:
+        line = json.loads(raw)
+        if line["id"] == sample.id and isinstance(line["prediction"], str):
+            return line
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise InputError(
+        f"{shown(path)}: its line of {shown(sample.id)} is not what an evaluation wrote; name a new"
+        " folder"
+    )
+
+
+def _reader(dataset: Dataset) -> Callable[[int], list[np.ndarray]]:
+    """`dataset.media`, the last exams' kept: their other questions come soon."""
+    kept: dict[int, list[np.ndarray]] = {}
+
+    def read(number: int) -> list[np.ndarray]:
+        if number not in kept:
+            if sum(pixels.nbytes for media in kept.values() for pixels in media) > _MEDIA_BYTES:
+                kept.clear()
+            kept[number] = dataset.media(number)
+        return kept[number]
+
+    return functools.wraps(dataset.media)(read)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole: a reader never finds half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1), "utf-8", "backslashreplace")
+    os.replace(partial, path)

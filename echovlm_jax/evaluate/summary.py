@@ -1,0 +1,70 @@
+"""From a line a sample to tables: every metric over all, by organ and by task, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from echovlm_jax.evaluate.answers import RULES, macro_f1
+from echovlm_jax.evaluate.bootstrap import Statistic, mean_of
+from echovlm_jax.evaluate.metrics import TEXT_METRICS, percentages, signature, text_statistics
+
+Line = Mapping[str, Any]
+METRICS = (
+    *TEXT_METRICS,
+    *("bertscore", "diagnosis_accuracy", "diagnosis_macro_f1", "vqa_accuracy"),
+)
+KINDS = ("report", "diagnosis", "vqa")
+NO_BERTSCORE = "no model folder was given"
+
+
+def statistics(lines: Sequence[Line]) -> dict[str, Statistic]:
+    """Every metric of METRICS but bertscore: text metrics over the kind "report", accuracies over
+    the samples with an answer of theirs. A metric without samples has no rows."""
+    kinds = {kind: [line for line in lines if line["kind"] == kind] for kind in KINDS}
+    reports, diagnoses = kinds["report"], kinds["diagnosis"]
+    out = text_statistics(
+        [line["reference"] for line in reports],
+        [line["prediction"] for line in reports],
+        [line["language"] for line in reports],
+    )
+    out["diagnosis_accuracy"] = mean_of([bool(line["correct"]) for line in diagnoses])
+    out["diagnosis_macro_f1"] = macro_f1(
+        [line["answer"] for line in diagnoses], [line["extracted"] for line in diagnoses]
+    )
+    out["vqa_accuracy"] = mean_of([bool(line["correct"]) for line in kinds["vqa"]])
+    if scored := [line["bertscore"] for line in reports if line.get("bertscore") is not None]:
+        out["bertscore"] = mean_of(scored)
+    return out
+
+
+def table(lines: Sequence[Line], seed: int) -> dict[str, Any]:
+    """One row of a table: each of METRICS, or None without samples, intervals and n."""
+    found: dict[str, Any] = dict.fromkeys(METRICS)
+    return found | percentages(statistics(lines), seed) | {"n": len(lines)}
+
+
+def summarise(lines: Sequence[Line], seed: int, reasons: Mapping[str, str]) -> dict[str, Any]:
+    """overall, by_organ, by_task, signature and reasons, as in `metrics.json`."""
+    languages = [line["language"] for line in lines if line["kind"] == "report"]
+    out = {
+        "overall": table(lines, seed),
+        "by_organ": _by(lines, "organ", lambda part: table(part, seed)),
+        "by_task": _by(lines, "task", lambda part: table(part, seed)),
+        "signature": signature(languages, seed=seed) | RULES,
+    }
+    absent = {
+        name: f"no sample of the kind {'report' if name in TEXT_METRICS else name.split('_')[0]}"
+        for name in METRICS
+        if out["overall"][name] is None
+    }
+    return out | {"reasons": absent | dict(reasons)}
+
+
+def _by(
+    lines: Iterable[Line], key: str, made: Callable[[list[Line]], dict[str, Any]]
+) -> dict[str, Any]:
+    parts: dict[str, list[Line]] = {}
+    for line in lines:
+        parts.setdefault(line[key], []).append(line)
+    return {name: made(parts[name]) for name in sorted(parts)}
