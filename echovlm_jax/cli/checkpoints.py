@@ -21,7 +21,7 @@ def add_convert(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         from echovlm_jax.convert.from_torch import convert
 
-        return convert(args.src, args.dst, dtype=args.dtype)
+        return convert(args.src, args.dst, dtype=args.dtype, adapter=args.adapter)
 
     command = add_command(
         commands,
@@ -34,25 +34,54 @@ def add_convert(commands: Any) -> None:
     command.add_argument("src", type=Path, metavar="SRC", help="a Hugging Face folder")
     command.add_argument("dst", type=Path, metavar="DST", help="the folder to make")
     command.add_argument("--dtype", metavar="D", help="store as D, e.g. bfloat16; default: as is")
+    command.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="PEFT",
+        help="merge a PEFT adapter's folder into the weights",
+    )
 
 
 def add_export(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
+        if args.adapter:
+            from echovlm_jax.convert.peft import export_adapter
+
+            return export_adapter(args.model, args.dst)
         from echovlm_jax.convert.to_torch import export
 
-        return export(args.model, args.dst, max_shard_size=args.max_shard_size)
+        return export(
+            args.model,
+            args.dst,
+            max_shard_size=args.max_shard_size,
+            merge_lora=args.merge_lora,
+        )
 
     command = add_command(
         commands,
         "export",
         run,
-        "turn a checkpoint back into a Hugging Face folder",
+        "turn a checkpoint back into a Hugging Face folder; a training run's low-rank updates are "
+        "added to its weights, or with --adapter written by themselves",
         "echovlm export echovlm-orbax/ EchoVLM-hf/ --max-shard-size 5GB",
     )
     command.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
     command.add_argument("dst", type=Path, metavar="DST", help="the folder to make")
     command.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s"
+    )
+    either = command.add_mutually_exclusive_group()
+    either.add_argument(
+        "--merge-lora",
+        action="store_true",
+        help="add low-rank updates to the weights, as is done without this too; with it, a model "
+        "that has none is refused",
+    )
+    either.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write what a run trained as a PEFT adapter: its updates, and in full what trained in "
+        "full; DST is one file, for use on top of the model that the run began with",
     )
 
 

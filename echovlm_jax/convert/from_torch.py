@@ -24,6 +24,7 @@ from echovlm_jax import digests
 from echovlm_jax.convert import folder, store, table
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
+from echovlm_jax.convert.peft import Adapter, open_adapter
 from echovlm_jax.digests import sync_folder
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
@@ -43,6 +44,7 @@ class Plan:
       dtypes: of each parameter, by path.
       identity: in JSON's types; work that was begun is gone on with only where it is equal.
       config: the content of config.json; the source's own by default.
+      adapter: what is merged into the tensors.
     """
 
     source: sources.Source
@@ -51,6 +53,7 @@ class Plan:
     dtypes: dict[str, np.dtype]
     identity: dict[str, Any]
     config: Mapping[str, Any] | None = None
+    adapter: Adapter | None = None
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
         """Each parameter's shape, dtype and count of stacked axes."""
@@ -70,6 +73,7 @@ def convert(
     dst: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Converts a Hugging Face-form checkpoint to DST/{config.json, …, params/, conversion.json,
     XXH128SUMS}.
@@ -81,6 +85,8 @@ def convert(
       src: a folder with config.json and weights, or one weight file in such a folder.
       dst: the folder to make.
       dtype: bfloat16, float32 or float16 to cast to; by default every bit stays.
+      adapter: the folder of a PEFT adapter to merge in: updates are added, in float32, and what it
+        has in full takes the source's place.
 
     Returns:
       The report: tensors, bytes, seconds, peak_rss_bytes, missing, unexpected (both empty: either
@@ -91,7 +97,7 @@ def convert(
       InputError: the source is incomplete, damaged or not of its config.json; DST exists; no space.
     """
     wanted = folder.as_dtype(dtype)
-    return carry_out(lambda: _make_plan(src, wanted), dst)
+    return carry_out(lambda: _make_plan(src, wanted, adapter), dst)
 
 
 def carry_out(make_plan: Callable[[], Plan], dst: str | os.PathLike[str]) -> dict[str, Any]:
@@ -166,9 +172,14 @@ def _make_model(plan: Plan, partial: Path, journal: Journal) -> None:
     folder.copy_side_files(plan.source.folder, model, dtype, plan.config)
 
 
-def _make_plan(src: str | os.PathLike[str], dtype: np.dtype | None) -> Plan:
+def _make_plan(
+    src: str | os.PathLike[str],
+    dtype: np.dtype | None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Plan:
     source = sources.open_source(src, once=True)
-    slots = table.slots(folder.read_config(source.folder))
+    model = folder.read_config(source.folder)
+    slots = table.slots(model)
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     match = table.match(slots, shapes, str(source.folder))
     dtypes = folder.leaf_dtypes(source, slots, match, dtype)
@@ -180,7 +191,10 @@ def _make_plan(src: str | os.PathLike[str], dtype: np.dtype | None) -> Plan:
         "dtype": dtype.name if dtype else None,
         "layout": 1,
     }
-    return Plan(source, slots, match, dtypes, identity)
+    added = None if adapter is None else open_adapter(adapter, model)
+    if added:
+        identity["adapter"] = added.fingerprint
+    return Plan(source, slots, match, dtypes, identity, adapter=added)
 
 
 def _finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -277,7 +291,11 @@ def _chunks(
         for cut in cuts:
             shape = store.piece_shape(cut)
             stop = start + int(np.prod(shape))
-            values = folder.cast(tensor.read(start, stop), dtype, name).reshape(shape)
+            values = tensor.read(start, stop)
+            if plan.adapter:
+                row = slot.size // slot.shape[0]
+                values = plan.adapter.merged(name, values, start, row)
+            values = folder.cast(values, dtype, name).reshape(shape)
             start = stop
             hashed = hasher.submit(digest.update, values.reshape(-1).view(np.uint8).data)
             written = writer.write(slot.path, (*slot.index, *cut), values)

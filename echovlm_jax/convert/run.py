@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,12 @@ def run_step(path: Path) -> tuple[Path, int] | None:
 class Run:
     """`folder.Model` of a run's checkpoint, whose every byte is checked first.
 
+    Attributes:
+      trained: the parameters that train in full, by path.
+      updated: those that have low-rank updates.
+      lora: the updates' rank, alpha and dropout.
+      base: the model that the run began with: a folder or a preset.
+
     Raises:
       InputError: the checkpoint is broken, or not of the run's model.
     """
@@ -72,7 +79,10 @@ class Run:
                     f"{checkpoint}: parameter {name} has shape {found and list(found)}, expected"
                     f" {list(shape)} by {path}"
                 )
-        self._scale = _lora_scale(run)
+        self.trained = {name for name, stored in self._stored.items() if stored.startswith(_PARAMS)}
+        self.updated = {name for name in self._stored if _update(name, "a") in self._reader.shapes}
+        self.base, self.lora = _settings(run)
+        self._scale = self.lora["alpha"] / self.lora["rank"]
         self.dtypes = {name: self._reader.dtypes[at] for name, at in self._stored.items()}
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}
@@ -80,30 +90,42 @@ class Run:
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         """One block of one parameter, with its update where it has one: W + scale · b a."""
         block = self._reader.read(self._stored[path], index)
-        a, b = (f"{_LORA}{path.removesuffix('/kernel')}/{name}" for name in "ab")
-        if a not in self._reader.shapes:
+        if path not in self.updated:
             return block
-        # Beside [layers?, *out, *in]: a [layers?, rank, *in], b [layers?, *out, rank].
-        axes = self._reader.shapes[self._stored[path]]
-        stacked = len(self._reader.shapes[a]) + len(self._reader.shapes[b]) - len(axes) - 2
-        out = len(self._reader.shapes[b]) - 1
-        whole = slice(0, self._reader.shapes[b][-1])
-        layers, rest = index[:stacked], index[out:]
-        low = self._reader.read(a, (*layers, whole, *rest)).astype(np.float32)
-        high = self._reader.read(b, (*index[:out], whole)).astype(np.float32)
+        # Beside [stacked?, *out, *in]: a [stacked?, rank, *in], b [stacked?, *out, rank].
+        a, b = self.update_shape(path, "a"), self.update_shape(path, "b")
+        stacked = len(a) + len(b) - len(index) - 2
+        out, rank = len(b) - 1, b[-1]
+        whole = slice(0, rank)
+        low = self.read_update(path, "a", (*index[:stacked], whole, *index[out:]))
+        high = self.read_update(path, "b", (*index[:out], whole))
         count = math.prod(low.shape[:stacked])
-        rank = whole.stop
         product = np.matmul(high.reshape(count, -1, rank), low.reshape(count, rank, -1))
         update = self._scale * product.reshape(block.shape)
         return (block.astype(np.float32) + update).astype(block.dtype)
 
+    def update_shape(self, path: str, name: str) -> tuple[int, ...]:
+        """The shape of a parameter's "a" or "b"."""
+        return self._reader.shapes[_update(path, name)]
 
-def _lora_scale(run: Path) -> float:
-    """alpha / rank, as the run trained."""
+    def read_update(self, path: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """One block of a parameter's "a" or "b", in float32."""
+        return self._reader.read(_update(path, name), index).astype(np.float32)
+
+
+def _update(path: str, name: str) -> str:
+    return f"{_LORA}{path.removesuffix('/kernel')}/{name}"
+
+
+def _settings(run: Path) -> tuple[str, dict[str, Any]]:
+    """The model that a run began with, and how its updates are scaled."""
     try:
-        lora = json.loads((run / CONFIG).read_text("utf-8"))["lora"]
-        return float(lora["alpha"]) / float(lora["rank"])
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        config = json.loads((run / CONFIG).read_text("utf-8"))
+        lora = {name: config["lora"][name] for name in ("rank", "alpha", "dropout")}
+        if not all(math.isfinite(value) for value in lora.values()) or lora["rank"] < 1:
+            raise ValueError
+        return str(config["model"]), lora
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"{run / CONFIG}: is missing or damaged; it says how updates are scaled (lora.alpha,"
             " lora.rank)"

@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,19 @@ def export(
     dst: str | os.PathLike[str],
     *,
     max_shard_size: str | int = "5GB",
+    merge_lora: bool = False,
 ) -> dict[str, Any]:
     """Writes safetensors (one file, or shards with an index), config.json and the side files.
 
     Every tensor is checked against the digest that the conversion recorded. Works in
     DST.exporting, which only one process can hold, and renames at the end. What a killed export
-    left there is made anew.
+    left there is made anew. A training run's low-rank updates are added to its weights.
 
     Args:
       model: a MODEL folder.
       dst: the folder to make.
       max_shard_size: a shard's limit, e.g. "5GB" or "500MB"; a larger tensor gets its own shard.
+      merge_lora: refuse a model that has no low-rank updates to add.
 
     Returns:
       The report: tensors, bytes, seconds, peak_rss_bytes.
@@ -51,12 +53,33 @@ def export(
     """
     started = time.monotonic()
     limit = parse_size(max_shard_size)
+    folder.check_new(Path(os.path.abspath(dst)))
+    opened = folder.open_model(model)
+    if merge_lora and not getattr(opened, "updated", None):
+        raise InputError(f"{model}: has no low-rank updates to merge; leave --merge-lora out")
+    tensors = _tensors(opened)
+    total = sum(_nbytes(opened, slot) for slot in tensors.values())
+
+    def write(made: Path) -> None:
+        _write_shards(opened, tensors, made, limit, total)
+        folder.copy_side_files(opened.folder, made)
+
+    make_folder_whole(dst, total, write)
+    return {
+        "tensors": len(tensors),
+        "bytes": total,
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_rss_bytes": folder.peak_rss_bytes(),
+    }
+
+
+def make_folder_whole(
+    dst: str | os.PathLike[str], size: int, write: Callable[[Path], None]
+) -> None:
+    """Makes the folder `dst` of what `write` puts into one, of about `size` bytes, or nothing."""
     target = Path(os.path.abspath(dst))
     work = work_folder(target, ".exporting")
     folder.check_new(target)
-    opened = folder.open_model(model)
-    tensors = _tensors(opened)
-    total = sum(_nbytes(opened, slot) for slot in tensors.values())
     make_folder(work)
     with Journal(work / JOURNAL, {"export": 1}):
         made = work / MODEL
@@ -64,9 +87,8 @@ def export(
             folder.check_new(target)  # again: the last one to hold the lock may have made it
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
-            folder.check_space(work, total)
-            _write_shards(opened, tensors, made, limit, total)
-            folder.copy_side_files(opened.folder, made)
+            folder.check_space(work, size)
+            write(made)
             os.replace(made, target)
         except OSError as error:
             raise InputError(
@@ -74,12 +96,6 @@ def export(
             ) from error
         finally:
             discard(work)
-    return {
-        "tensors": len(tensors),
-        "bytes": total,
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_rss_bytes": folder.peak_rss_bytes(),
-    }
 
 
 def parse_size(text: str | int) -> int:

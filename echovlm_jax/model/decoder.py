@@ -14,7 +14,7 @@ from echovlm_jax.config import ModelConfig, TextConfig
 from echovlm_jax.model.cache import Cache
 from echovlm_jax.model.compute import Compute
 from echovlm_jax.model.layers import (
-    WEIGHT_INIT,
+    EMBEDDING_INIT,
     GatedMLP,
     Linear,
     RMSNorm,
@@ -77,7 +77,7 @@ class Embedding(nn.Module):
     layout: Layout = Layout()
 
     def setup(self) -> None:
-        init = partitioned(WEIGHT_INIT, ("vocab", "embed"))
+        init = partitioned(EMBEDDING_INIT, ("vocab", "embed"))
         self.embedding = self.param("embedding", init, self.shape)
 
     def __call__(self, tokens: Array, dtype: Any) -> Array:

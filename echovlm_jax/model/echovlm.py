@@ -102,7 +102,7 @@ def insert_images(x: Array, image_tokens: Array, patch_index: Array) -> Array:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Random parameters in float32: normal with deviation 0.02, biases 0, norm scales 1."""
+    """Random parameters in float32: normal, biases 0, norm scales 1."""
     return nn.meta.unbox(jax.jit(functools.partial(_init, config))(key))
 
 

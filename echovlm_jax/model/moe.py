@@ -11,20 +11,31 @@ import jax.numpy as jnp
 
 from echovlm_jax.config import MoEConfig
 from echovlm_jax.model.compute import Compute
-from echovlm_jax.model.layers import WEIGHT_INIT, GatedMLP, Linear, partitioned
+from echovlm_jax.model.layers import GatedMLP, Linear, partitioned, weight_init
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.moe_dispatch import Experts, Routing, moe, route
 
 
 class ExpertWeights(nn.Module):
-    """One stacked weight of the routed experts: [E, out, in]."""
+    """One stacked weight of the routed experts: [E, out, in].
+
+    A low-rank update from the collection "lora", `a` [E, rank, in] and `b` [E, out, rank], is added
+    to it: how tokens meet experts is then the same with and without.
+    """
 
     shape: tuple[int, int, int]
     axes: tuple[str, str, str]
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("kernel", partitioned(WEIGHT_INIT, self.axes), self.shape)
+        kernel = self.param(
+            "kernel", partitioned(weight_init(self.shape[-1]), self.axes), self.shape
+        )
+        if not self.has_variable("lora", "a"):
+            return kernel
+        a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+        return kernel + einsum("Eor,Eri->Eoi", b, a)
 
 
 class RoutedExperts(nn.Module):

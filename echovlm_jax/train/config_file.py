@@ -17,7 +17,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.mesh import AXES
 from echovlm_jax.model.compute import REMAT
 from echovlm_jax.ops.moe_dispatch import DISPATCHES
-from echovlm_jax.train.stages import STAGES
+from echovlm_jax.train.stages import STAGES, read_rules
 
 
 class Rule(NamedTuple):
@@ -50,6 +50,8 @@ RULES: Mapping[str, Rule] = {
     "model": _NAMED,
     "data": _NAMED,
     "stage": _one_of(tuple(STAGES)),
+    # What each may be, `stages.read_rules` says.
+    "stage_rules": Rule(tuple, bool, "a tuple of (pattern, how)", optional=True),
     "steps": _at_least(1),
     "global_batch_size": _at_least(1),
     "grad_accum": _at_least(1),
@@ -136,6 +138,7 @@ def check_config(config: ConfigDict) -> None:
             f"config key capacity_factor is of moe_dispatch einsum; {flat['moe_dispatch']} drops"
             " nothing: leave it out"
         )
+    read_rules(flat["stage"], flat.get("stage_rules"))
     weights = [value for key, value in flat.items() if key.startswith(f"{ORGANS}.")]
     if bool(weights) == (flat.get("mix_temperature") is not None):
         raise InputError(
@@ -246,6 +249,8 @@ def _is(value: Any, wanted: type) -> bool:
     if wanted in (int, float):
         kind = numbers.Integral if wanted is int else numbers.Real
         return isinstance(value, kind) and not isinstance(value, bool)
+    if wanted is tuple:  # JSON gives a list back
+        return isinstance(value, list | tuple)
     return isinstance(value, wanted)
 
 

@@ -100,6 +100,7 @@ def train(
         )
         stack.callback(batches.close)  # type: ignore[attr-defined]
         stop = stack.enter_context(_asked_to_stop())
+        profiled = stack.enter_context(_profiler(folder, profile))
         log = stack.enter_context(Log(folder, config, program, first))
         tick = stack.enter_context(progress(config.steps - first, "step", "train"))
         _say(f"compiling for {program.mesh.size} devices")
@@ -109,7 +110,7 @@ def train(
 
         step, saved = first, first
         while step < config.steps:
-            with _profiled(folder, profile, step):
+            with profiled(step):
                 batch = global_arrays(next(batches), program.batch)
                 state, metrics = update(state, batch)
                 log.add(step, metrics)  # reads those of the step before: this one still runs
@@ -156,7 +157,7 @@ def _keep_config(config: Config, folder: Path, change: bool) -> None:
 
 
 def _keep_table(program: Program, folder: Path) -> None:
-    table = training_table(program.state, program.how)
+    table = training_table(program.state, program.how, program.rules)
     _write(folder / "trainable.txt", table)
     _say(table.rstrip())
 
@@ -225,14 +226,27 @@ def _evaluation(config: Config, program: Program) -> Any:
 
 
 @contextlib.contextmanager
-def _profiled(folder: Path, steps: tuple[int, int] | None, step: int) -> Iterator[None]:
-    """Writes a profile of the steps from steps[0] to before steps[1]."""
-    if steps and step == steps[0]:
-        jax.profiler.start_trace(str(folder / PROFILE))
-    with jax.profiler.StepTraceAnnotation("train", step_num=step):
-        yield
-    if steps and step == steps[1] - 1:
-        jax.profiler.stop_trace()
+def _profiler(folder: Path, steps: tuple[int, int] | None) -> Iterator[Any]:
+    """Yields a function of the step, to be entered: those from steps[0] to before steps[1] are
+    profiled, as far as this process makes them."""
+    first, end = steps or (0, 0)
+    on = False
+
+    def at(step: int) -> jax.profiler.StepTraceAnnotation:
+        nonlocal on
+        if on != (first <= step < end):
+            on = not on
+            if on:
+                jax.profiler.start_trace(str(folder / PROFILE))
+            else:
+                jax.profiler.stop_trace()
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    try:
+        yield at
+    finally:
+        if on:
+            jax.profiler.stop_trace()
 
 
 def _say(line: str) -> None:

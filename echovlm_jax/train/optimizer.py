@@ -27,7 +27,8 @@ def make_optimizer(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    weight_decay: Any = 0.0,
+    rates: Any = 1.0,
     clip: float = 1.0,
 ) -> optax.GradientTransformation:
     """Clip by the global norm, then AdamW (Loshchilov and Hutter 2019), for trees of `in_float32`.
@@ -35,12 +36,33 @@ def make_optimizer(
     Args:
       schedule: step → learning rate.
       b1, b2, eps: Adam's.
-      weight_decay: decoupled, and times the rate.
+      weight_decay: decoupled, and times the rate: a number, or a tree of one for each array.
+      rates: what the schedule's rate is multiplied with, likewise.
       clip: the gradient's norm over all trainable parameters is at most this.
     """
+
+    def decay_and_rate(updates: Any, params: Any) -> Any:
+        decays, times = (_for_each(given, updates) for given in (weight_decay, rates))
+        return jax.tree.map(
+            lambda u, p, decay, rate: _times(rate, u + decay * p if decay else u),
+            updates,
+            params,
+            decays,
+            times,
+        )
+
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.scale_by_adam(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.stateless(decay_and_rate),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _times(rate: float, x: jax.Array) -> jax.Array:
+    return x if rate == 1 else rate * x
+
+
+def _for_each(given: Any, tree: Any) -> Any:
+    """A number for each array of the tree."""
+    return jax.tree.map(lambda _: given, tree) if isinstance(given, int | float) else given

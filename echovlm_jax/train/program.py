@@ -22,9 +22,9 @@ from echovlm_jax.mesh import AXES, activation_layout, make_mesh, param_shardings
 from echovlm_jax.model import Compute, abstract_params, init_params, logical_axes
 from echovlm_jax.ops.attention import default_implementation
 from echovlm_jax.train.config_file import check_config
-from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes
+from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes, of_experts
 from echovlm_jax.train.optimizer import in_float32, learning_rate, make_optimizer
-from echovlm_jax.train.stages import how_it_trains, split
+from echovlm_jax.train.stages import Rule, by_leaf, match_rules, read_rules, split
 from echovlm_jax.train.step import BATCH_AXES, TrainState, make_eval_step, make_train_step
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes no type checker knows
@@ -42,6 +42,7 @@ class Program(NamedTuple):
     compute: Compute
     mesh: Mesh
     how: dict[str, str]  # each parameter's path → full, lora or frozen
+    rules: dict[str, Rule]  # its rule, with a weight decay
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     step: Callable[..., Any]  # jitted: (state, batch) → (state, metrics), in jax.set_mesh(mesh)
@@ -104,7 +105,8 @@ def make_program(
     )
     dtype, param_dtype = _dtype(config, "dtype"), _dtype(config, "param_dtype")
     shapes, axes = abstract_params(model), logical_axes(model)
-    how = how_it_trains(shapes, config.stage)
+    rules = _rules(config, shapes)
+    how = {path: rule.how for path, rule in rules.items()}
     shardings = param_shardings(axes, shapes, mesh)
     placed = jax.tree.map(_struct, shapes, shardings)
     full, frozen = split(placed, how)
@@ -114,12 +116,14 @@ def make_program(
         low_shardings = param_shardings(lora_axes(axes, how), low, mesh)
         trainable["lora"] = jax.tree.map(_struct, low, low_shardings)
     schedule = learning_rate(config.learning_rate, config.steps, config.warmup_fraction)
+    leaves = by_leaf(trainable, rules)
     optimizer = make_optimizer(
         schedule,
         b1=config.adam_b1,
         b2=config.adam_b2,
         eps=config.adam_eps,
-        weight_decay=config.weight_decay,
+        weight_decay=_each(leaves, "weight_decay"),
+        rates=_each(leaves, "rate"),
         clip=config.clip_norm,
     )
     state = TrainState(
@@ -137,6 +141,8 @@ def make_program(
         dtype=dtype,
         grad_accum=config.grad_accum,
         lora_scale=config.lora.alpha / config.lora.rank,
+        lora_dropout=config.lora.dropout,
+        seed=config.seed,
         z_weight=config.get("router_z_weight") or 0.0,
     )
     jitted = jax.jit(
@@ -149,6 +155,7 @@ def make_program(
         compute,
         mesh,
         how,
+        rules,
         optimizer,
         schedule,
         jitted,
@@ -206,6 +213,35 @@ def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainSta
     on_cpu = program.mesh.devices.flat[0].platform == "cpu"
     options: dict[str, Any] = {"xla_backend_optimization_level": 0} if on_cpu else {}
     return lowered.compile(options)(key, params)
+
+
+def _rules(config: Config, shapes: Any) -> dict[str, Rule]:
+    """Each parameter's rule, with the configuration's weight decay where it has none of its own."""
+    listed = config.get("stage_rules")
+    name = config.stage if listed is None else "stage_rules"
+    found = match_rules(shapes, read_rules(config.stage, listed), name)
+    if not any(rule.how != "frozen" for rule in found.values()):
+        raise InputError("config key stage_rules leaves every parameter frozen; let one train")
+    found = {
+        path: rule
+        if rule.weight_decay is not None
+        else rule._replace(weight_decay=float(config.weight_decay))
+        for path, rule in found.items()
+    }
+    experts = of_experts({path: rule.how for path, rule in found.items()})
+    if experts and config.lora.dropout:
+        raise InputError(
+            f"config key lora.dropout must be 0 where {experts[0]} has an update: that is added to"
+            " the weight, whose inputs are spread over experts"
+        )
+    return found
+
+
+def _each(leaves: Any, field: str) -> Any:
+    """One field of a tree of rules."""
+    return jax.tree.map(
+        lambda rule: float(getattr(rule, field)), leaves, is_leaf=lambda x: isinstance(x, Rule)
+    )
 
 
 def _optimizer_state(optimizer: Any, trainable: Any, mesh: Mesh) -> Any:

@@ -14,7 +14,7 @@ from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.model import Compute, EchoVLM
 from echovlm_jax.ops import Array
-from echovlm_jax.train.lora import scaled
+from echovlm_jax.train.lora import scaled, with_dropout
 from echovlm_jax.train.loss import IGNORE, balancing_losses, token_losses
 from echovlm_jax.train.optimizer import in_float32
 from echovlm_jax.train.stages import merge
@@ -23,6 +23,7 @@ from echovlm_jax.train.telemetry import mixture_sums, z_loss
 Batch = Mapping[str, Array]
 Metrics = dict[str, jax.Array]
 
+_DROPOUT = 1  # what a step's random numbers are for: a purpose has its own
 ORGAN_NUMBERS = len(ORGANS) + 1  # the last is for all others
 # The logical axes of a batch's arrays.
 BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
@@ -119,6 +120,8 @@ def make_train_step(
     dtype: DTypeLike = jnp.bfloat16,
     grad_accum: int = 1,
     lora_scale: float = 1.0,
+    lora_dropout: float = 0.0,
+    seed: int = 0,
     z_weight: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step for a model and a way to compute it; jit it with the state donated.
@@ -133,12 +136,18 @@ def make_train_step(
       grad_accum: the batch's rows go in this many equal parts, one after the other. The update is
         the whole batch's: means are global, not means of means.
       lora_scale: alpha / rank.
+      lora_dropout: of the updates' inputs.
+      seed: with a step's number and a part's it makes the keys of all that is random in them: a run
+        that goes on draws what it would have drawn.
       z_weight: of the router's z-loss.
     """
 
-    def loss_fn(trainable: Any, frozen: Any, part: Batch, totals: Totals) -> Any:
+    def loss_fn(trainable: Any, frozen: Any, key: Any, part: Batch, totals: Totals) -> Any:
+        variables = _variables(trainable, frozen, lora_scale)
+        if "lora" in variables and lora_dropout:
+            variables["lora"] = with_dropout(variables["lora"], key, lora_dropout)
         return loss_and_metrics(
-            _variables(trainable, frozen, lora_scale),
+            variables,
             part,
             totals,
             config=config,
@@ -150,9 +159,11 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = {name: compute.layout.constrain(x, *BATCH_AXES[name]) for name, x in batch.items()}
         totals = totals_of(batch)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), _DROPOUT)
 
-        def gradients(part: Batch) -> tuple[Any, Metrics]:
-            return jax.grad(loss_fn, has_aux=True)(state.trainable, state.frozen, part, totals)
+        def gradients(part: Batch, number: Any) -> tuple[Any, Metrics]:
+            own = jax.random.fold_in(key, number)
+            return jax.grad(loss_fn, has_aux=True)(state.trainable, state.frozen, own, part, totals)
 
         grads, metrics = _accumulate(gradients, batch, grad_accum)
         grads = in_float32(grads)
@@ -212,20 +223,21 @@ def _variables(trainable: Any, frozen: Any, lora_scale: float) -> dict[str, Any]
 
 
 def _accumulate(
-    gradients: Callable[[Batch], tuple[Any, Metrics]], batch: Batch, parts: int
+    gradients: Callable[[Batch, Any], tuple[Any, Metrics]], batch: Batch, parts: int
 ) -> tuple[Any, Metrics]:
-    """The sum of `gradients` over equal parts of the batch's rows, in float32."""
+    """The sum of `gradients`, of a part and its number, over equal parts of the batch's rows, in
+    float32."""
     if parts == 1:
-        return gradients(batch)
+        return gradients(batch, 0)
     # Row r goes to part r mod parts: every device splits its own rows, and none travels.
     split = {
         name: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
         for name, x in batch.items()
     }
 
-    def add(total: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, gradients(part)), None
+    def add(total: Any, part: tuple[Batch, Any]) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, gradients(*part)), None
 
-    shapes = jax.eval_shape(gradients, {name: x[0] for name, x in split.items()})
+    shapes = jax.eval_shape(gradients, {name: x[0] for name, x in split.items()}, 0)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-    return jax.lax.scan(add, start, split)[0]
+    return jax.lax.scan(add, start, (split, jnp.arange(parts)))[0]

@@ -1,5 +1,7 @@
 """Which parameters train in which stage, and low-rank updates beside frozen weights."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import EchoVLM, abstract_params, init_params, logical_axes
+from echovlm_jax.train.config_file import load_config
 from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes, scaled
-from echovlm_jax.train.stages import STAGES, count, how_it_trains, merge, split
+from echovlm_jax.train.program import make_program
+from echovlm_jax.train.stages import (
+    STAGES,
+    count,
+    how_it_trains,
+    merge,
+    split,
+    training_table,
+)
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 RELEASED = preset("echovlm_11b")
 D, D_VISION, LAYERS, BLOCKS = 3584, 1280, 28, 32
 MOE = LAYERS * (
@@ -135,6 +147,123 @@ def test_wrong_stages_are_refused_by_name():
         how_it_trains(shapes, "pretrain")
     with pytest.raises(InputError, match=r"alignment.*text/layers/\(moe\|coefficient\)"):
         how_it_trains(abstract_params(preset("qwen2_vl_2b")), "alignment")
+
+
+# --- Rules of a configuration's own ---------------------------------------------------------------
+
+OWN = (
+    ("text/layers/moe/experts/.*", "lora", 0.5),
+    ("text/layers/(moe|coefficient)/.*", "full", 3.0, 0.25),
+    ["vision/merger/.*", "full", 0.1],
+    ("text/layers/.*/bias", "full", 1, None),
+    (".*", "frozen"),
+)
+
+
+def own_program(**changes):
+    config = load_config(CONFIGS / "alignment.py", {"model": "tiny", "lora.dropout": 0, **changes})
+    config.stage_rules = OWN
+    return make_program(config, jax.devices()[:1])
+
+
+def test_a_configuration_may_have_rules_of_its_own():
+    """The first that matches decides; rates and decays go with it, to updates too."""
+    made = own_program(weight_decay=0.01)
+    found = {path: made.rules[path] for path in made.rules if made.rules[path].how != "frozen"}
+    assert found["text/layers/moe/experts/up/kernel"][1:] == ("lora", 0.5, 0.01)
+    assert found["text/layers/moe/shared/up/kernel"][1:] == ("full", 3.0, 0.25)
+    assert found["vision/merger/ln_q/scale"][1:] == ("full", 0.1, 0.01)
+    assert found["text/layers/attn/q/bias"][1:] == ("full", 1, 0.01)
+    experts = {f"text/layers/moe/experts/{name}/kernel" for name in ("gate", "up", "down")}
+    assert {path for path in found if found[path].how == "lora"} == experts
+    assert {path for path, how in made.how.items() if how != "frozen"} == found.keys()
+    moments = [leaf for leaf in jax.tree.leaves(made.state.opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * count(made.state.trainable)
+    table = training_table(made.state, made.how, made.rules).splitlines()
+    [up] = [line for line in table if line.startswith("text/layers/moe/experts/up/kernel")]
+    rank, model = 8, preset("tiny")
+    moe, width = model.moe, model.text.hidden_size
+    size = model.text.num_layers * moe.num_experts * rank * (width + moe.expert_mlp_dim)
+    assert up.split()[3:] == ["lora", f"{size:,}", "0.5", "0.01", "text/layers/moe/experts/.*"]
+    assert len(table) == len(made.how) + 2
+    [frozen] = [line for line in table if line.startswith("text/lm_head")]
+    assert frozen.split()[3:] == ["frozen", "0", ".*"]
+
+
+def test_rates_and_decays_reach_what_they_are_for():
+    made = own_program(weight_decay=0.01, adam_eps=1e-30, warmup_fraction=0.0, clip_norm=1e9)
+    rng = np.random.default_rng(0)
+    params, grads = (  # all of one shape, for which operations are compiled once
+        jax.tree.map(lambda _: rng.normal(size=3).astype(np.float32), made.state.trainable)
+        for _ in range(2)
+    )
+    updates, state = made.optimizer.update(grads, made.optimizer.init(params), params)
+    peak = 1e-4
+    for part, path, rate, decay in (
+        ("lora", "text/layers/moe/experts/up/a", 0.5, 0.01),
+        ("lora", "text/layers/moe/experts/down/b", 0.5, 0.01),
+        ("params", "text/layers/moe/router/kernel", 3.0, 0.25),
+        ("params", "vision/merger/fc1/bias", 0.1, 0.01),
+        ("params", "text/layers/attn/v/bias", 1.0, 0.01),
+    ):
+        u, g, p = (flatten_dict(tree[part], sep="/")[path] for tree in (updates, grads, params))
+        # Adam's first step is the gradient's sign.
+        np.testing.assert_allclose(u, -peak * rate * (np.sign(g) + decay * p), rtol=1e-4)
+    # As many parts as the optimizer of a stage without rates: checkpoints are the same.
+    plain = make_program(load_config(CONFIGS / "alignment.py", {"model": "tiny"}))
+    assert len(state) == len(plain.state.opt_state) == 4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_optimizer_holds_two_moments_of_what_trains(stage):
+    """At full size, from shapes alone."""
+    made = make_program(load_config(CONFIGS / "instruction.py", {"stage": stage}))
+    full = {
+        "alignment": MOE + COEFFICIENT + MERGER,
+        "alignment_with_vision": MOE + COEFFICIENT + VISION,
+        "instruction": MOE + COEFFICIENT + 8 * PER_RANK,
+        "full": TEXT + MOE + COEFFICIENT + VISION,
+    }[stage]
+    moments = [leaf for leaf in jax.tree.leaves(made.state.opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * full
+    assert all(leaf.dtype == jnp.float32 for leaf in moments)
+    assert count(made.state.trainable) == full
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ((), "must be a tuple of"),
+        (("text/.*", "full"), r"rule 1, 'text/\.\*': write \(pattern, how\)"),
+        (((".*",),), r"rule 1, \('\.\*',\): write \(pattern, how\)"),
+        (((".*", "frozen"), ("(", "full")), r"rule 2, \('\(', 'full'\): the pattern is no regular"),
+        (((3, "full"),), "the pattern is no regular"),
+        (((".*", "train"),), "how must be one of full, lora, frozen"),
+        (((".*", "full", 0),), "rate must be a number above 0; what shall not train is frozen"),
+        (((".*", "full", True),), "rate must be a number above 0"),
+        (((".*", "full", float("nan")),), "rate must be a number above 0"),
+        (((".*", "full", 1, -0.1),), "weight decay must be a number of at least 0"),
+        (((".*", "frozen", 1),), "neither rate nor weight decay"),
+        (((".*", "frozen"),), "leaves every parameter frozen"),
+        ((("text/.*", "full"),), "no rule says how vision/.* trains"),
+        ((("texts/.*", "full"), (".*", "full")), "no parameter for its rule texts/"),
+        (((".*", "full"), ("text/.*", "frozen")), "no parameter for its rule text/.*before it"),
+        (((".*", "lora"),), "an update beside .*, which can't have one"),
+        ((("text/lm_head/kernel", "lora"), (".*", "frozen")), "an update beside text/lm_head"),
+    ],
+)
+def test_wrong_rules_are_refused(rules, said):
+    config = load_config(CONFIGS / "alignment.py", {"model": "tiny"})
+    with config.unlocked():
+        config.stage_rules = rules
+    with pytest.raises(InputError, match=said) as error:
+        make_program(config)
+    assert "\n" not in str(error.value)
+
+
+def test_updates_of_experts_go_without_dropout():
+    with pytest.raises(InputError, match=r"lora.dropout must be 0 where text/layers/moe/experts"):
+        own_program(**{"lora.dropout": 0.05})
 
 
 # --- Low-rank updates -----------------------------------------------------------------------------
