@@ -421,6 +421,20 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 
+# Smaller still: learns the phantom's reports in minutes on two cores.
+PRESETS["nano"] = PRESETS["tiny"].replace(
+    text={
+        "hidden_size": 96,
+        "num_layers": 2,
+        "num_heads": 3,
+        "num_kv_heads": 1,
+        "mlp_dim": 256,
+    },
+    vision={"hidden_size": 96, "mlp_ratio": 3},
+    moe={"expert_mlp_dim": 64, "shared_mlp_dim": 128},
+)
+PRESETS["nano_dense"] = PRESETS["nano"].replace(moe=None)
+
 
 def preset(name: str) -> ModelConfig:
     """A configuration by name. Raises InputError with the known names for an unknown one."""

@@ -192,7 +192,14 @@ def _add_phantom(commands: Any) -> None:
             raise InputError("give either --out DIR, for exams, or --sheet F.png, for an overview")
         if args.sheet is not None:
             return contact_sheet(args.sheet, args.seed)
-        return write_exams(args.out, args.exams, args.seed)
+        return write_exams(
+            args.out,
+            args.exams,
+            args.seed,
+            balanced=args.balanced,
+            views=args.views,
+            workers=args.workers,
+        )
 
     command = add_command(
         commands,
@@ -210,6 +217,19 @@ def _add_phantom(commands: Any) -> None:
     command.add_argument("--exams", type=int, default=100, metavar="N", help="default: %(default)s")
     command.add_argument(
         "--seed", type=int, default=0, metavar="S", help="another seed makes other exams"
+    )
+    command.add_argument(
+        "--balanced", action="store_true", help="organs equally often; else as in the paper's data"
+    )
+    command.add_argument(
+        "--views", type=int, default=4, metavar="N", help="at most N images an exam (%(default)s)"
+    )
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes; default: one a core",
     )
 
 

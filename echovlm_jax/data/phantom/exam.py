@@ -150,22 +150,26 @@ _MEDIA, _LESION, _VIEW = 1, 2, 3  # which numbers of an exam's key a stream is f
 SIDES = (168, 336)  # px: shortest and longest side of an image
 # How many views: most exams are short.
 _VIEWS = (1, 1, 1, 2, 2, 3, 4)
+MOST_VIEWS = max(_VIEWS)
 
 
-def make_exam(key: int, organ: str, *, cine: float = 0.25, cine_frames: int = 8) -> Exam:
+def make_exam(
+    key: int, organ: str, *, cine: float = 0.25, cine_frames: int = 8, views: int = MOST_VIEWS
+) -> Exam:
     """An exam's parameters.
 
     Args:
       key: what everything is drawn from; the same key and organ give the same exam.
       cine: the share of heart exams whose first view is a loop.
       cine_frames: its frames, one heartbeat.
+      views: at most so many; the first shows all that the report says.
     """
     draws = stream(key, _LESION)
     diagnosis = pick(draws, DIAGNOSES[organ])
     profile = PROFILES.get((organ, diagnosis))
     size = pick(draws, profile.sizes) if profile else 0
     lesion = _lesion(draws, profile, key) if profile and profile.echoes else None
-    return Exam(key, organ, diagnosis, size, lesion, _views(key, organ, cine, cine_frames))
+    return Exam(key, organ, diagnosis, size, lesion, _views(key, organ, cine, cine_frames)[:views])
 
 
 def _lesion(draws: Iterator[float], profile: Profile, key: int) -> Lesion:

@@ -7,6 +7,8 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundMultiFrameImageSt
 
 from echovlm_jax.data.keys import mix, text_key
 from echovlm_jax.data.phantom.dataset import organ_of
-from echovlm_jax.data.phantom.exam import Exam, make_exam
+from echovlm_jax.data.phantom.exam import MOST_VIEWS, Exam, make_exam
 from echovlm_jax.data.phantom.render import render
 from echovlm_jax.data.phantom.reports import reports
 from echovlm_jax.data.record import ORGANS, Report
 from echovlm_jax.data.sections import join_report
+from echovlm_jax.data.workers import Workers
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import shown
 from echovlm_jax.progress import progress
@@ -41,6 +44,8 @@ def write_exams(
     balanced: bool = False,
     cine: float = 0.25,
     cine_frames: int = 8,
+    views: int = MOST_VIEWS,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Writes exams as users' own come: OUT/phantom.json and OUT/images/.
 
@@ -49,6 +54,8 @@ def write_exams(
       exams: how many.
       seed: another seed makes other exams, and none of a `PhantomDataset`.
       balanced, cine, cine_frames: as in `PhantomDataset`.
+      views: at most so many images an exam.
+      workers: processes that draw them; the files are the same.
 
     Returns:
       out, exams, images, loops and organs (exams of each).
@@ -57,8 +64,9 @@ def write_exams(
       InputError: there is something in the folder, or a number is out of its range.
     """
     out = Path(out)
-    if exams < 1:
-        raise InputError(f"exams must be at least 1, found {exams}")
+    for name, number in {"exams": exams, "views": views, "workers": workers}.items():
+        if number < 1:
+            raise InputError(f"{name} must be at least 1, found {number}")
     try:
         (out / "images").mkdir(parents=True)
         if len(list(out.iterdir())) > 1:
@@ -72,17 +80,28 @@ def write_exams(
     organs = organ_of(base, np.arange(exams), balanced)
     counts = {"images": 0, "loops": 0}
     entries = []
-    with progress(exams, "exam", "phantom") as tick:
-        for i, organ in enumerate(organs):
-            exam = make_exam(
-                int(mix(base, 1, i)), ORGANS[organ], cine=cine, cine_frames=cine_frames
-            )
-            name = f"phantom-{seed}-{i:06d}"
-            files = _write_views(out, name, exam)
-            counts["loops"] += sum(file.endswith(".dcm") for file in files)
-            counts["images"] += sum(file.endswith(".png") for file in files)
-            entries.append(_entry(name, exam, files))
-            tick(1)
+    options = {"cine": cine, "cine_frames": cine_frames, "views": views}
+    jobs = []
+    for i, organ in enumerate(organs):
+        exam = make_exam(int(mix(base, 1, i)), ORGANS[organ], **options)
+        jobs.append((f"phantom-{seed}-{i:06d}", exam))
+        files = _files(*jobs[-1])
+        counts["loops"] += sum(file.endswith(".dcm") for file in files)
+        counts["images"] += sum(file.endswith(".png") for file in files)
+        entries.append(_entry(jobs[-1][0], exam, files))
+    with contextlib.ExitStack() as stack:
+        tick = stack.enter_context(progress(exams, "exam", "phantom"))
+        write = partial(_write_views, out)
+        if workers > 1:
+            pool = Workers(write, workers, {}, lambda job, _: job[0])
+            stack.callback(pool.close)
+            threads = stack.enter_context(ThreadPoolExecutor(workers))
+            for _ in threads.map(lambda job: pool(job, {}), jobs):
+                tick(1)
+        else:
+            for job in jobs:
+                write(job)
+                tick(1)
     # Last, so that a folder with it is whole.
     text = "[\n" + ",\n".join(json.dumps(e, ensure_ascii=False) for e in entries) + "\n]\n"
     with _whole_file(out / "phantom.json") as file:
@@ -133,17 +152,20 @@ def _report_entry(report: Report) -> dict[str, Any]:
     }
 
 
-def _write_views(out: Path, name: str, exam: Exam) -> list[str]:
-    """An exam's images, as paths relative to `out`."""
-    files = []
-    for n, view in enumerate(exam.views):
+def _files(name: str, exam: Exam) -> list[str]:
+    """An exam's images, as paths relative to the folder."""
+    kinds = ("dcm" if view.frames else "png" for view in exam.views)
+    return [f"images/{name}-{n}.{kind}" for n, kind in enumerate(kinds)]
+
+
+def _write_views(out: Path, job: tuple[str, Exam], *_: Any) -> None:
+    """Draws an exam's images; also what a worker process does."""
+    exam = job[1]
+    for view, file in zip(exam.views, _files(*job), strict=True):
         pixels = render(exam, view)[..., 0]  # grey
-        file = f"images/{name}-{n}.{'dcm' if view.frames else 'png'}"
         data = _dicom(pixels, view.key) if view.frames else _png(pixels)
         with _whole_file(out / file) as stream:
             stream.write(data)
-        files.append(file)
-    return files
 
 
 def _png(pixels: np.ndarray) -> bytes:
