@@ -1,87 +1,219 @@
-"""The whole way on this machine: a tiny checkpoint, converted, compared with PyTorch, answering.
+"""The whole way on this machine: synthetic exams, two stages of training, evaluation, a report.
 
-The checkpoint is random, so its answer is noise: what the demo shows is that every step works and
-that the numbers are PyTorch's, which recorded them in `demo_golden.npz` from the same weights.
+Nothing is downloaded, so the model begins with random weights, and its first stage trains all of
+them; the second is the released recipe's, low-rank updates beside the experts. It learns synthetic
+exams and knows nothing of real ones. That the numbers are PyTorch's is shown as well: PyTorch
+recorded its own in `demo_golden.npz`, from weights that `make_checkpoint` makes again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import sys
 import time
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from echovlm_jax.config import ModelConfig, preset, to_hf
-from echovlm_jax.convert import safetensors
+from echovlm_jax.convert import export, safetensors
 from echovlm_jax.convert.from_torch import convert
 from echovlm_jax.convert.parity import parity
 from echovlm_jax.convert.table import slots
-from echovlm_jax.data.tokenizer import SPECIAL, byte_tokenizer
+from echovlm_jax.data.build import Options, build
+from echovlm_jax.data.dataset import open_dataset
+from echovlm_jax.data.examples import texts_of
+from echovlm_jax.data.phantom import write_exams
+from echovlm_jax.data.tokenizer import SPECIAL, byte_tokenizer, train_sentencepiece
 from echovlm_jax.errors import InputError
+from echovlm_jax.evaluate.cases import Case
+from echovlm_jax.evaluate.harness import evaluate
+from echovlm_jax.evaluate.report import write_report
 from echovlm_jax.load import load_model
+from echovlm_jax.processing.images import load_media
+from echovlm_jax.train.config_file import load_config
+from echovlm_jax.train.loop import train
 
 GOLDEN = Path(__file__).with_name("demo_golden.npz")
-QUESTION = "Describe what this ultrasound exam shows."
+QUESTION = "Write the ultrasound report of these images."
 CONFIG: ModelConfig = preset("tiny").replace(text={"vocab_size": len(SPECIAL) + 256})  # bytes
 # What tells a folder of ours, that may be replaced.
 _MARK, _MADE = "demo.json", {"made_by": "echovlm demo"}
 
+EXAMS, HELD_OUT = 3500, 140
+_SPLITS = Options(validation=0.02, test=0.06)
+# What differs from configs/phantom.py in each stage.
+STAGES: Mapping[str, Mapping[str, Any]] = {
+    # Which picture goes with which words. Nothing is pretrained, so nothing is left as it is, and
+    # short answers, which say more of a picture for each token than reports do, come often.
+    "alignment": {
+        "stage_rules": ((".*", "full"),),
+        "steps": 1000,
+        "task_weights.conversation": 0.0,
+        "task_weights.diagnosis": 6.0,
+        "task_weights.question": 2.0,
+        "task_weights.choice": 0.5,
+        "task_weights.judge": 0.5,
+    },
+    "instruction": {"steps": 200, "learning_rate": 1e-3, "task_weights.conversation": 0.0},
+}
 
-def demo(out: str | Path, *, image: str | Path | None = None) -> dict[str, Any]:
-    """Makes a tiny random checkpoint in `out`, converts it, checks parity, and answers on an exam.
+
+def demo(
+    out: str | Path,
+    *,
+    image: str | Path | None = None,
+    seed: int = 0,
+    exams: int = EXAMS,
+    held_out: int = HELD_OUT,
+    stages: Mapping[str, Mapping[str, Any]] = STAGES,
+) -> dict[str, Any]:
+    """Trains a small EchoVLM on synthetic exams, evaluates it and lets it answer.
+
+    `out` gets exams/ (the images and official JSON), data/ (the dataset), tokenizer/, a folder for
+    each stage's run, model/ (a MODEL folder), evaluation/ and blind/, and report.html.
 
     Args:
       out: a new folder, or one that an earlier demo made, which is replaced.
-      image: a picture or DICOM file; by default a cine loop that ships with pydicom.
+      image: a picture or DICOM file to answer on at the end; by default a real cine loop that
+        ships with pydicom.
+      seed: of the exams and of all that is random.
+      exams: how many are made.
+      held_out: how many of the test split are asked about.
+      stages: keys of the configuration that each stage changes, in order.
 
     Returns:
-      seconds, out, model (the converted folder), parity (ok, logits, router_agreement,
-      generated_match, grad_norm_max_rel_err), question, text, new_tokens.
+      seconds, out, model, report; eval and blind (`evaluate`'s results, with images and without);
+      parity (ok, logits, router_agreement, …); answers (name, text, note).
+
+    Raises:
+      InputError: `out` is not a demo's, or `image` can't be read.
     """
     began = time.perf_counter()
     out = Path(out)
+    _fresh(out)
+    exam = Path(image) if image is not None else example_exam()
+    pictures = load_media(exam)  # now: what can't be read is said before minutes of training
+    with _step("PyTorch's numbers, from a random checkpoint"):
+        compared = _parity(out / "parity")
+    with _step(f"{exams} synthetic exams, and a tokenizer from their texts"):
+        _make_data(out, exams, seed)
+    runs = []
+    for name, changes in stages.items():
+        with _step(f"training: {name}"):
+            start = {"model": str(runs[-1]), "tokenizer": None} if runs else {}
+            runs.append(out / name)
+            train(_config(out, {"seed": seed, "stage": name, **start, **changes}), runs[-1])
+    with _step("the model, in Hugging Face form"):
+        export(runs[-1], out / "model")
+    options = {"limit": held_out, "batch_size": 35, "max_new_tokens": 128, "report": False}
+    with _step(f"{held_out} held-out exams, with their images and without"):
+        results = {
+            mode: evaluate(out / "model", out / "data", out / folder, images=mode, **options)
+            for mode, folder in (("given", "evaluation"), ("blind", "blind"))
+        }
+    with _step("answers, and the report"):
+        cases = _answers(out, exam.name, pictures)
+        page = write_report(
+            out / "evaluation",
+            title="EchoVLM, trained on synthetic exams",
+            runs=runs,
+            compared={"no image": out / "blind"},
+            extra_cases=cases,
+        )
+        shutil.copyfile(page, out / "report.html")
+    result = {
+        "seconds": time.perf_counter() - began,
+        "out": str(out),
+        "model": str(out / "model"),
+        "report": str(out / "report.html"),
+        "eval": results["given"],
+        "blind": results["blind"],
+        "parity": compared,
+        "answers": [{"name": c.name, "text": c.prediction, "note": c.note} for c in cases],
+    }
+    (out / _MARK).write_text(json.dumps(_MADE | result, indent=2, ensure_ascii=False), "utf-8")
+    return result
+
+
+def _fresh(out: Path) -> None:
+    """An empty folder, marked as ours."""
     if out.is_symlink() or (out.exists() and not _made_by_us(out / _MARK)):
         raise InputError(f"{out}: exists and no demo made it; name a new folder with --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / _MARK).write_text(json.dumps(_MADE))
-    _say("1/4  a tiny random checkpoint in Hugging Face form")
-    make_checkpoint(out / "torch")
-    _say("2/4  converting it")
-    converted = convert(out / "torch", out / "model")
-    _say(f"     {converted['tensors']} tensors, {converted['bytes'] / 2**20:.1f} MiB")
-    _say("3/4  comparing it with what PyTorch recorded from the same weights")
-    compared = parity(out / "model", GOLDEN)
+
+
+def _parity(folder: Path) -> dict[str, Any]:
+    """A tiny random checkpoint, converted and compared with what PyTorch recorded."""
+    make_checkpoint(folder / "torch")
+    convert(folder / "torch", folder / "model")
+    found = parity(folder / "model", GOLDEN)
     _say(
-        f"     {'equal' if compared['ok'] else 'DIFFERENT at ' + str(compared['first_divergence'])}"
-        f": logits to {compared['logits']['max_abs_err']:.1e}, routing"
-        f" {compared['router_agreement']:.0%}, gradients to"
-        f" {compared['grad_norm_max_rel_err']:.1e}"
+        f"     {'equal' if found['ok'] else 'DIFFERENT at ' + str(found['first_divergence'])}"
+        f": logits to {found['logits']['max_abs_err']:.1e}, routing"
+        f" {found['router_agreement']:.0%}, gradients to {found['grad_norm_max_rel_err']:.1e}"
     )
-    exam = Path(image) if image is not None else example_exam()
-    _say(f"4/4  answering on {exam.name} (the weights are random: expect noise)")
-    answer = load_model(out / "model").generate([exam], QUESTION, max_new_tokens=32)
     keys = (
         "ok", "logits", "router_agreement", "generated_match", "loss_err", "aux_loss_err",
         "grad_norm_max_rel_err",
     )  # fmt: skip
-    result = {
-        "seconds": time.perf_counter() - began,
-        "out": str(out),
-        "model": str(out / "model"),
-        "parity": {key: compared[key] for key in keys},
-        "question": QUESTION,
-        "text": answer["text"],
-        "prompt_tokens": answer["prompt_tokens"],
-        "new_tokens": answer["new_tokens"],
+    return {key: found[key] for key in keys}
+
+
+def _make_data(out: Path, exams: int, seed: int) -> None:
+    workers = os.cpu_count() or 1
+    made = {"balanced": True, "cine": 0.0, "views": 1, "workers": workers}
+    write_exams(out / "exams", exams, seed, **made)
+    sources = [out / "exams" / "phantom.json"]
+    build(sources, out / "exams", out / "data", _SPLITS, workers=workers)
+    train_sentencepiece(texts_of(out / "data"), out / "tokenizer")
+
+
+def _config(out: Path, changes: Mapping[str, Any]) -> Any:
+    """configs/phantom.py with a stage's changes."""
+    beside = Path(__file__).parent
+    file = next(
+        path
+        for folder in (beside, beside.parent)  # installed, or a checkout
+        if (path := folder / "configs" / "phantom.py").is_file()
+    )
+    devices = jax.device_count()
+    own = {
+        "global_batch_size": devices * -(-4 // devices),  # 4 rows, where they divide
+        "data": str(out / "data"),
+        "tokenizer": str(out / "tokenizer"),
+        "eval_every": 300,
+        "checkpoint_every": 300,
+        "checkpoint_keep": 1,
     }
-    (out / _MARK).write_text(json.dumps(_MADE | result, indent=2))
-    return result
+    return load_config(file, {**own, **changes})
+
+
+def _answers(out: Path, name: str, pictures: np.ndarray) -> list[Case]:
+    """What the model says of a held-out exam and of a picture that is like none it has seen."""
+    model = load_model(out / "model")
+    test = open_dataset(out / "data", "test")
+    shown = (
+        ("a held-out synthetic exam", test.media(0), "Synthetic, not in the training data."),
+        (name, [pictures], "A real exam: OUTSIDE what the model was trained on, expect nonsense."),
+    )
+    cases = []
+    for title, images, note in shown:
+        text = model.generate(images, QUESTION, max_new_tokens=128)["text"]
+        reference = test.record(0).reports[-1] if images is not shown[1][1] else None
+        right = f"{reference.findings} {reference.impression}" if reference else ""
+        cases.append(Case(title, images, QUESTION, text, note, right))
+        _say(f"     {title}: {text}\n     ({note})")
+    return cases
 
 
 def _made_by_us(mark: Path) -> bool:
@@ -126,6 +258,15 @@ def example_exam() -> Path:
     if found is None:
         raise InputError("examples_ybr_color.dcm: missing from pydicom; give --image FILE")
     return Path(str(found))
+
+
+@contextlib.contextmanager
+def _step(what: str) -> Iterator[None]:
+    """Says what begins, and how long it took."""
+    began = time.perf_counter()
+    _say(f"▸ {what}")
+    yield
+    _say(f"  {time.perf_counter() - began:.0f} s")
 
 
 def _say(line: str) -> None:

@@ -49,8 +49,14 @@ def _raiser(error: BaseException):
 
 
 CALLS = [
-    ("demo", "echovlm_jax.demo", "demo", (Path("demo_out"),), {}),
-    ("demo --out d", "echovlm_jax.demo", "demo", (Path("d"),), {}),
+    ("demo", "echovlm_jax.demo", "demo", (Path("demo_out"),), {"image": None, "seed": 0}),
+    (
+        "demo --out d --image f --seed 3",
+        "echovlm_jax.demo",
+        "demo",
+        (Path("d"),),
+        {"image": Path("f"), "seed": 3},
+    ),
     (
         "convert a b",
         "echovlm_jax.convert.from_torch",

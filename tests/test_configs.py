@@ -11,9 +11,11 @@ from echovlm_jax.train.config_file import check_config, load_config
 from echovlm_jax.train.program import make_program
 from echovlm_jax.train.stages import count
 
-FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-# The smallest slice that each is for.
+FOLDER = Path(__file__).parents[1] / "configs"
+# The smallest slice that each of the full-size ones is for.
 TOPOLOGY = {"alignment": "v5e:2x4", "instruction": "v5e:2x4", "full_finetune": "v5e:4x4"}
+FILES = [FOLDER / f"{name}.py" for name in TOPOLOGY]
+SMALL = ("phantom", "phantom_dense")
 
 
 @pytest.fixture(params=FILES, ids=lambda file: file.stem)
@@ -22,7 +24,16 @@ def file(request) -> Path:
 
 
 def test_every_file_is_known() -> None:
-    assert {file.stem for file in FILES} == set(TOPOLOGY)
+    assert {file.stem for file in FOLDER.glob("*.py")} == {*TOPOLOGY, *SMALL}
+
+
+def test_the_small_ones_differ_in_the_mixture_alone() -> None:
+    small, dense = (load_config(FOLDER / f"{name}.py") for name in SMALL)
+    made = [make_program(config, jax.devices()[:1]) for config in (small, dense)]
+    assert {**small.to_dict(), "model": "nano_dense"} == dense.to_dict()
+    assert made[0].model.moe and made[0].model.replace(moe=None) == made[1].model
+    new = count(made[0].state.trainable) - count(made[1].state.trainable)
+    assert new == new_path(made[0].model)
 
 
 def new_path(model: ModelConfig) -> int:

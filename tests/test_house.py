@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "verify": {"digests", "progress"},
     "checkpoint": {"config", "mesh", "digests", "verify", "progress"},
     "train": {"config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint", "progress"},
-    "train.start": {"config", "model", "convert", "data", "train"},
+    "train.start": {"config", "model", "convert", "data", "processing", "train"},
     "quantize": {"config", "mesh", "model", "processing", "progress"},
     "generate": {"config", "mesh", "model", "ops", "processing", "progress"},
     "load": _LOAD,

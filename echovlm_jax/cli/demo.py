@@ -13,11 +13,47 @@ def add_demo(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         from echovlm_jax.demo import demo
 
-        return demo(args.out)
+        return demo(args.out, image=args.image, seed=args.seed)
 
     command = add_command(
-        commands, "demo", run, "show the whole way on this machine", "echovlm demo --out demo_out"
+        commands,
+        "demo",
+        run,
+        "show the whole way on this machine; synthetic exams are made, a small model is trained on "
+        "them in two stages and evaluated on others. It takes about ten minutes on two cores",
+        "echovlm demo --out demo_out",
+        show=_show,
     )
     command.add_argument(
         "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="default: %(default)s"
     )
+    command.add_argument(
+        "--image",
+        type=Path,
+        metavar="F",
+        help="a picture or DICOM file to answer on at the end; default: a cine loop from pydicom",
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the exams and the training"
+    )
+
+
+def _show(result: Result, args: argparse.Namespace) -> None:
+    def value(tables: dict[str, Any], name: str) -> str:
+        low, high = tables["intervals"][name]
+        return f"{tables[name]:.1f} ({low:.1f} to {high:.1f})"
+
+    given, blind = result["eval"], result["blind"]
+    print(f"{'':24}{'with images':24}without")
+    for name, title in (
+        ("bleu1", "BLEU-1"),
+        ("diagnosis_accuracy", "diagnosis, % right"),
+        ("vqa_accuracy", "questions, % right"),
+    ):
+        pair = (value(tables["overall"], name) for tables in (given, blind))
+        print(f"{title:24}" + "".join(f"{text:24}" for text in pair).rstrip())
+    for organ, table in given["by_organ"].items():
+        print(f"  {organ:22}{value(table, 'diagnosis_accuracy')}")
+    print(f"report: {result['report']}")
+    print(f"model:  {result['model']}   try: echovlm generate {result['model']} --image …")
+    print(f"{result['seconds']:.0f} s")

@@ -14,12 +14,12 @@ from echovlm_jax.config import ModelConfig, TextConfig
 from echovlm_jax.model.cache import Cache
 from echovlm_jax.model.compute import Compute
 from echovlm_jax.model.layers import (
-    EMBEDDING_INIT,
     GatedMLP,
     Linear,
     RMSNorm,
     partitioned,
     scan_layers,
+    weight_init,
 )
 from echovlm_jax.model.moe import MoE
 from echovlm_jax.ops import Array
@@ -77,7 +77,7 @@ class Embedding(nn.Module):
     layout: Layout = Layout()
 
     def setup(self) -> None:
-        init = partitioned(EMBEDDING_INIT, ("vocab", "embed"))
+        init = partitioned(weight_init(self.shape[-1]), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, self.shape)
 
     def __call__(self, tokens: Array, dtype: Any) -> Array:

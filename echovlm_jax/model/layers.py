@@ -19,8 +19,6 @@ from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.norms import layer_norm, rms_norm
 
-EMBEDDING_INIT = nn.initializers.normal(stddev=0.02)
-
 
 class Linear(nn.Module):
     """A weight product with an optional bias, and with a low-rank update where one is given.
@@ -116,7 +114,8 @@ class GatedMLP(nn.Module):
 
 
 def weight_init(fan_in: int) -> nn.initializers.Initializer:
-    """Normal with variance 1 / inputs (LeCun et al., Efficient BackProp, 1998).
+    """Normal with variance 1 / inputs (LeCun et al., Efficient BackProp, 1998); of an embedding,
+    the inputs of the head that may share its table.
 
     At the released width that is nearly Qwen2's deviation of 0.02; a narrow model's layers would be
     nearly silent with that one, and learn slowly.

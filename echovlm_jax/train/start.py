@@ -13,6 +13,7 @@ from echovlm_jax.convert.folder import copy_side_files, open_model, write_json
 from echovlm_jax.convert.load import load_params
 from echovlm_jax.data.tokenizer import byte_tokenizer
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing.images import ImageConfig
 from echovlm_jax.train.program import Program
 from echovlm_jax.train.stages import merge
 
@@ -26,11 +27,22 @@ class Start(NamedTuple):
 
     def keep(self, folder: Path, config: Any) -> None:
         """Puts what a model has beside its weights into a run's folder, so that it is a model too:
-        config.json, and the tokenizer that it is trained with."""
+        config.json, the tokenizer that it is trained with, and for a new one how large its images
+        are."""
         folder.mkdir(parents=True, exist_ok=True)
         described = to_hf(self.config, config.param_dtype)
         if self.files is None:
             write_json(folder / "config.json", described)
+            vision = self.config.vision
+            most = config.max_image_patches * vision.patch_size**2
+            images = {
+                "min_pixels": min(ImageConfig.min_pixels, most),
+                "max_pixels": most,
+                "patch_size": vision.patch_size,
+                "temporal_patch_size": vision.temporal_patch_size,
+                "merge_size": vision.spatial_merge_size,
+            }
+            write_json(folder / "preprocessor_config.json", images)
         else:
             copy_side_files(self.files, folder)
         if config.get("tokenizer"):

@@ -1,0 +1,46 @@
+"""EchoVLM small enough to learn the phantom on two cores, from random weights, in minutes.
+
+Nothing is pretrained here, so everything trains at once, on all tasks. `phantom_dense.py` is the
+same without the mixture of experts: the part that Qwen2-VL has in the paper's comparison.
+`echovlm demo` trains this in two stages.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.model = "nano"  # 1.2 M parameters: two layers of 96, four experts of 64
+    config.data = "phantom"  # or the folder of exams like it, which saves drawing them again
+    config.stage = "full"
+
+    config.steps = 1500
+    config.global_batch_size = 4  # packed rows: 8 to 16 exams a step
+    config.grad_accum = 1
+    config.seq_len = 256  # a report in English with its question takes 150 tokens
+    config.max_patches = 256
+    config.max_image_patches = 64  # 112 × 112 pixels, 16 tokens: a lesion is two tokens wide
+    config.mix_temperature = 1.0
+
+    config.learning_rate = 2e-3  # 4e-3 and 1e-3 both learned more slowly
+    config.warmup_fraction = 0.05
+    config.adam_b1 = 0.9
+    config.adam_b2 = 0.99  # a short run: the second moment has to keep up
+    config.adam_eps = 1e-8
+    config.weight_decay = 0.0
+    config.clip_norm = 1.0
+    config.lora = ConfigDict({"rank": 8, "alpha": 16, "dropout": 0.05})
+
+    config.moe_dispatch = "dense"  # the fastest on a CPU of those that drop nothing
+    config.dtype = "float32"  # on a CPU bfloat16 is slower
+    config.param_dtype = "float32"
+    config.remat = "none"
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1})
+    config.data_workers = 1  # beside the step, on the other core
+
+    config.log_every = 20
+    config.eval_every = 500
+    config.checkpoint_every = 500
+    config.checkpoint_keep = 2
+    return config
