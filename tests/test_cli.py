@@ -108,6 +108,8 @@ CALLS = [
         (Path("d"),),
         {"size": "tiny"},
     ),
+    ("bench cpu --what train", "echovlm_jax.bench_cpu", "bench_train", (), {"size": None}),
+    ("bench cpu --size tiny", "echovlm_jax.bench_cpu", "bench_train", (), {"size": "tiny"}),
     ("bench moe --size tiny", "echovlm_jax.bench_moe", "bench_moe", (), {"size": "tiny"}),
 ]
 
@@ -285,6 +287,9 @@ BAD_USAGE = [
     "generate m --prompt x --out g.jsonl",
     "bench nothing",
     "bench moe --dir d",
+    "bench data --size tiny",
+    "bench moe --what train",
+    "bench cpu --what nothing",
     "plan --config c.py",
     "plan --config c.py --topology v5e:4x4 --step never",
     "plan --config c.py --topology v5e:4x4 --rows-per-chip 0",

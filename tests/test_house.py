@@ -57,8 +57,10 @@ MAY_IMPORT = {
     "": {"load"},
     "demo": ANYTHING,
     "bench_convert": ANYTHING,
+    "bench_cpu": ANYTHING,
     "bench_data": ANYTHING,
     "bench_moe": ANYTHING,
+    "bench_torch": {"config"},
     "cli": ANYTHING,
 }
 NOBODY_IMPORTS = ("cli", "launch", "configs", "tests")
@@ -131,7 +133,8 @@ def torch_is_lazy(module: str, source: str) -> list[str]:
     """torch only in convert, and where we measure against it, inside functions: everybody else runs
     without it."""
     imports = [lazy for name, lazy in _imports(module, source) if _matches(name, "torch")]
-    allowed = any(_matches(_own(module), part) for part in ("convert", "bench_data"))
+    parts = ("convert", "bench_cpu", "bench_data", "bench_torch")
+    allowed = any(_matches(_own(module), part) for part in parts)
     return [f"{module} imports torch" for lazy in imports if not (lazy and allowed)]
 
 

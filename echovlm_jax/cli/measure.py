@@ -91,16 +91,17 @@ def _show_plan(result: Result, args: argparse.Namespace) -> None:
 
 def add_bench(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
+        _check_options(args)
         if args.what == "data":
-            if args.size:
-                raise InputError("--size is for `bench convert` and `bench moe`; leave it out")
             from echovlm_jax.bench_data import bench_data
 
             return bench_data(args.dir)
+        if args.what == "cpu":
+            from echovlm_jax.bench_cpu import bench_train
+
+            return bench_train(size=args.size)
         size = args.size or "echovlm_11b"
         if args.what == "moe":
-            if args.dir:
-                raise InputError("--dir is for `bench convert` and `bench data`; leave it out")
             from echovlm_jax.bench_moe import bench_moe
 
             with no_native_stderr(args.debug):
@@ -114,16 +115,23 @@ def add_bench(commands: Any) -> None:
         "bench",
         run,
         "the project's own benchmarks, both sides in one run; convert: our conversion of a made-up "
-        "checkpoint against `cp` of the same bytes; moe: the default expert dispatch against the "
+        "checkpoint against `cp` of the same bytes; cpu: a training step of a scaled model in "
+        "float32 on 2 threads against PyTorch's; moe: the default expert dispatch against the "
         "others, their extra work counted and their time taken; data: images a second through "
         "make_batches against a PyTorch DataLoader with Hugging Face's processor",
-        "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench moe --size tiny\n"
-        "  echovlm bench data",
+        "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench cpu --what train\n"
+        "  echovlm bench moe --size tiny\n  echovlm bench data",
         show=_show_bench,
     )
-    command.add_argument("what", choices=["convert", "data", "moe"])
+    command.add_argument("what", choices=["convert", "cpu", "data", "moe"])
     command.add_argument(
-        "--size", metavar="PRESET", help="of convert and moe; default: echovlm_11b"
+        "--what", dest="work", choices=["train"], help="of cpu: what is timed; default: train"
+    )
+    command.add_argument(
+        "--size",
+        metavar="PRESET",
+        help="of convert and moe, default: echovlm_11b; of cpu, default: 147 M parameters in the "
+        "released model's proportions",
     )
     command.add_argument(
         "--dir",
@@ -132,6 +140,18 @@ def add_bench(commands: Any) -> None:
         help="of convert, where twice the checkpoint has room (47 GB at full size), and of data "
         "(100 MB); default: a temporary one",
     )
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuses an option that the benchmark would not read."""
+    for option, value, readers in (
+        ("--size", args.size, ("convert", "cpu", "moe")),
+        ("--dir", args.dir, ("convert", "data")),
+        ("--what", args.work, ("cpu",)),
+    ):
+        if value is not None and args.what not in readers:
+            names = " and ".join(f"`bench {reader}`" for reader in readers)
+            raise InputError(f"{option} is for {names}; leave it out")
 
 
 def _show_bench(result: Result, args: argparse.Namespace) -> None:

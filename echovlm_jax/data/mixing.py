@@ -44,7 +44,8 @@ def ratios(
     """
     if (temperature is None) == (not weights):
         raise InputError(
-            "give either mix_temperature or organ_weights: one of them, the other none"
+            "give either mix_temperature or organ_weights: with the weights, set"
+            " --config.mix_temperature=none"
         )
     if weights:
         shares = _shares_by_weight(dict(zip(names, counts, strict=True)), weights)

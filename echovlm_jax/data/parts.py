@@ -168,8 +168,12 @@ def _make(
     record, paths = read_record(raw, id=id, organ=plan["organs"][stem], source=stem, group=group)
     files = [inside(root, path) for path in paths]  # all, before any is read
     media, images, size = [], [], 0
-    for file in files:
-        encoded = read_medium(file, num_frames=plan["num_frames"], crop=plan["crop"])
+    for path, file in zip(paths, files, strict=True):
+        try:
+            encoded = read_medium(file, num_frames=plan["num_frames"], crop=plan["crop"])
+        except Refused as refused:  # as the record names it: the list may leave this machine
+            detail = refused.detail.replace(shown(file), shown(path))
+            raise Refused(refused.reason, detail) from None
         media.append(encoded.medium)
         images += encoded.images
         size += sum(map(len, encoded.images))

@@ -144,8 +144,8 @@ def _plan(source: Source, epoch: int) -> Epoch:
         counted = Counter(REASONS[i] for i in made["reason"])
         raise InputError(
             f"data {settings.data}: none of its {len(kept)} samples can be used"
-            f" ({', '.join(f'{reason}: {n}' for reason, n in counted.items())}); raise seq_len"
-            f" {settings.seq_len} and max_patches {settings.max_patches}, or mend the data"
+            f" ({', '.join(f'{reason}: {n}' for reason, n in counted.items())}); raise"
+            f" max_patches {settings.max_patches} and seq_len {settings.seq_len}, or mend the data"
         )
     record, tokens, patches = (a[kept] for a in (draws.record, made["tokens"], made["patches"]))
     rows = pack(

@@ -64,7 +64,7 @@ class Program(NamedTuple):
     def compile_eval(self) -> jax.stages.Compiled:
         """(trainable, frozen, batch) → the loss without its gradient (`step.make_eval_step`)."""
         with jax.set_mesh(self.mesh):
-            lowered = jax.jit(self.evaluate).lower(
+            lowered = jax.jit(self.evaluate, out_shardings=self.state.step.sharding).lower(
                 self.state.trainable, self.state.frozen, self.batch
             )
         return lowered.compile()
@@ -148,7 +148,8 @@ def make_program(
     jitted = jax.jit(
         step,
         donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda s: s.sharding, state), None),
+        # Metrics are whole everywhere: any process may read them.
+        out_shardings=(jax.tree.map(lambda s: s.sharding, state), state.step.sharding),
     )
     return Program(
         model,

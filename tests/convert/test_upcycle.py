@@ -134,7 +134,8 @@ def test_the_recorded_outputs_of_pytorch_stay(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from tests.golden.make_golden import record
     from tests.parity.cases import CONFIGS, TOKENS, inputs
-    from tests.parity.torch_echovlm import build, save
+    from echovlm_jax.bench_torch import build
+    from tests.parity.torch_echovlm import save
 
     config = CONFIGS["dense"]
     model = build(config, seed=5)

@@ -46,6 +46,7 @@ def test_counts_add_up_and_each_loss_has_its_reason(tmp_path):
     assert report["organs"] == {"liver": 6} and report["splits"] == {"train": 6}
     lines = (tmp_path / "out" / folder.QUARANTINE).read_text().splitlines()
     listed = [json.loads(line) for line in lines]
+    assert str(tmp_path) not in "".join(lines)  # files go by the names that the records have
     assert {line["number"]: line["reason"] for line in listed} == {
         **{6: "duplicate id", 7: "not an object", 8: "path outside the folder"},
         **{9: "missing image", 10: "unreadable image"},

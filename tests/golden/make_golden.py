@@ -202,6 +202,7 @@ def main() -> None:
     from safetensors.torch import load_file
 
     from echovlm_jax import config as configs
+    from echovlm_jax.bench_torch import build
     from echovlm_jax.demo import make_checkpoint
     from tests.parity import torch_echovlm
     from tests.parity.cases import inputs
@@ -214,7 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_checkpoint(Path(scratch) / "demo") if args.demo else args.folder
         config = configs.from_hf(json.loads((folder / "config.json").read_text()))
-        model = torch_echovlm.build(config)
+        model = build(config)
         tensors: dict[str, torch.Tensor] = {}
         for shard in sorted(folder.glob("*.safetensors")):
             tensors |= {name: t.float() for name, t in load_file(shard).items()}

@@ -5,12 +5,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from echovlm_jax.bench_torch import build  # noqa: E402
 from echovlm_jax.convert.from_torch import convert  # noqa: E402
 from echovlm_jax.convert.parity import parity  # noqa: E402
 from echovlm_jax.errors import InputError  # noqa: E402
 from tests.golden.make_golden import record  # noqa: E402
 from tests.parity.cases import CONFIGS, TOKENS, inputs  # noqa: E402
-from tests.parity.torch_echovlm import build, released_gradients, save  # noqa: E402
+from tests.parity.torch_echovlm import released_gradients, save  # noqa: E402
 
 CASES = ("image", "images", "video", "mixed", "text", "text_left", "left", "right")
 # Every configuration and every kind of input at least once; the whole product is slow.

@@ -1,9 +1,4 @@
-"""The PyTorch side of the parity tests: EchoVLM composed from Hugging Face's own modules.
-
-Qwen2-VL comes from `transformers` as it is. The dual path replaces each decoder layer's MLP by a
-module that holds the old MLP, Qwen2-MoE's sparse block and the coefficient, and adds them as the
-paper does. The layer itself (norms, attention, residuals) stays theirs.
-"""
+"""The PyTorch side of the parity tests: a model's tensors under the released checkpoint's names."""
 
 from __future__ import annotations
 
@@ -13,53 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Qwen2MoeConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from echovlm_jax.config import ModelConfig, to_hf
-
-
-class DualPath(nn.Module):
-    """coefficient₀ · MoE(u) + coefficient₁ · MLP(u)."""
-
-    def __init__(self, mlp: nn.Module, config: Qwen2MoeConfig) -> None:
-        super().__init__()
-        self.mlp = mlp
-        self.moe = Qwen2MoeSparseMoeBlock(config)
-        self.coefficient = nn.Linear(config.hidden_size, 2)
-
-    def forward(self, u: torch.Tensor) -> torch.Tensor:
-        c = torch.softmax(self.coefficient(u), dim=-1)
-        return c[..., :1] * self.moe(u) + c[..., 1:] * self.mlp(u)
-
-
-def build(config: ModelConfig, seed: int = 0, std: float = 0.1) -> nn.Module:
-    """A random float32 model of `config` with eager attention; every parameter is non-trivial."""
-    torch.manual_seed(seed)
-    hf = Qwen2VLConfig(**to_hf(config, dtype="float32"))
-    hf._attn_implementation = "eager"
-    model = Qwen2VLForConditionalGeneration(hf).float().eval()
-    if config.moe is not None:
-        moe = Qwen2MoeConfig(
-            hidden_size=config.text.hidden_size,
-            num_experts=config.moe.num_experts,
-            num_experts_per_tok=config.moe.top_k,
-            moe_intermediate_size=config.moe.expert_mlp_dim,
-            shared_expert_intermediate_size=config.moe.shared_mlp_dim,
-            norm_topk_prob=config.moe.norm_topk_prob,
-        )
-        moe._experts_implementation = "eager"
-        for layer in model.model.language_model.layers:
-            layer.mlp = DualPath(layer.mlp, moe)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            around = (
-                1.0
-                if ("norm" in name and name.endswith("weight")) or "ln_q.weight" in name
-                else 0.0
-            )
-            p.copy_(around + std * torch.randn_like(p))
-    return model
 
 
 def released_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -73,7 +23,7 @@ def released_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_released(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts a released checkpoint's tensors into a model that `build` made."""
+    """Puts a released checkpoint's tensors into a model that `bench_torch.build` made."""
     with torch.no_grad():
         for name, place in released_state(model).items():  # views: writing reaches the model
             place.copy_(tensors[name])

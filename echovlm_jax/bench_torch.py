@@ -1,0 +1,70 @@
+"""EchoVLM in PyTorch, composed from Hugging Face's own modules: what ours is held against.
+
+Qwen2-VL comes from `transformers` as it is. The dual path replaces each decoder layer's MLP by a
+module that holds the old MLP, Qwen2-MoE's sparse block and the coefficient, and adds them as the
+paper does. The layer itself (norms, attention, residuals) stays theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from echovlm_jax.config import ModelConfig, to_hf
+
+
+def build(config: ModelConfig, seed: int = 0, std: float = 0.1) -> Any:
+    """A random float32 model, a torch.nn.Module with eager attention and experts, in evaluation
+    mode; every parameter is non-trivial.
+
+    Args:
+      config: sizes; without a mixture it is Qwen2-VL.
+      seed: of PyTorch's generator.
+      std: of the parameters around 0, or around 1 for the norms' scales.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import Qwen2MoeConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    class DualPath(torch.nn.Module):
+        """coefficient₀ · MoE(u) + coefficient₁ · MLP(u)."""
+
+        def __init__(self, mlp: Any, config: Any) -> None:
+            super().__init__()
+            self.mlp = mlp
+            self.moe = Qwen2MoeSparseMoeBlock(config)
+            self.coefficient = torch.nn.Linear(config.hidden_size, 2)
+
+        def forward(self, u: Any) -> Any:
+            c = torch.softmax(self.coefficient(u), dim=-1)
+            return c[..., :1] * self.moe(u) + c[..., 1:] * self.mlp(u)
+
+    torch.manual_seed(seed)
+    hf = Qwen2VLConfig(**to_hf(config, dtype="float32"))
+    hf._attn_implementation = "eager"
+    model: Any = Qwen2VLForConditionalGeneration(hf).float().eval()
+    if config.moe is not None:
+        moe = Qwen2MoeConfig(
+            hidden_size=config.text.hidden_size,
+            num_experts=config.moe.num_experts,
+            num_experts_per_tok=config.moe.top_k,
+            moe_intermediate_size=config.moe.expert_mlp_dim,
+            shared_expert_intermediate_size=config.moe.shared_mlp_dim,
+            norm_topk_prob=config.moe.norm_topk_prob,
+        )
+        moe._experts_implementation = "eager"
+        for layer in model.model.language_model.layers:
+            layer.mlp = DualPath(layer.mlp, moe)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = ("norm" in name and name.endswith("weight")) or "ln_q.weight" in name
+            p.copy_(float(scale) + std * torch.randn_like(p))
+    return model
+
+
+def set_forms(model: Any, attention: str, experts: str) -> None:
+    """Chooses transformers' implementations, by its names, in a model that `build` made: of
+    attention, eager or sdpa; of the experts, eager or grouped_mm."""
+    model.set_attn_implementation(attention)
+    for layer in model.model.language_model.layers:
+        if hasattr(layer.mlp, "moe"):
+            layer.mlp.moe.experts.config._experts_implementation = experts

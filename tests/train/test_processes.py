@@ -1,0 +1,82 @@
+"""Training as one job of several processes: the same run, and one that goes on with other ones."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from echovlm_jax import demo
+from echovlm_jax.config import preset
+
+ROOT = Path(__file__).parents[2]
+MODEL = preset("tiny").replace(
+    text={"num_layers": 1, "vocab_size": len(demo.SPECIAL) + 256}, vision={"depth": 1}
+)
+KEYS = {
+    "data": "phantom",
+    "data_workers": 0,
+    "steps": 4,
+    "global_batch_size": 4,
+    "seq_len": 512,
+    "max_patches": 512,
+    "max_image_patches": 64,
+    "learning_rate": 1e-3,
+    "dtype": "float32",
+    "moe_dispatch": "dense",
+    "log_every": 1,
+    "eval_every": 2,
+    "eval_batches": 1,
+    "checkpoint_every": 2,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+}
+
+
+def run(folder: Path, model: Path, processes: int, devices: int) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "local_processes.py"), "--timeout", "500"]
+    command += ["--processes", str(processes), "--devices", str(devices), "--"]
+    command += ["-m", "echovlm_jax.cli", "train", "--workdir", str(folder)]
+    command += ["--config", str(ROOT / "configs" / "instruction.py"), f"--config.model={model}"]
+    command += [f"--config.{key}={value}" for key, value in KEYS.items()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(folder: Path) -> dict[str, list[float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = ("loss", "grad_norm", "aux_loss", "eval_loss")
+    return {name: [line[name] for line in lines if name in line] for name in names}
+
+
+def state(folder: Path) -> list[np.ndarray]:
+    found = ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / "4" / "state")
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(found)]
+
+
+def assert_close(ours: Path, expected: Path) -> None:
+    found, wanted = losses(ours), losses(expected)
+    for name, values in wanted.items():
+        assert len(values) == (2 if name == "eval_loss" else 4)
+        np.testing.assert_allclose(found[name], values, rtol=1e-6, err_msg=name)
+    for a, b in zip(state(ours), state(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_changes_nothing_also_on_the_way(tmp_path):
+    model = demo.make_checkpoint(tmp_path / "torch", MODEL)
+    one, two, changed = (tmp_path / name for name in ("one", "two", "changed"))
+    run(one, model, processes=1, devices=4)
+    run(two, model, processes=2, devices=2)
+    assert_close(two, one)
+    # Begun by two processes, and gone on by one from the second step's checkpoint.
+    shutil.copytree(two, changed)
+    shutil.rmtree(changed / "checkpoints" / "4")
+    run(changed, model, processes=1, devices=4)
+    assert_close(changed, one)
