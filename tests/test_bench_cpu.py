@@ -96,7 +96,7 @@ def test_a_model_too_large_for_the_memory_is_refused(monkeypatch) -> None:
     pytest.importorskip("torch")
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 2**18}
     monkeypatch.setattr(bench_cpu.os, "sysconf", pages.__getitem__)
-    with pytest.raises(InputError, match="size qwen2_vl_2b needs about 1.. GiB"):
+    with pytest.raises(InputError, match=r"size qwen2_vl_2b needs about 1.. GiB"):
         bench_cpu.bench_train(size="qwen2_vl_2b")
 
 

@@ -1,0 +1,330 @@
+"""A training step on the CPU against the same model's in PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from echovlm_jax.config import ModelConfig, from_hf, preset, to_hf
+from echovlm_jax.errors import InputError
+from echovlm_jax.progress import progress
+
+_SIDE = "import json, sys; from echovlm_jax.bench_cpu import {side}; {side}(json.loads(input()))"
+_GRID = (1, 28, 28)  # the recipe's largest image: 784 patches, 196 tokens
+# transformers' implementations of attention and of the experts.
+_ATTENTION, _EXPERTS = ("sdpa", "eager"), ("eager", "grouped_mm")
+_RATE = 1e-5
+# Parameters, gradients, Adam's two moments, and as much again for what a step makes meanwhile.
+_BYTES_A_PARAMETER = 4 * 4 * 2
+
+
+def scaled_model() -> ModelConfig:
+    """147 M parameters: an eighth of the released model's widths and vocabulary, and about four
+    fifths of its layers; experts, heads a key/value head and the vision heads' size as released."""
+    full = preset("echovlm_11b")
+    assert full.moe is not None
+    text, vision, moe = full.text, full.vision, full.moe
+    special = preset("tiny")  # its special tokens lie within a small vocabulary
+    return special.replace(
+        text={
+            "vocab_size": text.vocab_size // 8,
+            "hidden_size": text.hidden_size // 8,
+            "num_layers": 22,
+            "num_heads": text.num_heads // 4,
+            "num_kv_heads": text.num_kv_heads // 4,
+            "head_dim": text.head_dim // 2,
+            "mlp_dim": text.mlp_dim // 8,
+            "mrope_section": tuple(n // 2 for n in text.mrope_section),
+        },
+        vision={
+            "depth": 25,
+            "embed_dim": vision.embed_dim // 8,
+            "hidden_size": text.hidden_size // 8,
+            "num_heads": vision.num_heads // 8,
+        },
+        moe={
+            "expert_mlp_dim": moe.expert_mlp_dim // 8,
+            "shared_mlp_dim": moe.shared_mlp_dim // 8,
+        },
+    )
+
+
+def bench_train(
+    *, size: str | None = None, tokens: int = 512, rounds: int = 5, threads: int = 2
+) -> dict[str, Any]:
+    """Times one optimisation step of all parameters in float32: forward, backward, clipping by the
+    global norm, AdamW.
+
+    The batch is one row: an image of 784 patches, then text, whose every token has a label. Ours is
+    the step that `train` compiles (experts dense, nothing rematerialised), its balancing loss and
+    telemetry included. Theirs is Hugging Face's modules in eager mode with torch's fused AdamW,
+    without those; each of its implementations of attention and experts is timed, and the fastest
+    counts. Weights are random and not the same; shapes are. Each side is a process of its own, on
+    the same processor cores, and they take turns step by step, so that what else the machine does
+    meets both.
+
+    Args:
+      size: the preset whose sizes to use; by default `scaled_model`.
+      tokens: of the row, the image's 196 among them.
+      rounds: timed steps of each side, after one that isn't.
+      threads: of each side; the machine may have fewer cores.
+
+    Returns:
+      ratio (theirs / ours: above 1, ours is faster), ours and theirs (seconds a step, medians),
+      what, parameters, tokens, patches, rounds, threads, ours_fastest and theirs_fastest (seconds
+      of the fastest step), and theirs_by_form: the median of each of PyTorch's forms.
+
+    Raises:
+      InputError: PyTorch or transformers is not installed, an unknown preset, one that is too large
+        for this machine's memory twice, or a number that is too small.
+    """
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"`bench cpu` compares with PyTorch, and {name} is not installed;"
+                " install it: pip install 'echovlm-jax[bench]'"
+            )
+    model = scaled_model() if size is None else preset(size)
+    least = math.prod(_GRID) // model.vision.merge_unit + 4
+    for name, value, bound in (
+        ("tokens", tokens, least), ("rounds", rounds, 1), ("threads", threads, 1)
+    ):  # fmt: skip
+        if value < bound:
+            raise InputError(f"{name} must be at least {bound}, found {value}")
+    _check_memory(model, size)
+    job = {"model": to_hf(model, dtype="float32"), "tokens": tokens, "threads": threads}
+    with ExitStack() as stack:
+        sides = {side: _start(side, job, stack) for side in ("ours", "theirs")}
+        counts = {side: ask(None) for side, ask in sides.items()}
+        if len({count["parameters"] for count in counts.values()}) > 1:
+            raise RuntimeError(f"the two models differ: {counts}")
+        turns = [(side, form) for side in sides for form in counts[side]["forms"]]
+        seconds: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
+        with progress((rounds + 1) * len(turns), "step", "bench") as tick:
+            for _ in range(rounds + 1):
+                for side, form in turns:
+                    seconds[side, form].append(sides[side](form))
+                    tick(1)
+    timed = {turn: times[1:] for turn, times in seconds.items()}
+    forms = {form: statistics.median(timed["theirs", form]) for form in counts["theirs"]["forms"]}
+    ours, theirs = statistics.median(timed["ours", "step"]), min(forms.values())
+    return {
+        "ratio": theirs / ours,
+        "ours": ours,
+        "theirs": theirs,
+        "what": f"seconds a training step of {size or 'a scaled model'} in float32, one image in"
+        f" {tokens} tokens, {threads} threads: PyTorch's against ours, above 1 ours is faster",
+        "parameters": counts["ours"]["parameters"],
+        "tokens": tokens,
+        "patches": math.prod(_GRID),
+        "rounds": rounds,
+        "threads": threads,
+        "ours_fastest": min(timed["ours", "step"]),
+        "theirs_fastest": min(min(timed["theirs", form]) for form in forms),
+        "theirs_by_form": forms,
+    }
+
+
+def _check_memory(model: ModelConfig, size: str | None) -> None:
+    from echovlm_jax.convert.table import slots
+
+    parameters = sum(slot.size for slot in slots(model).values())
+    needed = 2 * _BYTES_A_PARAMETER * parameters
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"size {size} needs about {needed / 2**30:.0f} GiB to train twice, and this machine has"
+            f" {there / 2**30:.0f}; choose a smaller preset, or none"
+        )
+
+
+def _start(side: str, job: dict[str, Any], stack: ExitStack) -> Callable[[str | None], Any]:
+    """Starts one side in a process of its own, that ends with the stack.
+
+    Returns:
+      What sends it a line and waits for its answer; with None it only waits.
+    """
+    errors: Any = tempfile.TemporaryFile("w+")  # noqa: SIM115  (the stack closes it)
+    stack.callback(errors.close)
+    process = stack.enter_context(
+        subprocess.Popen(
+            [sys.executable, "-c", _SIDE.format(side=side)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            bufsize=1,
+        )
+    )
+    stack.callback(process.kill)
+    assert process.stdin is not None and process.stdout is not None
+    given, answers = process.stdin, process.stdout
+
+    def ask(line: str | None) -> Any:
+        if line is not None:
+            print(line, file=given)
+        answer = answers.readline()
+        if not answer:
+            process.wait()
+            errors.seek(0)
+            raise RuntimeError(f"the run of {side} failed:\n{errors.read()}")
+        return json.loads(answer)
+
+    print(json.dumps(job), file=given)
+    return ask
+
+
+def _serve(parameters: int, forms: dict[str, Callable[[], float]]) -> None:
+    """Answers each line of standard input, a form's name, with the seconds of a step of it."""
+    print(json.dumps({"parameters": parameters, "forms": list(forms)}), flush=True)
+    for line in sys.stdin:
+        started = time.perf_counter()
+        loss = forms[line.strip()]()
+        seconds = time.perf_counter() - started
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss}")
+        print(json.dumps(seconds), flush=True)
+
+
+def ours(job: dict[str, Any]) -> None:
+    """Serves steps of the program that a training run compiles."""
+    _take_cores(job["threads"])
+    import jax
+
+    from echovlm_jax.processing.batch import make_batch
+    from echovlm_jax.train.program import init_state, make_program
+
+    jax.config.update("jax_platforms", "cpu")
+    model = from_hf(job["model"])
+    inputs = _inputs(model, job["tokens"])
+    program = make_program(_training(job["tokens"]), jax.devices()[:1], model)
+    step = program.compile()
+    state = init_state(program, jax.random.key(0))
+    arrays = make_batch(model, inputs)
+    arrays |= {"labels": inputs["labels"], "organs": np.zeros_like(arrays["tokens"])}
+    batch = {
+        name: jax.device_put(arrays[name].astype(s.dtype), s.sharding)
+        for name, s in program.batch.items()
+    }
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(program.state.trainable))
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    _serve(parameters, {"step": run})
+
+
+def theirs(job: dict[str, Any]) -> None:
+    """Serves steps of Hugging Face's modules, in each of their forms."""
+    _take_cores(job["threads"])
+    import torch  # pyright: ignore[reportMissingImports]
+
+    from echovlm_jax.bench_torch import build, set_forms
+    from echovlm_jax.processing.batch import make_batch
+
+    torch.set_num_threads(job["threads"])
+    config = from_hf(job["model"])
+    inputs = _inputs(config, job["tokens"])
+    # As ours, they are made before the step.
+    positions = make_batch(config, inputs)["positions"].transpose(1, 0, 2).astype(np.int64)
+    batch = {
+        name: torch.from_numpy(x) for name, x in (inputs | {"position_ids": positions}).items()
+    }
+    model = build(config, std=config.text.hidden_size**-0.5).train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=0.0, fused=True)
+
+    def step(attention: str, experts: str) -> float:
+        set_forms(model, attention, experts)
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    forms = {
+        f"{attention} attention, {experts} experts": lambda a=attention, e=experts: step(a, e)
+        for attention in _ATTENTION
+        for experts in (_EXPERTS if config.moe else _EXPERTS[:1])
+    }
+    _serve(sum(p.numel() for p in parameters), forms)
+
+
+def _take_cores(threads: int) -> None:
+    """Leaves this process so many processor cores, the same ones on both sides."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def _inputs(model: ModelConfig, tokens: int) -> dict[str, np.ndarray]:
+    """A row as Hugging Face's models take it: an image, then text with labels."""
+    rng = np.random.default_rng(0)
+    count = math.prod(_GRID) // model.vision.merge_unit
+    image = [model.vision_start_token_id, *[model.image_token_id] * count]
+    image += [model.vision_end_token_id]
+    special = (getattr(model, f"{name}_token_id") for name in ("image", "video", "vision_start"))
+    words = np.setdiff1d(np.arange(model.text.vocab_size), list(special))
+    text = rng.choice(words, tokens - len(image))
+    ids = np.concatenate([image, text]).astype(np.int64)[None]
+    labels = np.where(np.arange(tokens) < len(image), -100, ids)
+    patches = rng.standard_normal((math.prod(_GRID), model.vision.patch_dim))
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "pixel_values": patches.astype(np.float32),
+        "image_grid_thw": np.array([_GRID], np.int64),
+    }
+
+
+def _training(tokens: int) -> Any:
+    """A configuration as the files in configs/ return it, for one row on one device."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(
+        {
+            "seed": 0,
+            "model": "tiny",  # not read: sizes are given beside
+            "data": "phantom",
+            "stage": "full",
+            "steps": 1000,
+            "global_batch_size": 1,
+            "grad_accum": 1,
+            "seq_len": tokens,
+            "max_patches": math.prod(_GRID),
+            "max_image_patches": math.prod(_GRID),
+            "mix_temperature": 1.0,
+            "learning_rate": _RATE,
+            "warmup_fraction": 0.0,
+            "adam_b1": 0.9,
+            "adam_b2": 0.999,
+            "adam_eps": 1e-8,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+            "lora": {"rank": 8, "alpha": 16, "dropout": 0.0},
+            "moe_dispatch": "dense",  # the fastest on a CPU of those that drop nothing
+            "dtype": "float32",
+            "param_dtype": "float32",
+            "remat": "none",
+            "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1},
+            "log_every": 1,
+            "eval_every": 1,
+            "checkpoint_every": 1,
+            "checkpoint_keep": 1,
+        }
+    )
