@@ -272,7 +272,8 @@ def check_new(path: Path) -> None:
     if path.exists():
         if path.is_dir() and not any(path.iterdir()):
             return
-        raise InputError(f"{path}: exists; delete it or choose another place")
+        mend = "" if path == path.parent else "delete it or "
+        raise InputError(f"{path}: exists; {mend}choose another place")
 
 
 def check_space(path: Path, needed: int) -> None:

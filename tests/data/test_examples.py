@@ -15,12 +15,15 @@ def test_others_are_all_of_the_same_organ_but_oneself():
     for number, record in enumerate(dataset.records):
         expected = [r.id for r in dataset.records if r.organ == record.organ and r is not record]
         for start in (0, 7 * len(expected)):  # counted around
-            found = [_other(made, number, start + n).id for n in range(len(expected))]
+            found = [
+                _other(made.dataset, made.peers, number, start + n).id for n in range(len(expected))
+            ]
             assert found == expected
 
 
 def test_an_exam_alone_of_its_organ_has_no_others():
-    assert _other(source(exams(heart=1, liver=2)), 0, 3) is None
+    made = source(exams(heart=1, liver=2))
+    assert _other(made.dataset, made.peers, 0, 3) is None
 
 
 def test_a_key_gives_a_sample_and_its_lengths_add_up():
