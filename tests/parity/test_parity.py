@@ -14,7 +14,7 @@ from tests.parity.cases import CONFIGS, TOKENS, inputs  # noqa: E402
 from tests.parity.torch_echovlm import released_gradients, save  # noqa: E402
 
 CASES = ("image", "images", "video", "mixed", "text", "text_left", "left", "right")
-# Every configuration and every kind of input at least once; the whole product is slow.
+# Every configuration and almost every kind of input; the whole product is slow.
 FAST = {
     ("released_shape", "left"),
     ("released_shape", "right"),
@@ -22,7 +22,6 @@ FAST = {
     ("one_expert_tied", "image"),
     ("all_experts", "mixed"),
     ("dense", "video"),
-    ("dense_tied", "text"),
     ("dense_tied", "images"),
 }
 
@@ -86,6 +85,7 @@ def test_parity(name, case, converted, tmp_path):
         assert report["aux_loss_err"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_changed_weight_is_named(converted, tmp_path):
     """One value of layer 1 off: the stages before it hold, the first after it is named."""
     model, _ = converted("released_shape")

@@ -105,6 +105,7 @@ def test_bad_requests_are_refused():
     [
         pytest.param(f, marks=() if f == CONFIG else pytest.mark.slow, id=f.stem)
         for f in sorted((ROOT / "configs").glob("*.py"))
+        if not f.stem.startswith("phantom")  # for two cores: nothing of them is split
     ],
 )
 def test_every_configuration_compiles_for_a_slice(file):
