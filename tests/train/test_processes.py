@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from echovlm_jax import demo
@@ -54,18 +52,11 @@ def losses(folder: Path) -> dict[str, list[float]]:
     return {name: [line[name] for line in lines if name in line] for name in names}
 
 
-def state(folder: Path) -> list[np.ndarray]:
-    found = ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / "4" / "state")
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(found)]
-
-
 def assert_close(ours: Path, expected: Path) -> None:
     found, wanted = losses(ours), losses(expected)
     for name, values in wanted.items():
         assert len(values) == (2 if name == "eval_loss" else 4)
         np.testing.assert_allclose(found[name], values, rtol=1e-6, err_msg=name)
-    for a, b in zip(state(ours), state(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
