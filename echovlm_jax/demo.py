@@ -38,7 +38,7 @@ from echovlm_jax.evaluate.harness import evaluate
 from echovlm_jax.evaluate.report import write_report
 from echovlm_jax.load import load_model
 from echovlm_jax.processing.images import load_media
-from echovlm_jax.train.config_file import load_config
+from echovlm_jax.train.config_file import load_config, own_config
 from echovlm_jax.train.loop import train
 
 GOLDEN = Path(__file__).with_name("demo_golden.npz")
@@ -180,12 +180,6 @@ def _make_data(out: Path, exams: int, seed: int) -> None:
 
 def _config(out: Path, changes: Mapping[str, Any]) -> Any:
     """configs/phantom.py with a stage's changes."""
-    beside = Path(__file__).parent
-    file = next(
-        path
-        for folder in (beside, beside.parent)  # installed, or a checkout
-        if (path := folder / "configs" / "phantom.py").is_file()
-    )
     devices = jax.device_count()
     own = {
         "global_batch_size": devices * -(-4 // devices),  # 4 rows, where they divide
@@ -195,7 +189,7 @@ def _config(out: Path, changes: Mapping[str, Any]) -> Any:
         "checkpoint_every": 300,
         "checkpoint_keep": 1,
     }
-    return load_config(file, {**own, **changes})
+    return load_config(own_config("phantom"), {**own, **changes})
 
 
 def _answers(out: Path, name: str, pictures: np.ndarray) -> list[Case]:

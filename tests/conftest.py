@@ -1,6 +1,7 @@
 """What every test gets: eight fake CPU devices, shape checks at run time, and no network."""
 
 import os
+import time
 from pathlib import Path
 
 # Before anything imports jax: it reads these once.
@@ -21,6 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -33,6 +35,21 @@ hypothesis.settings.register_profile(
     "echovlm", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=False
 )
 hypothesis.settings.load_profile("echovlm")
+
+
+# A process may have 65,530 mappings of memory, and a program compiled for eight devices takes a
+# thousand: with some sixty of them alive, XLA's next compilation dies.
+_MAPPINGS, _MOST_MAPPINGS = Path("/proc/self/maps"), 30_000
+
+
+@pytest.fixture(autouse=True)
+def programs_are_dropped():
+    began = time.monotonic()
+    yield
+    if time.monotonic() - began < 1 or not _MAPPINGS.exists():  # counting takes milliseconds
+        return
+    if _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -277,6 +277,8 @@ class Reader:
             keys = [
                 "/".join(part["key"] for part in leaf["key_metadata"])
                 for leaf in metadata["tree_metadata"].values()
+                # An empty node of an optimizer's state has a name, and no array.
+                if not leaf["value_metadata"]["skip_deserialize"]
             ]
             kind = "zarr3" if metadata.get("use_zarr3") else "zarr"
             kvstore = _kvstore(folder, create=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.evaluate.bootstrap import paired
+from echovlm_jax.evaluate.bootstrap import Statistic, paired
 from echovlm_jax.evaluate.harness import METRICS, PREDICTIONS, SETTINGS, with_bertscore
 from echovlm_jax.evaluate.metrics import signature
 from echovlm_jax.evaluate.summary import METRICS as NAMES
@@ -18,64 +18,98 @@ from echovlm_jax.processing.files import read_json, shown
 _SAME = ("question", "reference", "task", "language")
 
 
-def compare(a: str | Path, b: str | Path, *, seed: int = 0) -> dict[str, Any]:
+def compare(
+    a: str | Path | Sequence[str | Path],
+    b: str | Path | Sequence[str | Path],
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
     """How much better or worse B does than A, on the samples that both answered.
 
     Args:
       a, b: folders that `evaluate` left; the same exams, questions and references, whatever the
-        model or the images.
+        model or the images. Several, such as runs of several seeds, are taken together: a metric is
+        then over the answers of all, and a resample takes an exam's answers of all or of none.
       seed: of the resamples.
 
     Returns:
-      a, b (as given), n, overall and by_organ: {metric: {a, b, difference (b − a), interval, p}},
-      without the metrics that have no samples; signature.
+      a, b (as given), n (samples of one folder), overall and by_organ: {metric: {a, b, difference
+      (b − a), interval, p}}, without the metrics that have no samples; signature.
 
     Raises:
-      InputError: a folder holds no finished evaluation, or the two are of other samples.
+      InputError: a folder holds no finished evaluation, or two are of other samples.
     """
-    first, second = read_lines(Path(a)), read_lines(Path(b))
-    by_id = {line["id"]: line for line in second}
-    for line in first:
-        if line["id"] not in by_id:
-            raise InputError(
-                f"{shown(b)}: has no sample {shown(line['id'])}, which {shown(a)} has; evaluate"
-                " both on the same exams and tasks"
-            )
-        for key in _SAME:
-            if line[key] != by_id[line["id"]][key]:
-                raise InputError(
-                    f"{shown(b)}: sample {shown(line['id'])} has another {key} than in {shown(a)};"
-                    " evaluate both on the same data with the same seed"
-                )
-    if extra := by_id.keys() - {line["id"] for line in first}:
-        raise InputError(
-            f"{shown(a)}: has no sample {shown(min(extra))}, which {shown(b)} has; evaluate both"
-            " on the same exams and tasks"
-        )
-    second = [by_id[line["id"]] for line in first]
-    organs = sorted({line["organ"] for line in first})
-    at = {organ: [i for i, line in enumerate(first) if line["organ"] == organ] for organ in organs}
-    languages = [line["language"] for line in first if line["kind"] == "report"]
+    first, second = _folders(a), _folders(b)
+    lines = read_lines(first[0])
+    ours, theirs = (
+        [_same(lines, read_lines(folder), first[0], folder) for folder in folders]
+        for folders in (first, second)
+    )
+    organs = sorted({line["organ"] for line in lines})
+    at = {organ: [i for i, line in enumerate(lines) if line["organ"] == organ] for organ in organs}
+    languages = [line["language"] for line in lines if line["kind"] == "report"]
+    given = {name: of if isinstance(of, list) else str(of) for name, of in (("a", a), ("b", b))}
     return {
-        **{"a": str(a), "b": str(b), "n": len(first)},
-        "overall": _differences(first, second, seed),
-        "by_organ": {
-            organ: _differences([first[i] for i in rows], [second[i] for i in rows], seed)
-            for organ, rows in at.items()
-        },
+        **given,
+        "n": len(lines),
+        "overall": _differences(ours, theirs, range(len(lines)), seed),
+        "by_organ": {organ: _differences(ours, theirs, rows, seed) for organ, rows in at.items()},
         "signature": signature(languages, seed=seed)
         | {"p": "two-sided, paired bootstrap on the same resamples, centred on their mean"},
     }
 
 
-def _differences(a: Sequence[Line], b: Sequence[Line], seed: int) -> dict[str, Any]:
-    first, second = statistics(a), statistics(b)
+def _folders(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    several = not isinstance(given, str | Path)
+    return [Path(folder) for folder in given] if several else [Path(given)]
+
+
+def _same(lines: Sequence[Line], other: Sequence[Line], at: Path, folder: Path) -> list[Line]:
+    """The other folder's lines in the order of the first one's, which are of the same samples."""
+    by_id = {line["id"]: line for line in other}
+    for line in lines:
+        if line["id"] not in by_id:
+            raise InputError(
+                f"{shown(folder)}: has no sample {shown(line['id'])}, which {shown(at)} has;"
+                " evaluate both on the same exams and tasks"
+            )
+        for key in _SAME:
+            if line[key] != by_id[line["id"]][key]:
+                raise InputError(
+                    f"{shown(folder)}: sample {shown(line['id'])} has another {key} than in"
+                    f" {shown(at)}; evaluate both on the same data with the same seed"
+                )
+    if extra := by_id.keys() - {line["id"] for line in lines}:
+        raise InputError(
+            f"{shown(at)}: has no sample {shown(min(extra))}, which {shown(folder)} has; evaluate"
+            " both on the same exams and tasks"
+        )
+    return [by_id[line["id"]] for line in lines]
+
+
+def _differences(
+    a: Sequence[Sequence[Line]], b: Sequence[Sequence[Line]], rows: Sequence[int], seed: int
+) -> dict[str, Any]:
+    first, second = ([[lines[i] for i in rows] for lines in system] for system in (a, b))
     out = {}
+    before, after = _together(first), _together(second)
     for name in NAMES:
-        if name in first and name in second:
-            found = paired(first[name], second[name], seed)
+        if name in before and name in after:
+            found = paired(before[name], after[name], seed)
             if found is not None:
                 out[name] = found._asdict()
+    return out
+
+
+def _together(runs: Sequence[Sequence[Line]]) -> dict[str, Statistic]:
+    """Each metric over the answers of several runs: those of a sample are added up."""
+    found, count = statistics([line for lines in runs for line in lines]), len(runs)
+    out = {}
+    for name, of in found.items():
+        samples, rest = divmod(len(of.columns), count)
+        if not rest:  # BERTScore may be there for some of the runs alone
+            columns = of.columns.reshape(count, samples, of.columns.shape[1])
+            out[name] = of._replace(columns=columns.sum(axis=0))
     return out
 
 

@@ -95,6 +95,13 @@ RULES: Mapping[str, Rule] = {
 ORGANS = "organ_weights"
 
 
+def own_config(name: str) -> Path:
+    """configs/NAME.py, of a checkout or as it is installed."""
+    package = Path(__file__).parents[1]
+    beside = (package / "configs", package.parent / "configs")
+    return next(path for folder in beside if (path := folder / f"{name}.py").is_file())
+
+
 def load_config(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> ConfigDict:
     """What a configuration file's get_config() returns, with some of its keys changed.
 

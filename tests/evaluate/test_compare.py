@@ -67,6 +67,20 @@ def test_the_order_of_lines_does_not_matter(tmp_path):
     assert one["overall"] == two["overall"] and one["by_organ"] == two["by_organ"]
 
 
+def test_runs_of_several_seeds_are_taken_together(tmp_path):
+    a, b = folder(tmp_path / "a", lines(10, 15)), folder(tmp_path / "b", lines(25, 15))
+    more = folder(tmp_path / "c", lines(13, 21)[::-1])
+    alone, thrice = compare(a, b), compare([a, a, a], [b, b, b])
+    for name, row in alone["overall"].items():  # no answer is counted as one more exam
+        found = thrice["overall"][name]
+        assert found["interval"] == pytest.approx(row["interval"])
+        assert (found["difference"], found["p"]) == pytest.approx((row["difference"], row["p"]))
+    both = compare([a, more], [b])["overall"]
+    assert both["diagnosis_accuracy"]["a"] == pytest.approx(100 * (15 + 21) / 60)
+    assert both["diagnosis_accuracy"]["difference"] == pytest.approx(-10)
+    assert both["rouge1"]["b"] == alone["overall"]["rouge1"]["b"]
+
+
 def test_other_samples_are_refused_by_name(tmp_path):
     whole = lines(5, 5)
     a = folder(tmp_path / "a", whole)
