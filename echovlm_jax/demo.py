@@ -31,6 +31,7 @@ from echovlm_jax.data.build import Options, build
 from echovlm_jax.data.dataset import open_dataset
 from echovlm_jax.data.examples import texts_of
 from echovlm_jax.data.phantom import write_exams
+from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.data.tokenizer import SPECIAL, byte_tokenizer, train_sentencepiece
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.cases import Case
@@ -40,6 +41,7 @@ from echovlm_jax.load import load_model
 from echovlm_jax.processing.images import load_media
 from echovlm_jax.train.config_file import load_config, own_config
 from echovlm_jax.train.loop import train
+from echovlm_jax.train.stages import STAGES as STAGE_RULES
 
 GOLDEN = Path(__file__).with_name("demo_golden.npz")
 QUESTION = "Write the ultrasound report of these images."
@@ -49,20 +51,37 @@ _MARK, _MADE = "demo.json", {"made_by": "echovlm demo"}
 
 EXAMS, HELD_OUT = 3500, 140
 _SPLITS = Options(validation=0.02, test=0.06)
+_CONTROLS = {"evaluation": "given", "blind": "blind", "shuffled": "shuffled"}
+_RECIPE = tuple((rule.pattern, rule.how) for rule in STAGE_RULES["instruction"])
+_NO_TASK = {f"task_weights.{task}": 0.0 for task in TASKS}
 # What differs from configs/phantom.py in each stage.
 STAGES: Mapping[str, Mapping[str, Any]] = {
-    # Which picture goes with which words. Nothing is pretrained, so nothing is left as it is, and
-    # short answers, which say more of a picture for each token than reports do, come often.
+    # Which picture goes with which word. Nothing is pretrained, so nothing is left as it is. An
+    # exam a row, and nothing but its diagnosis: among the many words of reports, the few that
+    # depend on the picture would teach the vision tower ten times as slowly.
     "alignment": {
         "stage_rules": ((".*", "full"),),
-        "steps": 1000,
-        "task_weights.conversation": 0.0,
-        "task_weights.diagnosis": 6.0,
-        "task_weights.question": 2.0,
+        "steps": 900,
+        "global_batch_size": 14,
+        "seq_len": 80,
+        "max_patches": 64,
+        **_NO_TASK,
+        "task_weights.diagnosis": 1.0,
+    },
+    # The released recipe's second stage, and the words' own vectors, which have seen no report yet.
+    "instruction": {
+        "stage_rules": (("text/(embed|lm_head)/.*", "full"), *_RECIPE),
+        "steps": 450,
+        **_NO_TASK,
+        "task_weights.report": 5.0,
+        "task_weights.diagnosis": 3.0,
+        "task_weights.question": 1.0,
         "task_weights.choice": 0.5,
         "task_weights.judge": 0.5,
+        "lora.rank": 16,
+        "lora.alpha": 32,
+        "lora.dropout": 0.0,
     },
-    "instruction": {"steps": 200, "learning_rate": 1e-3, "task_weights.conversation": 0.0},
 }
 
 
@@ -78,7 +97,7 @@ def demo(
     """Trains a small EchoVLM on synthetic exams, evaluates it and lets it answer.
 
     `out` gets exams/ (the images and official JSON), data/ (the dataset), tokenizer/, a folder for
-    each stage's run, model/ (a MODEL folder), evaluation/ and blind/, and report.html.
+    each stage's run, model/ (a MODEL folder), evaluation/, blind/, shuffled/, and report.html.
 
     Args:
       out: a new folder, or one that an earlier demo made, which is replaced.
@@ -90,8 +109,9 @@ def demo(
       stages: keys of the configuration that each stage changes, in order.
 
     Returns:
-      seconds, out, model, report; eval and blind (`evaluate`'s results, with images and without);
-      parity (ok, logits, router_agreement, …); answers (name, text, note).
+      seconds, out, model, report; eval, blind and shuffled (`evaluate`'s results, with the exams'
+      images, without any, and with those of other exams of the same organ); parity (ok, logits,
+      router_agreement, …); answers (name, text, note).
 
     Raises:
       InputError: `out` is not a demo's, or `image` can't be read.
@@ -114,10 +134,10 @@ def demo(
     with _step("the model, in Hugging Face form"):
         export(runs[-1], out / "model")
     options = {"limit": held_out, "batch_size": 35, "max_new_tokens": 128, "report": False}
-    with _step(f"{held_out} held-out exams, with their images and without"):
+    with _step(f"{held_out} held-out exams, with their images, without, and with others'"):
         results = {
-            mode: evaluate(out / "model", out / "data", out / folder, images=mode, **options)
-            for mode, folder in (("given", "evaluation"), ("blind", "blind"))
+            name: evaluate(out / "model", out / "data", out / name, images=mode, **options)
+            for name, mode in _CONTROLS.items()
         }
     with _step("answers, and the report"):
         cases = _answers(out, exam.name, pictures)
@@ -125,7 +145,7 @@ def demo(
             out / "evaluation",
             title="EchoVLM, trained on synthetic exams",
             runs=runs,
-            compared={"no image": out / "blind"},
+            compared={"no image": out / "blind", "another exam's image": out / "shuffled"},
             extra_cases=cases,
         )
         shutil.copyfile(page, out / "report.html")
@@ -134,8 +154,9 @@ def demo(
         "out": str(out),
         "model": str(out / "model"),
         "report": str(out / "report.html"),
-        "eval": results["given"],
+        "eval": results["evaluation"],
         "blind": results["blind"],
+        "shuffled": results["shuffled"],
         "parity": compared,
         "answers": [{"name": c.name, "text": c.prediction, "note": c.note} for c in cases],
     }
@@ -171,7 +192,8 @@ def _parity(folder: Path) -> dict[str, Any]:
 
 def _make_data(out: Path, exams: int, seed: int) -> None:
     workers = os.cpu_count() or 1
-    made = {"balanced": True, "cine": 0.0, "views": 1, "workers": workers}
+    # One language: with two, half of the steps would go into the other's words.
+    made = {"balanced": True, "cine": 0.0, "views": 1, "language": "en", "workers": workers}
     write_exams(out / "exams", exams, seed, **made)
     sources = [out / "exams" / "phantom.json"]
     build(sources, out / "exams", out / "data", _SPLITS, workers=workers)
@@ -180,16 +202,17 @@ def _make_data(out: Path, exams: int, seed: int) -> None:
 
 def _config(out: Path, changes: Mapping[str, Any]) -> Any:
     """configs/phantom.py with a stage's changes."""
-    devices = jax.device_count()
     own = {
-        "global_batch_size": devices * -(-4 // devices),  # 4 rows, where they divide
         "data": str(out / "data"),
         "tokenizer": str(out / "tokenizer"),
         "eval_every": 300,
         "checkpoint_every": 300,
         "checkpoint_keep": 1,
     }
-    return load_config(own_config("phantom"), {**own, **changes})
+    config: Any = load_config(own_config("phantom"), {**own, **changes})
+    devices = jax.device_count()
+    config.global_batch_size = devices * -(-config.global_batch_size // devices)  # they divide
+    return config
 
 
 def _answers(out: Path, name: str, pictures: np.ndarray) -> list[Case]:

@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "bench_cpu": ANYTHING,
     "bench_data": ANYTHING,
     "bench_moe": ANYTHING,
+    "bench_phantom": ANYTHING,
     "bench_torch": {"config"},
     "cli": ANYTHING,
 }

@@ -198,6 +198,7 @@ def _add_phantom(commands: Any) -> None:
             args.seed,
             balanced=args.balanced,
             views=args.views,
+            language=args.language,
             workers=args.workers,
         )
 
@@ -224,6 +225,7 @@ def _add_phantom(commands: Any) -> None:
     command.add_argument(
         "--views", type=int, default=4, metavar="N", help="at most N images an exam (%(default)s)"
     )
+    command.add_argument("--language", metavar="L", help="texts in zh or en alone; default: both")
     command.add_argument(
         "--workers",
         type=int,

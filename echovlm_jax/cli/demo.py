@@ -43,16 +43,17 @@ def _show(result: Result, args: argparse.Namespace) -> None:
         low, high = tables["intervals"][name]
         return f"{tables[name]:.1f} ({low:.1f} to {high:.1f})"
 
-    given, blind = result["eval"], result["blind"]
-    print(f"{'':24}{'with images':24}without")
+    columns = {"with images": "eval", "without": "blind", "another exam's": "shuffled"}
+    tables = [result[name]["overall"] for name in columns.values()]
+    print(f"{'':24}" + "".join(f"{title:24}" for title in columns).rstrip())
     for name, title in (
         ("bleu1", "BLEU-1"),
         ("diagnosis_accuracy", "diagnosis, % right"),
         ("vqa_accuracy", "questions, % right"),
     ):
-        pair = (value(tables["overall"], name) for tables in (given, blind))
-        print(f"{title:24}" + "".join(f"{text:24}" for text in pair).rstrip())
-    for organ, table in given["by_organ"].items():
+        values = (value(table, name) for table in tables)
+        print(f"{title:24}" + "".join(f"{text:24}" for text in values).rstrip())
+    for organ, table in result["eval"]["by_organ"].items():
         print(f"  {organ:22}{value(table, 'diagnosis_accuracy')}")
     print(f"report: {result['report']}")
     print(f"model:  {result['model']}   try: echovlm generate {result['model']} --image …")

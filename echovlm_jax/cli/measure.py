@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,11 @@ def _show_plan(result: Result, args: argparse.Namespace) -> None:
     print(result["report"])
 
 
+# What `bench` can do with --what, and where it keeps the runs of phantom.
+_WORKS = {"cpu": ("train",), "phantom": ("mixture", "imbalance")}
+_PHANTOM = Path("bench_out/phantom")
+
+
 def add_bench(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         _check_options(args)
@@ -100,6 +106,11 @@ def add_bench(commands: Any) -> None:
             from echovlm_jax.bench_cpu import bench_train
 
             return bench_train(size=args.size)
+        if args.what == "phantom":
+            from echovlm_jax.bench_phantom import bench_phantom
+
+            changes = dict(word.split("=", 1) for word in args.overrides)
+            return bench_phantom(args.work or "mixture", args.dir or _PHANTOM, changes=changes)
         size = args.size or "echovlm_11b"
         if args.what == "moe":
             from echovlm_jax.bench_moe import bench_moe
@@ -118,14 +129,20 @@ def add_bench(commands: Any) -> None:
         "checkpoint against `cp` of the same bytes; cpu: a training step of a scaled model in "
         "float32 on 2 threads against PyTorch's; moe: the default expert dispatch against the "
         "others, their extra work counted and their time taken; data: images a second through "
-        "make_batches against a PyTorch DataLoader with Hugging Face's processor",
+        "make_batches against a PyTorch DataLoader with Hugging Face's processor; phantom: what "
+        "the mixture of experts, or rebalancing organs, is worth on synthetic exams, trained and "
+        "evaluated with three seeds, half an hour or more; it goes on where it was stopped",
         "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench cpu --what train\n"
-        "  echovlm bench moe --size tiny\n  echovlm bench data",
+        "  echovlm bench moe --size tiny\n  echovlm bench data\n"
+        "  echovlm bench phantom --what imbalance --dir study/",
         show=_show_bench,
     )
-    command.add_argument("what", choices=["convert", "cpu", "data", "moe"])
+    command.add_argument("what", choices=["convert", "cpu", "data", "moe", "phantom"])
     command.add_argument(
-        "--what", dest="work", choices=["train"], help="of cpu: what is timed; default: train"
+        "--what",
+        dest="work",
+        choices=[what for works in _WORKS.values() for what in works],
+        help="of cpu: what is timed, train; of phantom: mixture (the default) or imbalance",
     )
     command.add_argument(
         "--size",
@@ -138,26 +155,51 @@ def add_bench(commands: Any) -> None:
         type=Path,
         metavar="DIR",
         help="of convert, where twice the checkpoint has room (47 GB at full size), and of data "
-        "(100 MB); default: a temporary one",
+        f"(100 MB); default: a temporary one; of phantom, where it is kept; default: {_PHANTOM}",
     )
+    command.set_defaults(overrides=[])
 
 
 def _check_options(args: argparse.Namespace) -> None:
     """Refuses an option that the benchmark would not read."""
     for option, value, readers in (
         ("--size", args.size, ("convert", "cpu", "moe")),
-        ("--dir", args.dir, ("convert", "data")),
-        ("--what", args.work, ("cpu",)),
+        ("--dir", args.dir, ("convert", "data", "phantom")),
+        ("--what", args.work, tuple(_WORKS)),
+        ("--config.KEY=VALUE", args.overrides or None, ("phantom",)),
     ):
         if value is not None and args.what not in readers:
             names = " and ".join(f"`bench {reader}`" for reader in readers)
             raise InputError(f"{option} is for {names}; leave it out")
+    if args.work is not None and args.work not in _WORKS[args.what]:
+        raise InputError(
+            f"--what {args.work} is not of `bench {args.what}`; choose of"
+            f" {', '.join(_WORKS[args.what])}"
+        )
 
 
 def _show_bench(result: Result, args: argparse.Namespace) -> None:
+    if args.what == "phantom":
+        rows = [_difference(row, result) for row in result["rows"]]
+        print("\n".join(table(rows)), end="\n\n")
+        print("\n".join(lines({key: value for key, value in result.items() if key != "rows"})))
+        return
     if "dispatch" not in result:
         return show(result, args)
     shares = ("extra", "extra_with_tiles")
     rows = [{k: f"{v:.2%}" if k in shares else v for k, v in r.items()} for r in result["dispatch"]]
     print("\n".join(table(rows)))
     print("\n".join(lines({key: value for key, value in result.items() if key != "dispatch"})))
+
+
+def _difference(row: Mapping[str, Any], result: Result) -> dict[str, str]:
+    """A row of a table that Markdown reads as well."""
+    low, high = row["interval"]
+    return {
+        "": f"{row['metric']}, {row['of']}",
+        result["before"]: f"{row['before']:.1f}",
+        result["after"]: f"{row['after']:.1f}",
+        "difference": f"{row['difference']:+.1f}",
+        "95 % interval": f"{low:+.1f} to {high:+.1f}",
+        "by seed": ", ".join(f"{value:+.1f}" for value in row["by_seed"]),
+    }

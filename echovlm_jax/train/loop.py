@@ -201,6 +201,10 @@ def _evaluation(config: Config, program: Program) -> Any:
     settings = config.copy_and_resolve_references()
     with settings.unlocked():
         settings.split = VALIDATION
+        # Organs as they are there: which are shown more often is training's matter, and a small
+        # split may lack one that has a weight.
+        settings.mix_temperature = 1.0
+        settings.organ_weights = None
     compiled = None
     if VALIDATION not in split_names(config.data):
         _say(f"{config.data} has no split {VALIDATION}: nothing is evaluated on the way")

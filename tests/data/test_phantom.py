@@ -474,6 +474,20 @@ def test_written_files_carry_nobody_s_data(tmp_path):
         assert (tmp_path / "again" / path.relative_to(tmp_path)).read_bytes() == data
 
 
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_texts_may_be_in_one_language_alone(tmp_path, language):
+    write_exams(tmp_path / "both", 6, 3, views=1)
+    write_exams(tmp_path / "one", 6, 3, views=1, language=language)
+    both, one = (json.loads((tmp_path / n / "phantom.json").read_text()) for n in ("both", "one"))
+    for whole, exam in zip(both, one, strict=True):
+        [report] = exam["reports"]
+        assert report == next(r for r in whole["reports"] if r["language"] == language)
+        assert report["findings"] in exam["conversations"][1]["value"]
+        assert exam["image"] == whole["image"]
+    with pytest.raises(InputError, match="language must be one of zh, en, found 'fr'"):
+        write_exams(tmp_path / "none", 1, 0, language="fr")
+
+
 def test_contact_sheet_shows_every_diagnosis(tmp_path):
     told = contact_sheet(tmp_path / "sheet.png", 1)
     assert told["bytes"] < 400_000

@@ -34,6 +34,7 @@ from echovlm_jax.progress import progress
 
 NOTE = "SYNTHETIC: simulated ultrasound of nobody"
 HEARTBEAT = 800.0  # ms: the length of a loop
+_ASKED = {"zh": "请根据图像写出超声报告。", "en": "Write the ultrasound report of these images."}
 
 
 def write_exams(
@@ -45,6 +46,7 @@ def write_exams(
     cine: float = 0.25,
     cine_frames: int = 8,
     views: int = MOST_VIEWS,
+    language: str | None = None,
     workers: int = 1,
 ) -> dict[str, Any]:
     """Writes exams as users' own come: OUT/phantom.json and OUT/images/.
@@ -55,6 +57,7 @@ def write_exams(
       seed: another seed makes other exams, and none of a `PhantomDataset`.
       balanced, cine, cine_frames: as in `PhantomDataset`.
       views: at most so many images an exam.
+      language: of the texts, "zh" or "en"; None: each exam has both.
       workers: processes that draw them; the files are the same.
 
     Returns:
@@ -67,6 +70,8 @@ def write_exams(
     for name, number in {"exams": exams, "views": views, "workers": workers}.items():
         if number < 1:
             raise InputError(f"{name} must be at least 1, found {number}")
+    if language not in (None, *_ASKED):
+        raise InputError(f"language must be one of {', '.join(_ASKED)}, found {language!r}")
     try:
         (out / "images").mkdir(parents=True)
         if len(list(out.iterdir())) > 1:
@@ -88,7 +93,7 @@ def write_exams(
         files = _files(*jobs[-1])
         counts["loops"] += sum(file.endswith(".dcm") for file in files)
         counts["images"] += sum(file.endswith(".png") for file in files)
-        entries.append(_entry(jobs[-1][0], exam, files))
+        entries.append(_entry(jobs[-1][0], exam, files, language))
     with contextlib.ExitStack() as stack:
         tick = stack.enter_context(progress(exams, "exam", "phantom"))
         write = partial(_write_views, out)
@@ -116,16 +121,15 @@ def write_exams(
     }
 
 
-def _entry(name: str, exam: Exam, files: list[str]) -> dict[str, Any]:
+def _entry(name: str, exam: Exam, files: list[str], language: str | None) -> dict[str, Any]:
     """One exam in the official form, its reports beside the conversation."""
-    written = reports(exam)
+    written = [each for each in reports(exam) if language in (None, each.language)]
     told = written[exam.key % len(written)]
-    ask = {"zh": "请根据图像写出超声报告。", "en": "Write the ultrasound report of these images."}
     return {
         "id": name,
         "image": files,
         "conversations": [
-            {"from": "human", "value": "<image>" * len(files) + ask[told.language]},
+            {"from": "human", "value": "<image>" * len(files) + _ASKED[told.language]},
             {
                 "from": "gpt",
                 "value": join_report(told.findings, told.impression, told.language),
