@@ -61,7 +61,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     # depend on the picture would teach the vision tower ten times as slowly.
     "alignment": {
         "stage_rules": ((".*", "full"),),
-        "steps": 900,
+        "steps": 1000,
         "global_batch_size": 14,
         "seq_len": 80,
         "max_patches": 64,
@@ -74,8 +74,8 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
         "steps": 450,
         **_NO_TASK,
         "task_weights.report": 5.0,
-        "task_weights.diagnosis": 3.0,
-        "task_weights.question": 1.0,
+        "task_weights.diagnosis": 5.0,
+        "task_weights.question": 0.5,
         "task_weights.choice": 0.5,
         "task_weights.judge": 0.5,
         "lora.rank": 16,
@@ -124,7 +124,7 @@ def demo(
     with _step("PyTorch's numbers, from a random checkpoint"):
         compared = _parity(out / "parity")
     with _step(f"{exams} synthetic exams, and a tokenizer from their texts"):
-        _make_data(out, exams, seed)
+        make_data(out, exams, seed)
     runs = []
     for name, changes in stages.items():
         with _step(f"training: {name}"):
@@ -190,10 +190,16 @@ def _parity(folder: Path) -> dict[str, Any]:
     return {key: found[key] for key in keys}
 
 
-def _make_data(out: Path, exams: int, seed: int) -> None:
+def make_data(out: Path, exams: int, seed: int, *, balanced: bool = True) -> None:
+    """Synthetic exams with one image each in out/exams, the dataset of them in out/data, and a
+    tokenizer from its texts in out/tokenizer.
+
+    Args:
+      balanced: organs equally often; else as in the paper's data.
+    """
     workers = os.cpu_count() or 1
     # One language: with two, half of the steps would go into the other's words.
-    made = {"balanced": True, "cine": 0.0, "views": 1, "language": "en", "workers": workers}
+    made = {"balanced": balanced, "cine": 0.0, "views": 1, "language": "en", "workers": workers}
     write_exams(out / "exams", exams, seed, **made)
     sources = [out / "exams" / "phantom.json"]
     build(sources, out / "exams", out / "data", _SPLITS, workers=workers)
