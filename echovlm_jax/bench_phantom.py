@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.data.tasks import TASKS
-from echovlm_jax.demo import EXAMS, make_data
+from echovlm_jax.demo import EVALUATION, EXAMS, demo_config, make_data, train_whole
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.compare import compare
 from echovlm_jax.evaluate.harness import evaluate
-from echovlm_jax.train.config_file import load_config, own_config
-from echovlm_jax.train.loop import train
+from echovlm_jax.processing.files import read_json, shown
 
 METRICS = ("bleu1", "rouge1", "diagnosis_accuracy")
 RARE = "vessel"  # a fifteenth of gynaecology in the paper's data, and so in the phantom's
-# What both sides change of their files: they learn what they are asked, for a few minutes.
-_COMMON = {f"task_weights.{task}": float(task in ("report", "diagnosis")) for task in TASKS} | {
-    "steps": 600,
-    "eval_every": 300,
-    "checkpoint_every": 300,
-    "checkpoint_keep": 1,
-}
+_STEPS = 600
+# Both sides learn what they are asked.
+_TASKS = {f"task_weights.{task}": float(task in ("report", "diagnosis")) for task in TASKS}
+_MARK = "study.json"  # what a folder's runs have in common
 
 
 class Arm(NamedTuple):
@@ -71,8 +69,8 @@ def bench_phantom(
     *,
     seeds: int = 3,
     exams: int = EXAMS,
+    steps: int = _STEPS,
     asked: int | None = None,
-    changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains both sides of a study with each seed, evaluates them, and compares all their answers.
 
@@ -81,47 +79,40 @@ def bench_phantom(
 
     Args:
       what: of STUDIES.
-      folder: to work in.
+      folder: to work in: a new one, or one that a study with the same exams, steps and asked began.
       seeds: how many, from 0.
-      exams: how many are made.
-      asked: the first so many of the test split; None: all.
-      changes: keys of the configurations to change on both sides, such as steps.
+      exams: how many are made, a sixteenth of them for the test.
+      steps: of each run.
+      asked: the first so many of the test's exams; None: all.
 
     Returns:
-      what, about, seeds, steps, exams, asked; rows: for each part and metric its value before and
-      after, over all seeds, the difference with its 95 % interval (exams are resampled), and the
-      differences of the single seeds; signature.
+      what, about, seeds, exams, steps, before, after (the sides' names), samples (of each run);
+      rows: of (an organ, or "all"), metric, before and after (over all seeds), difference with its
+      95 % interval and p (exams are resampled, runs are not: how far seeds differ, by_seed shows),
+      by_seed (the differences of the single seeds); signature.
 
     Raises:
-      InputError: no such study, or a folder that something else is in.
+      InputError: no such study, a number below 1, or a folder of other settings.
     """
     if what not in STUDIES:
         raise InputError(f"bench phantom: {what!r} is unknown; choose of {', '.join(STUDIES)}")
-    study, folder = STUDIES[what], Path(folder)
+    for name, value in {"seeds": seeds, "exams": exams, "steps": steps}.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, found {value}")
+    study, folder = STUDIES[what], Path(folder).resolve()
+    _begin(folder, {"exams": exams, "steps": steps, "asked": asked})
     tested = _data(folder / "balanced", exams, balanced=True)
     trained = tested if study.balanced else _data(folder / "imbalanced", exams, balanced=False)
-    arms = (study.before, study.after)
     found: tuple[list[Path], list[Path]] = ([], [])
-    steps = 0
     for seed in range(seeds):
-        for arm, results in zip(arms, found, strict=True):
-            config = load_config(
-                own_config(arm.config),
-                {
-                    "seed": seed,
-                    "data": str(trained / "data"),
-                    "tokenizer": str(tested / "tokenizer"),
-                    **_COMMON,
-                    **arm.changes,
-                    **(changes or {}),
-                },
-            )
+        for arm, results in zip((study.before, study.after), found, strict=True):
             run = folder / f"{what}-{arm.name.replace(' ', '-')}-{seed}"
-            steps = config.steps
-            train(config, run)
+            own = {"seed": seed, "steps": steps, "data": str(trained / "data")}
+            own |= {"tokenizer": str(tested / "tokenizer"), **_TASKS, **arm.changes}
+            train_whole(demo_config(arm.config, own), run)
             results.append(run.with_name(f"{run.name}-results"))
-            options = {"tasks": ("report", "diagnosis"), "max_new_tokens": 128, "report": False}
-            evaluate(run, tested / "data", results[-1], limit=asked, batch_size=35, **options)
+            options = {"tasks": ("report", "diagnosis"), "limit": asked, **EVALUATION}
+            evaluate(run, tested / "data", results[-1], **options)
     pooled = compare(*found)
     single = [compare(before, after) for before, after in zip(*found, strict=True)]
     rows = []
@@ -134,10 +125,27 @@ def bench_phantom(
             rows[-1] |= {name: row[name] for name in ("difference", "interval", "p")}
             rows[-1]["by_seed"] = [_part(each, part)[metric]["difference"] for each in single]
     return {
-        **{"what": what, "about": study.about, "seeds": seeds, "steps": steps, "exams": exams},
-        **{"before": study.before.name, "after": study.after.name},
-        **{"answers": pooled["n"], "rows": rows, "signature": pooled["signature"]},
+        **{"what": what, "about": study.about, "seeds": seeds, "exams": exams, "steps": steps},
+        **{"before": study.before.name, "after": study.after.name, "samples": pooled["n"]},
+        **{"rows": rows, "signature": pooled["signature"]},
     }
+
+
+def _begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Marks a new folder with what all of its runs share, or checks it against an older one's."""
+    path = folder / _MARK
+    if not path.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"{shown(folder)}: holds something else; name a new folder with --dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
+    there = read_json(path)
+    for name, value in settings.items():
+        if there.get(name) != value:
+            raise InputError(
+                f"{shown(folder)}: was begun with {name} {there.get(name)}, not {value}; name"
+                " another folder with --dir"
+            )
 
 
 def _part(found: Mapping[str, Any], part: str) -> Mapping[str, Any]:
@@ -147,8 +155,10 @@ def _part(found: Mapping[str, Any], part: str) -> Mapping[str, Any]:
 def _data(folder: Path, exams: int, *, balanced: bool) -> Path:
     """The demo's data, made under another name first, so that what has its name is whole."""
     if not folder.is_dir():
-        part = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(part, ignore_errors=True)
-        make_data(part, exams, 0, balanced=balanced)
-        os.rename(part, folder)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
+        try:
+            make_data(part, exams, 0, balanced=balanced)
+            os.rename(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -50,6 +50,7 @@ CONFIG: ModelConfig = preset("tiny").replace(text={"vocab_size": len(SPECIAL) + 
 _MARK, _MADE = "demo.json", {"made_by": "echovlm demo"}
 
 EXAMS, HELD_OUT = 3500, 140
+EVALUATION = {"batch_size": 35, "max_new_tokens": 128, "report": False}
 _SPLITS = Options(validation=0.02, test=0.06)
 _CONTROLS = {"evaluation": "given", "blind": "blind", "shuffled": "shuffled"}
 _RECIPE = tuple((rule.pattern, rule.how) for rule in STAGE_RULES["instruction"])
@@ -128,12 +129,13 @@ def demo(
     runs = []
     for name, changes in stages.items():
         with _step(f"training: {name}"):
-            start = {"model": str(runs[-1]), "tokenizer": None} if runs else {}
+            start = {"tokenizer": str(out / "tokenizer")} if not runs else {"model": str(runs[-1])}
+            own = {"seed": seed, "stage": name, "data": str(out / "data"), **start, **changes}
             runs.append(out / name)
-            train(_config(out, {"seed": seed, "stage": name, **start, **changes}), runs[-1])
+            train_whole(demo_config("phantom", own), runs[-1])
     with _step("the model, in Hugging Face form"):
         export(runs[-1], out / "model")
-    options = {"limit": held_out, "batch_size": 35, "max_new_tokens": 128, "report": False}
+    options = {"limit": held_out, **EVALUATION}
     with _step(f"{held_out} held-out exams, with their images, without, and with others'"):
         results = {
             name: evaluate(out / "model", out / "data", out / name, images=mode, **options)
@@ -206,19 +208,20 @@ def make_data(out: Path, exams: int, seed: int, *, balanced: bool = True) -> Non
     train_sentencepiece(texts_of(out / "data"), out / "tokenizer")
 
 
-def _config(out: Path, changes: Mapping[str, Any]) -> Any:
-    """configs/phantom.py with a stage's changes."""
-    own = {
-        "data": str(out / "data"),
-        "tokenizer": str(out / "tokenizer"),
-        "eval_every": 300,
-        "checkpoint_every": 300,
-        "checkpoint_keep": 1,
-    }
-    config: Any = load_config(own_config("phantom"), {**own, **changes})
+def demo_config(name: str, changes: Mapping[str, Any]) -> Any:
+    """configs/NAME.py with some keys changed, saved and evaluated rarely; its rows are rounded up
+    to a multiple of this machine's devices."""
+    rarely = {"eval_every": 300, "checkpoint_every": 300, "checkpoint_keep": 1}
+    config: Any = load_config(own_config(name), {**rarely, **changes})
     devices = jax.device_count()
-    config.global_batch_size = devices * -(-config.global_batch_size // devices)  # they divide
+    config.global_batch_size = devices * -(-config.global_batch_size // devices)
     return config
+
+
+def train_whole(config: Any, run: Path) -> None:
+    """`train`, to its end. Raises KeyboardInterrupt where it was told to stop before that."""
+    if train(config, run)["stopped"]:
+        raise KeyboardInterrupt
 
 
 def _answers(out: Path, name: str, pictures: np.ndarray) -> list[Case]:

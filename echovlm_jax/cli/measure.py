@@ -109,8 +109,7 @@ def add_bench(commands: Any) -> None:
         if args.what == "phantom":
             from echovlm_jax.bench_phantom import bench_phantom
 
-            changes = dict(word.split("=", 1) for word in args.overrides)
-            return bench_phantom(args.work or "mixture", args.dir or _PHANTOM, changes=changes)
+            return bench_phantom(args.work or "mixture", args.dir or _PHANTOM)
         size = args.size or "echovlm_11b"
         if args.what == "moe":
             from echovlm_jax.bench_moe import bench_moe
@@ -157,7 +156,6 @@ def add_bench(commands: Any) -> None:
         help="of convert, where twice the checkpoint has room (47 GB at full size), and of data "
         f"(100 MB); default: a temporary one; of phantom, where it is kept; default: {_PHANTOM}",
     )
-    command.set_defaults(overrides=[])
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -166,7 +164,6 @@ def _check_options(args: argparse.Namespace) -> None:
         ("--size", args.size, ("convert", "cpu", "moe")),
         ("--dir", args.dir, ("convert", "data", "phantom")),
         ("--what", args.work, tuple(_WORKS)),
-        ("--config.KEY=VALUE", args.overrides or None, ("phantom",)),
     ):
         if value is not None and args.what not in readers:
             names = " and ".join(f"`bench {reader}`" for reader in readers)
@@ -193,7 +190,6 @@ def _show_bench(result: Result, args: argparse.Namespace) -> None:
 
 
 def _difference(row: Mapping[str, Any], result: Result) -> dict[str, str]:
-    """A row of a table that Markdown reads as well."""
     low, high = row["interval"]
     return {
         "": f"{row['metric']}, {row['of']}",

@@ -278,7 +278,7 @@ class Reader:
                 "/".join(part["key"] for part in leaf["key_metadata"])
                 for leaf in metadata["tree_metadata"].values()
                 # An empty node of an optimizer's state has a name, and no array.
-                if not leaf["value_metadata"]["skip_deserialize"]
+                if not leaf.get("value_metadata", {}).get("skip_deserialize")
             ]
             kind = "zarr3" if metadata.get("use_zarr3") else "zarr"
             kvstore = _kvstore(folder, create=False)

@@ -33,8 +33,9 @@ def compare(
       seed: of the resamples.
 
     Returns:
-      a, b (as given), n (samples of one folder), overall and by_organ: {metric: {a, b, difference
-      (b − a), interval, p}}, without the metrics that have no samples; signature.
+      a, b (the folders' names, a list where several were given), n (samples of one folder),
+      overall and by_organ: {metric: {a, b, difference (b − a), interval, p}}, without the metrics
+      that have no samples; signature.
 
     Raises:
       InputError: a folder holds no finished evaluation, or two are of other samples.
@@ -48,10 +49,8 @@ def compare(
     organs = sorted({line["organ"] for line in lines})
     at = {organ: [i for i, line in enumerate(lines) if line["organ"] == organ] for organ in organs}
     languages = [line["language"] for line in lines if line["kind"] == "report"]
-    given = {name: of if isinstance(of, list) else str(of) for name, of in (("a", a), ("b", b))}
     return {
-        **given,
-        "n": len(lines),
+        **{"a": _names(a), "b": _names(b), "n": len(lines)},
         "overall": _differences(ours, theirs, range(len(lines)), seed),
         "by_organ": {organ: _differences(ours, theirs, rows, seed) for organ, rows in at.items()},
         "signature": signature(languages, seed=seed)
@@ -60,8 +59,14 @@ def compare(
 
 
 def _folders(given: str | Path | Sequence[str | Path]) -> list[Path]:
-    several = not isinstance(given, str | Path)
-    return [Path(folder) for folder in given] if several else [Path(given)]
+    folders = [given] if isinstance(given, str | Path) else given
+    if not folders:
+        raise InputError("no evaluation was given; name at least one on each side")
+    return [Path(folder) for folder in folders]
+
+
+def _names(given: str | Path | Sequence[str | Path]) -> str | list[str]:
+    return str(given) if isinstance(given, str | Path) else [str(folder) for folder in given]
 
 
 def _same(lines: Sequence[Line], other: Sequence[Line], at: Path, folder: Path) -> list[Line]:
@@ -104,12 +109,13 @@ def _differences(
 def _together(runs: Sequence[Sequence[Line]]) -> dict[str, Statistic]:
     """Each metric over the answers of several runs: those of a sample are added up."""
     found, count = statistics([line for lines in runs for line in lines]), len(runs)
+    reports = sum(line["kind"] == "report" for lines in runs for line in lines)
+    if "bertscore" in found and len(found["bertscore"].columns) < reports:
+        del found["bertscore"]  # some runs, or reports, are without
     out = {}
     for name, of in found.items():
-        samples, rest = divmod(len(of.columns), count)
-        if not rest:  # BERTScore may be there for some of the runs alone
-            columns = of.columns.reshape(count, samples, of.columns.shape[1])
-            out[name] = of._replace(columns=columns.sum(axis=0))
+        samples, width = len(of.columns) // count, of.columns.shape[1]
+        out[name] = of._replace(columns=of.columns.reshape(count, samples, width).sum(axis=0))
     return out
 
 

@@ -96,10 +96,12 @@ ORGANS = "organ_weights"
 
 
 def own_config(name: str) -> Path:
-    """configs/NAME.py, of a checkout or as it is installed."""
+    """configs/NAME.py, as installed or in a checkout. Raises InputError where it is missing."""
     package = Path(__file__).parents[1]
-    beside = (package / "configs", package.parent / "configs")
-    return next(path for folder in beside if (path := folder / f"{name}.py").is_file())
+    for folder in (package / "configs", package.parent / "configs"):
+        if (path := folder / f"{name}.py").is_file():
+            return path
+    raise InputError(f"{package}: has no configs/{name}.py beside it; install the package again")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> ConfigDict:
