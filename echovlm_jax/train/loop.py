@@ -46,7 +46,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains to `config.steps`, from the newest checkpoint of `workdir` where there is one.
 
-    On SIGTERM, or a notice of preemption, the step in hand is finished and saved.
+    On SIGTERM, or a notice of preemption, the step in hand is finished and saved. `eval_loss` is
+    over the split `validation`, organs as often as they are there, however training mixes them.
 
     Args:
       config: as the files in configs/ return it.
@@ -204,7 +205,8 @@ def _evaluation(config: Config, program: Program) -> Any:
         # Organs as they are there: which are shown more often is training's matter, and a small
         # split may lack one that has a weight.
         settings.mix_temperature = 1.0
-        settings.organ_weights = None
+        if "organ_weights" in settings:
+            del settings.organ_weights
     compiled = None
     if VALIDATION not in split_names(config.data):
         _say(f"{config.data} has no split {VALIDATION}: nothing is evaluated on the way")

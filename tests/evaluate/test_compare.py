@@ -81,6 +81,13 @@ def test_runs_of_several_seeds_are_taken_together(tmp_path):
     assert both["rouge1"]["b"] == alone["overall"]["rouge1"]["b"]
 
 
+def test_no_folder_is_refused(tmp_path):
+    a = folder(tmp_path / "a", lines(1, 1))
+    for pair in ((a, []), ([], a)):
+        with pytest.raises(InputError, match="no evaluation was given"):
+            compare(*pair)
+
+
 def test_other_samples_are_refused_by_name(tmp_path):
     whole = lines(5, 5)
     a = folder(tmp_path / "a", whole)
@@ -106,3 +113,12 @@ def test_folders_that_are_no_evaluations(tmp_path):
         (a / "predictions.jsonl").write_bytes(damaged)
         with pytest.raises(InputError, match="is damaged"):
             compare(a, a)
+
+
+def test_bertscore_is_compared_only_where_every_run_has_it(tmp_path):
+    a, b = folder(tmp_path / "a", lines(10, 15)), folder(tmp_path / "b", lines(25, 15))
+    scored = {x["id"]: 0.5 for x in lines(0, 0) if x["kind"] == "report"}
+    (a / "bertscore.json").write_text(json.dumps(scored))
+    assert compare([a, a], [a])["overall"]["bertscore"]["difference"] == 0
+    for half in ([a, b], [b, a]):
+        assert "bertscore" not in compare(half, [a, a])["overall"]

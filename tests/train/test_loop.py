@@ -22,7 +22,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.load import load_model
 from echovlm_jax.model import EchoVLM
 from echovlm_jax.train import loop
-from echovlm_jax.train.config_file import load_config
+from echovlm_jax.train.config_file import check_config, load_config
 from echovlm_jax.train.loop import train
 from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.stages import merge
@@ -174,6 +174,24 @@ def test_a_run_is_a_model(undisturbed, tmp_path):
                 path.write_bytes(content)
         load_model(damaged)
     assert load_model(damaged / "checkpoints" / "4").config == MODEL
+
+
+def test_evaluation_takes_organs_as_they_are(monkeypatch):
+    seen = []
+
+    def stop(settings, **_):
+        seen.append(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "make_batches", stop)
+    rare = {"mix_temperature": None, "organ_weights.vessel": 1.0, "organ_weights.liver": 0.0}
+    config = load_config(CONFIG, {**SMALL, **rare})
+    with pytest.raises(InterruptedError):
+        loop._evaluation(config, None)(None)
+    [settings] = seen
+    assert (settings.split, settings.mix_temperature) == ("validation", 1.0)
+    check_config(settings)  # one of the two ways to mix, not both
+    assert config.organ_weights.vessel == 1.0  # training's are as they were
 
 
 @pytest.mark.slow

@@ -68,6 +68,8 @@ def states(*folders: Path) -> dict[str, list[np.ndarray]]:
     """What each run's last checkpoint holds: parameters, updates, and the optimizer's moments."""
     readers = [Reader(folder / "checkpoints" / "4" / "state") for folder in folders]
     assert readers[0].shapes == readers[1].shapes
+    for part in ("trainable/params/", "trainable/lora/", "frozen/", "opt_state/"):
+        assert any(name.startswith(part) for name in readers[0].shapes)
     whole = {name: tuple(map(slice, shape)) for name, shape in readers[0].shapes.items()}
     return {name: [each.read(name, at) for each in readers] for name, at in whole.items()}
 
