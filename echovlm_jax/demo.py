@@ -62,7 +62,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     # depend on the picture would teach the vision tower ten times as slowly.
     "alignment": {
         "stage_rules": ((".*", "full"),),
-        "steps": 1000,
+        "steps": 1250,
         "global_batch_size": 14,
         "seq_len": 80,
         "max_patches": 64,
@@ -72,7 +72,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     # The released recipe's second stage, and the words' own vectors, which have seen no report yet.
     "instruction": {
         "stage_rules": (("text/(embed|lm_head)/.*", "full"), *_RECIPE),
-        "steps": 450,
+        "steps": 320,
         **_NO_TASK,
         "task_weights.report": 5.0,
         "task_weights.diagnosis": 5.0,
