@@ -19,6 +19,7 @@ import numpy as np
 
 from echovlm_jax.config import ModelConfig, from_hf, preset, to_hf
 from echovlm_jax.errors import InputError
+from echovlm_jax.memory import keep_freed_memory
 from echovlm_jax.progress import progress
 
 _SIDE = "import json, sys; from echovlm_jax.bench_cpu import {side}; {side}(json.loads(input()))"
@@ -201,6 +202,7 @@ def _serve(parameters: int, forms: dict[str, Callable[[], float]]) -> None:
 def ours(job: dict[str, Any]) -> None:
     """Serves steps of the program that a training run compiles."""
     _take_cores(job["threads"])
+    keep_freed_memory()  # as `train` does
     import jax
 
     from echovlm_jax.processing.batch import make_batch

@@ -31,6 +31,7 @@ ANYTHING = {""}
 MAY_IMPORT = {
     "errors": set(),
     "progress": set(),
+    "memory": set(),
     "config": set(),
     "ops": set(),
     "flops": {"config"},

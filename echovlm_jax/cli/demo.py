@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from echovlm_jax.cli.frame import Result, add_command
+from echovlm_jax.memory import keep_freed_memory
 
 
 def add_demo(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
+        keep_freed_memory()
         from echovlm_jax.demo import demo
 
         return demo(args.out, image=args.image, seed=args.seed)

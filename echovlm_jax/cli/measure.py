@@ -12,6 +12,7 @@ from typing import Any
 from echovlm_jax.cli.frame import Result, add_command, no_native_stderr
 from echovlm_jax.cli.printing import lines, show, table
 from echovlm_jax.errors import InputError
+from echovlm_jax.memory import keep_freed_memory
 
 # libtpu reads these when it is loaded: it is here to compile, and no TPU is to be looked for.
 COMPILER_ONLY = {
@@ -107,6 +108,7 @@ def add_bench(commands: Any) -> None:
 
             return bench_train(size=args.size)
         if args.what == "phantom":
+            keep_freed_memory()
             from echovlm_jax.bench_phantom import bench_phantom
 
             return bench_phantom(args.work or "mixture", args.dir or _PHANTOM)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from echovlm_jax.cli.frame import Result, add_command
+from echovlm_jax.memory import keep_freed_memory
 
 
 def add_train(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
+        keep_freed_memory()
         from echovlm_jax.train.config_file import load_config
         from echovlm_jax.train.loop import train
 

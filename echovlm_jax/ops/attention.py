@@ -149,10 +149,13 @@ def _local(
 
 
 def _query_block(shape: tuple[int, ...], keys: int) -> int:
-    """The power of two of queries whose scores over all rows and heads stay within SCORES."""
-    batch, _, heads, _ = shape
+    """Queries at a time: blocks as even as can be, whose scores over all rows and heads stay within
+    SCORES."""
+    batch, length, heads, _ = shape
     fits = max(SCORES // (batch * heads * keys), 1)
-    return min(max(2 ** (fits.bit_length() - 1), MIN_QUERY_BLOCK), MAX_QUERY_BLOCK)
+    most = min(max(2 ** (fits.bit_length() - 1), MIN_QUERY_BLOCK), MAX_QUERY_BLOCK)
+    # 784 patches are two blocks of 392, not one of 512 and another half empty.
+    return -(-length // (-(-length // most) * 8)) * 8
 
 
 # The gradient is written out for two reasons: the backward pass computes a block's scores again

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echovlm_jax.ops.attention import attention
+from echovlm_jax.ops.attention import (
+    MAX_QUERY_BLOCK,
+    MIN_QUERY_BLOCK,
+    SCORES,
+    _query_block,
+    attention,
+)
 
 
 def reference(q, k, v, q_segments, kv_segments, causal_offset):
@@ -79,6 +85,16 @@ def test_blocks_have_the_same_gradients():
     blocks = jax.grad(total, argnums=(0, 1, 2))(q, k, v, 4)
     for a, b in zip(whole, blocks, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 511, 513, 784, 2049, 6144])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_blocks_are_even_and_bounded(length, batch):
+    block = _query_block((batch, length, 16, 80), length)
+    count = -(-length // block)
+    assert block <= MAX_QUERY_BLOCK
+    assert batch * 16 * length * block <= max(SCORES, batch * 16 * length * MIN_QUERY_BLOCK)
+    assert count * block - length < 8 * count  # filled up by less than 8 a block
 
 
 def test_no_square_of_scores_beyond_a_block():
