@@ -49,11 +49,15 @@ CONFIG: ModelConfig = preset("tiny").replace(text={"vocab_size": len(SPECIAL) + 
 # What tells a folder of ours, that may be replaced.
 _MARK, _MADE = "demo.json", {"made_by": "echovlm demo"}
 
-EXAMS, HELD_OUT = 3500, 140
+EXAMS, HELD_OUT = 3500, 210
 EVALUATION = {"batch_size": 35, "max_new_tokens": 128, "report": False}
 _SPLITS = Options(validation=0.02, test=0.06)
 _CONTROLS = {"evaluation": "given", "blind": "blind", "shuffled": "shuffled"}
-_RECIPE = tuple((rule.pattern, rule.how) for rule in STAGE_RULES["instruction"])
+_TEXT_RECIPE = tuple(
+    (rule.pattern, rule.how)
+    for rule in STAGE_RULES["instruction"]
+    if not rule.pattern.startswith("vision/")
+)
 _NO_TASK = {f"task_weights.{task}": 0.0 for task in TASKS}
 # What differs from configs/phantom.py in each stage.
 STAGES: Mapping[str, Mapping[str, Any]] = {
@@ -62,7 +66,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     # diagnoses at chance.
     "alignment": {
         "stage_rules": ((".*", "full"),),
-        "steps": 1250,
+        "steps": 1500,
         "global_batch_size": 14,
         "seq_len": 80,
         "max_patches": 64,
@@ -70,8 +74,10 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
         "task_weights.diagnosis": 1.0,
     },
     # The released recipe's second stage, and the words' own vectors, which have seen no report yet.
+    # The vision tower is left as it is: updates beside it unlearned what stage one had found, from
+    # 80 % of held-out diagnoses to 65 %.
     "instruction": {
-        "stage_rules": (("text/(embed|lm_head)/.*", "full"), *_RECIPE),
+        "stage_rules": (("text/(embed|lm_head)/.*", "full"), *_TEXT_RECIPE),
         "steps": 320,
         **_NO_TASK,
         "task_weights.report": 5.0,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 from pathlib import Path
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_HUGE_PAGE = 2**21
 _ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd")
 
 
 def keep_freed_memory() -> bool:
-    """Where JAX computes on the CPU, lets the process keep what a step frees for the next one.
+    """Where JAX computes on the CPU, lets the process keep what a step frees for the next one, in
+    huge pages where Linux has any.
 
     XLA:CPU allocates a step's temporaries anew each time. They are large, so glibc maps them and
-    unmaps them, and the kernel clears every page again: a fifth of a small model's step.
+    unmaps them, and the kernel clears every small page again: a fifth of a small model's step.
 
     Call it before JAX starts its threads: each may have an arena of its own that no longer changes.
 
@@ -25,8 +29,25 @@ def keep_freed_memory() -> bool:
     if any(next(Path("/dev").glob(name), None) for name in _ACCELERATORS):
         return False
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1))
+        kept = all(libc.mallopt(name, value) for name, value in wanted)
     except (OSError, AttributeError, TypeError):
         return False
-    wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1))
-    return all(mallopt(name, value) for name, value in wanted)
+    if kept:
+        _ask_for_huge_pages(libc)
+    return kept
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
+    """Grows the heap over addresses that are to have huge pages; no memory is taken yet."""
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    start = libc.malloc(size)
+    if start is None:  # a limit on addresses
+        return
+    first = -(-start // _HUGE_PAGE) * _HUGE_PAGE
+    libc.madvise(first, start + size - first, mmap.MADV_HUGEPAGE)
+    libc.free(start)
