@@ -22,7 +22,7 @@ METRICS = ("bleu1", "rouge1", "diagnosis_accuracy")
 RARE = "vessel"  # a fifteenth of gynaecology in the paper's data, and so in the phantom's
 _STEPS = 600
 # Both sides learn what they are asked.
-_TASKS = {f"task_weights.{task}": float(task in ("report", "diagnosis")) for task in TASKS}
+_TASKS = {f"task_weights.{task}": float(task in EVALUATION["tasks"]) for task in TASKS}
 _MARK = "study.json"  # what a folder's runs have in common
 
 
@@ -111,8 +111,7 @@ def bench_phantom(
             own |= {"tokenizer": str(tested / "tokenizer"), **_TASKS, **arm.changes}
             train_whole(demo_config(arm.config, own), run)
             results.append(run.with_name(f"{run.name}-results"))
-            options = {"tasks": ("report", "diagnosis"), "limit": asked, **EVALUATION}
-            evaluate(run, tested / "data", results[-1], **options)
+            evaluate(run, tested / "data", results[-1], limit=asked, **EVALUATION)
     pooled = compare(*found)
     single = [compare(before, after) for before, after in zip(*found, strict=True)]
     rows = []

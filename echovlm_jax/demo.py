@@ -50,7 +50,9 @@ CONFIG: ModelConfig = preset("tiny").replace(text={"vocab_size": len(SPECIAL) + 
 _MARK, _MADE = "demo.json", {"made_by": "echovlm demo"}
 
 EXAMS, HELD_OUT = 3500, 210
-EVALUATION = {"batch_size": 35, "max_new_tokens": 128, "report": False}
+# What it learns in these minutes; questions, with a share of the steps, stayed at chance.
+_ASKED = ("report", "diagnosis")
+EVALUATION = {"tasks": _ASKED, "batch_size": 35, "max_new_tokens": 128, "report": False}
 _SPLITS = Options(validation=0.02, test=0.06)
 _CONTROLS = {"evaluation": "given", "blind": "blind", "shuffled": "shuffled"}
 _TEXT_RECIPE = tuple(
@@ -78,13 +80,10 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     # 80 % of held-out diagnoses to 65 %.
     "instruction": {
         "stage_rules": (("text/(embed|lm_head)/.*", "full"), *_TEXT_RECIPE),
-        "steps": 320,
+        "steps": 400,
         **_NO_TASK,
-        "task_weights.report": 5.0,
-        "task_weights.diagnosis": 5.0,
-        "task_weights.question": 0.5,
-        "task_weights.choice": 0.5,
-        "task_weights.judge": 0.5,
+        "task_weights.report": 1.0,
+        "task_weights.diagnosis": 1.0,
         "lora.rank": 16,
         "lora.alpha": 32,
         "lora.dropout": 0.0,

@@ -51,7 +51,6 @@ def _show(result: Result, args: argparse.Namespace) -> None:
     for name, title in (
         ("bleu1", "BLEU-1"),
         ("diagnosis_accuracy", "diagnosis, % right"),
-        ("vqa_accuracy", "questions, % right"),
     ):
         values = (value(table, name) for table in tables)
         print(f"{title:24}" + "".join(f"{text:24}" for text in values).rstrip())
