@@ -72,9 +72,10 @@ def bench_train(
     the step that `train` compiles (experts dense, nothing rematerialised), its balancing loss and
     telemetry included. Theirs is Hugging Face's modules in eager mode with torch's fused AdamW,
     without those; each of its implementations of attention and experts is timed, and the fastest
-    counts. Weights are random and not the same; shapes are. Each side is a process of its own, on
-    the same processor cores, and they take turns step by step, so that what else the machine does
-    meets both.
+    counts. Memory is as each has it: ours as `train` sets it (`memory.keep_freed_memory`), theirs
+    as the C library does. Weights are random and not the same; shapes are. Each side is a process
+    of its own, on the same processor cores, and they take turns step by step, so that what else the
+    machine does meets both.
 
     Args:
       size: the preset whose sizes to use; by default `scaled_model`.

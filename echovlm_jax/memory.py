@@ -10,21 +10,24 @@ from pathlib import Path
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _HUGE_PAGE = 2**21
+_MOST_RESERVED = 2**32  # bytes of addresses
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: addresses count as memory
 _ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd")
 
 
 def keep_freed_memory() -> bool:
-    """Where JAX computes on the CPU, lets the process keep what a step frees for the next one, in
-    huge pages where Linux has any.
+    """Without an accelerator, lets the process keep what a step frees for the next one, in huge
+    pages where Linux has any.
 
     XLA:CPU allocates a step's temporaries anew each time. They are large, so glibc maps them and
-    unmaps them, and the kernel clears every small page again: a fifth of a small model's step.
+    unmaps them, and the kernel clears every small page again: a fifth of a small model's step. The
+    price: what was once needed stays with the process, and large arrays of zeros are written at
+    once, not when they are used.
 
     Call it before JAX starts its threads: each may have an arena of its own that no longer changes.
 
     Returns:
-      Whether it did. It doesn't on a machine with an accelerator, or with another C library than
-      glibc.
+      Whether glibc agreed. False on a machine with an accelerator, and with another C library.
     """
     if any(next(Path("/dev").glob(name), None) for name in _ACCELERATORS):
         return False
@@ -40,13 +43,21 @@ def keep_freed_memory() -> bool:
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """Grows the heap over addresses that are to have huge pages; no memory is taken yet."""
+    """Grows the heap over addresses that are to have huge pages; no memory is taken yet. Where
+    addresses are scarce it leaves them to others."""
+    import resource  # Windows has none
+
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    limited = any(limit != resource.RLIM_INFINITY for limit in limits)
+    if limited or not _OVERCOMMIT.exists() or _OVERCOMMIT.read_text().strip() == "2":
+        return
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = min(_MOST_RESERVED, there // 2)
     start = libc.malloc(size)
-    if start is None:  # a limit on addresses
+    if start is None:
         return
     first = -(-start // _HUGE_PAGE) * _HUGE_PAGE
     libc.madvise(first, start + size - first, mmap.MADV_HUGEPAGE)

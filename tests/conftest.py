@@ -26,6 +26,11 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+import echovlm_jax.memory
+
+# A test that calls a command leaves its process's memory as it is, for the tests after it.
+echovlm_jax.memory.keep_freed_memory = lambda: False
+
 # Functions imported from here on check the shapes and types that they declare. The hook outlives
 # this file, so that a module which is first imported inside a test is checked too.
 install_import_hook(["echovlm_jax.ops", "echovlm_jax.model"], "beartype.beartype")

@@ -21,7 +21,7 @@ def test_it_leaves_a_report_and_a_model_that_answers(tmp_path, capfd):
     found = demo.demo(out, exams=150, held_out=7, stages=stages)
     assert found["parity"]["ok"]
     for results in ("eval", "blind", "shuffled"):
-        assert found[results]["n"] == 21
+        assert found[results]["n"] == 14
     assert set(found["eval"]["by_organ"]) <= set(demo.open_dataset(out / "data").organ_names)
     page = (out / "report.html").read_text("utf-8")
     assert "OUTSIDE what the model was trained on" in page

@@ -152,9 +152,10 @@ def _query_block(shape: tuple[int, ...], keys: int) -> int:
     """Queries at a time: blocks as even as can be, whose scores over all rows and heads stay within
     SCORES."""
     batch, length, heads, _ = shape
+    length = max(length, 1)
     fits = max(SCORES // (batch * heads * keys), 1)
     most = min(max(2 ** (fits.bit_length() - 1), MIN_QUERY_BLOCK), MAX_QUERY_BLOCK)
-    # 784 patches are two blocks of 392, not one of 512 and another half empty.
+    # Where 512 fit, 784 patches are two blocks of 392, not one of 512 and another half empty.
     return -(-length // (-(-length // most) * 8)) * 8
 
 

@@ -95,6 +95,8 @@ def test_blocks_are_even_and_bounded(length, batch):
     assert block <= MAX_QUERY_BLOCK
     assert batch * 16 * length * block <= max(SCORES, batch * 16 * length * MIN_QUERY_BLOCK)
     assert count * block - length < 8 * count  # filled up by less than 8 a block
+    most = min(max(SCORES // (batch * 16 * length), MIN_QUERY_BLOCK), MAX_QUERY_BLOCK)
+    assert block >= min(length, most // 4)  # a power of two, halved by evenness at worst
 
 
 def test_no_square_of_scores_beyond_a_block():
