@@ -2,8 +2,8 @@
 
 Nothing is downloaded, so the model begins with random weights, and its first stage trains all of
 them; the second is the text half of the released recipe's, low-rank updates beside the experts. It
-learns synthetic exams and knows nothing of real ones. That the numbers are PyTorch's is shown as
-well: PyTorch recorded its own in `demo_golden.npz`, from weights that `make_checkpoint` makes again.
+learns synthetic exams and knows nothing of real ones. That the numbers are PyTorch's is shown too:
+PyTorch recorded its own in `demo_golden.npz`, from weights that `make_checkpoint` makes again.
 """
 
 from __future__ import annotations
