@@ -81,8 +81,10 @@ class Execution:
       dispatch: experts run on all tokens ("dense"), on those that chose them ("ragged"), or on
         `capacity_factor` places in each group of tokens ("einsum").
       capacity_factor, group_size: of "einsum"; None is as many places as tokens.
-      attention: "whole" (all scores, once), "blocks" (all scores, and again in the backward pass)
-        or "splash" (half of the scores where causal; its two backward kernels make them again).
+      attention: "blocks" (all scores, and again in the backward pass), "whole" (all scores, once:
+        XLA merges a single block's where it sees both passes side by side, in a model of one layer
+        or under `remat`), or "splash" (half of the scores where causal; its two backward kernels
+        make them again).
       remat: whether a layer's forward pass runs again in the backward pass.
       head_again: whether the logits are computed again in the backward pass.
     """
@@ -90,7 +92,7 @@ class Execution:
     dispatch: str = "dense"
     capacity_factor: float | None = None
     group_size: int = 256
-    attention: str = "whole"
+    attention: str = "blocks"
     remat: bool = False
     head_again: bool = False
 

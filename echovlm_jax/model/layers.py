@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from echovlm_jax.model.compute import PRODUCT, REMAT, Compute
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.dropout import dropout
 from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
@@ -109,7 +109,7 @@ class GatedMLP(nn.Module):
         place: dict[str, Any] = {"layout": self.layout}
         gate = Linear("BTD,FD->BTF", shape, axes, **place, name="gate")(x)
         up = Linear("BTD,FD->BTF", shape, axes, **place, name="up")(x)
-        hidden = self.layout.constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
+        hidden = self.layout.constrain(swiglu(gate, up), "batch", "length", "mlp")
         return Linear("BTF,DF->BTD", shape[::-1], axes[::-1], **place, name="down")(hidden)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,8 @@ RESIDUALS = "attention_kernel"
 IMPLEMENTATIONS = ("xla", "splash", "triton", "splash_interpret", "triton_interpret")
 # Scores that exist at one time, over all rows and heads of a device: 16 MiB in float32 ...
 SCORES = 2**22
-# ... unless that would be fewer queries than make a matrix product worth its while. More than the
-# maximum gains nothing.
-MIN_QUERY_BLOCK, MAX_QUERY_BLOCK = 16, 512
+# ... unless that would be fewer queries than make a matrix product worth its while.
+MIN_QUERY_BLOCK, MAX_QUERY_BLOCK = 16, 1024
 
 
 def default_implementation(platform: str) -> str:
@@ -128,10 +129,7 @@ def _local(
     """Attention on one device. The kernels' modules are imported where one is wanted."""
     kernel, _, mode = implementation.partition("_")
     if kernel == "xla":
-        block = query_block or _query_block(q.shape, k.shape[1])
-        if q.shape[1] <= block:
-            slots = jnp.arange(q.shape[1]) + (causal_offset or 0)
-            return _attend(q, k, v, q_segments, kv_segments, slots, causal_offset is not None)
+        block = min(query_block or _query_block(q.shape, k.shape[1]), q.shape[1])
         return _in_blocks(q, k, v, q_segments, kv_segments, causal_offset, block)
     if kernel == "splash":
         from echovlm_jax.ops.splash import splash_attention as compute
@@ -159,8 +157,9 @@ def _query_block(shape: tuple[int, ...], keys: int) -> int:
     return -(-length // (-(-length // most) * 8)) * 8
 
 
-# The gradient is written out for two reasons: the backward pass computes a block's scores again
-# instead of finding them stored, and keys' and values' gradients add up over the blocks in float32.
+# The gradient is written out: the backward pass computes a block's scores again instead of finding
+# them stored, keys' and values' gradients add up over the blocks in float32, and no product wants a
+# matrix of scores transposed, which XLA would copy on a CPU.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _in_blocks(
     q: Array,
@@ -171,46 +170,87 @@ def _in_blocks(
     causal_offset: int | None,
     block: int,
 ) -> jax.Array:
-    def one(queries: tuple[Array, Array, Array]) -> jax.Array:
-        q, segments, slots = queries
-        return _attend(q, k, v, segments, kv_segments, slots, causal_offset is not None)
-
-    out = jax.lax.map(one, _split_queries(q, q_segments, causal_offset, block))
-    return _join(out, q.shape[1])
+    return _in_blocks_forward(q, k, v, q_segments, kv_segments, causal_offset, block)[0]
 
 
 def _in_blocks_forward(q, k, v, q_segments, kv_segments, causal_offset, block):
-    out = _in_blocks(q, k, v, q_segments, kv_segments, causal_offset, block)
-    return out, (q, k, v, q_segments, kv_segments)
+    def one(_, queries):
+        q, segments, slots = queries
+        scores = _scores(q, k, segments, kv_segments, slots, causal_offset is not None)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        # Divided afterwards: there are fewer results than weights.
+        out = jnp.einsum(
+            "BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+        return (), ((out / total).astype(v.dtype), top, total)
+
+    queries = _split_queries(q, k, q_segments, causal_offset, block)
+    out, top, total = _over_blocks(one, (), queries)[1]
+    residuals = (q, k, v, q_segments, kv_segments, out, top, total)
+    return _join(out, q.shape), residuals
 
 
 def _in_blocks_backward(causal_offset, block, residuals, d_out):
-    q, k, v, q_segments, kv_segments = residuals
+    q, k, v, q_segments, kv_segments, *results = residuals
 
-    def one(sums, queries):
-        (q, segments, slots), d_out = queries
-
-        def attend(q, k, v):
-            return _attend(q, k, v, segments, kv_segments, slots, causal_offset is not None)
-
-        dq, dk, dv = jax.vjp(attend, q, k, v)[1](d_out)
+    def one(sums, block):
+        (q, segments, slots), (out, top, total), d_out = block
+        scores = _scores(q, k, segments, kv_segments, slots, causal_offset is not None)
+        weights = jnp.exp(scores - top) / total
+        wide: Any = {"preferred_element_type": jnp.float32}
+        dv = jnp.einsum("BKGTH,BKGTS->BKHS", d_out, weights.astype(v.dtype), **wide)
+        d_weights = jnp.einsum("BKGTH,BSKH->BKGTS", d_out, v, **wide)
+        mean = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
+        d_scores = (weights * (d_weights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
+        dq = jnp.einsum("BKGTS,BSKH->BKGTH", d_scores, k)
+        dk = jnp.einsum("BKGTH,BKGTS->BKHS", q, d_scores, **wide)
         return (sums[0] + dk, sums[1] + dv), dq
 
-    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    queries = _split_queries(q, q_segments, causal_offset, block)
-    (dk, dv), dq = jax.lax.scan(one, sums, (queries, _split(d_out, block)))
-    return _join(dq, q.shape[1]), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    batch, length, kv_heads, dim = k.shape
+    sums = (jnp.zeros((batch, kv_heads, dim, length), jnp.float32),) * 2
+    queries = _split_queries(q, k, q_segments, causal_offset, block)
+    blocks = (queries, tuple(results), _split_heads(d_out, kv_heads, block))
+    (dk, dv), dq = _over_blocks(one, sums, blocks)
+    dk, dv = (jnp.einsum("BKHS->BSKH", x) for x in (dk, dv))
+    return _join(dq, q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
 
 
+def _over_blocks(one: Callable[..., Any], sums: Any, blocks: Any) -> Any:
+    """`one` over all blocks, in a loop where there are several."""
+    return jax.lax.scan(one, sums, blocks, unroll=len(jax.tree.leaves(blocks)[0]) == 1)
+
+
+def _scores(
+    q: Array, k: Array, q_segments: Array, kv_segments: Array, q_slots: Array, causal: bool
+) -> jax.Array:
+    """[B, K, G, T, S] in float32, hidden ones as low as can be."""
+    scores = jnp.einsum("BKGTH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    visible = q_segments[:, :, None] == kv_segments[:, None, :]
+    if causal:
+        visible &= jnp.arange(k.shape[1]) <= q_slots[:, None]
+    # Added, not selected: hidden keys get weight 0 either way, and a query that sees nothing has
+    # the gradients that it has in PyTorch, which a loss on a row's first token shows.
+    hidden = jnp.where(visible, 0, jnp.finfo(jnp.float32).min)[:, None, None]
+    return scores * q.shape[-1] ** -0.5 + hidden
+
+
 def _split_queries(
-    q: Array, segments: Array, causal_offset: int | None, block: int
+    q: Array, k: Array, segments: Array, causal_offset: int | None, block: int
 ) -> tuple[Array, Array, Array]:
-    q, segments = _split(q, block), _split(segments, block)
-    slots = jnp.arange(q.shape[0] * block).reshape(-1, block) + (causal_offset or 0)
+    q, segments = _split_heads(q, k.shape[2], block), _split(segments, block)
+    slots = jnp.arange(len(q) * block).reshape(-1, block) + (causal_offset or 0)
     return q, segments, slots
+
+
+def _split_heads(x: Array, kv_heads: int, block: int) -> jax.Array:
+    """[B, T, N, H] → [blocks, B, K, G, block, H], filled up."""
+    x = x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1])
+    return jnp.moveaxis(_split(x, block), 2, 4)
 
 
 def _split(x: Array, block: int) -> jax.Array:
@@ -220,31 +260,8 @@ def _split(x: Array, block: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
 
 
-def _join(x: Array, length: int) -> jax.Array:
-    """[blocks, B, block, …] → [B, T, …]."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
-
-
-def _attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_segments: Array,
-    kv_segments: Array,
-    q_slots: Array,
-    causal: bool,
-) -> jax.Array:
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    visible = q_segments[:, :, None] == kv_segments[:, None, :]
-    if causal:
-        visible &= jnp.arange(k.shape[1]) <= q_slots[:, None]
-    # Added, not selected: hidden keys get weight 0 either way, and a query that sees nothing has
-    # the gradients that it has in PyTorch, which a loss on a row's first token shows.
-    hidden = jnp.where(visible, 0, jnp.finfo(jnp.float32).min)[:, None, None]
-    weights = jax.nn.softmax(scores * dim**-0.5 + hidden, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
-    return out.reshape(batch, length, heads, dim)
+def _join(x: Array, shape: tuple[int, ...]) -> jax.Array:
+    """[blocks, B, K, G, block, H] → [B, T, N, H], the shape."""
+    x = jnp.moveaxis(x, 0, 3)  # [B, K, G, blocks, block, H]
+    x = x.reshape(*x.shape[:3], -1, x.shape[-1])[..., : shape[1], :]
+    return jnp.moveaxis(x, 3, 1).reshape(shape)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.ops import Array, moe_einsum, moe_ragged
+from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.moe_routing import Experts, Routing, load_balancing_loss, route
@@ -102,5 +103,5 @@ def _dense(
         layout.constrain(einsum("BTD,EFD->BTEF", x, w, axes=inner, layout=layout), *axes)
         for w in (experts.gate, experts.up)
     )
-    hidden = jax.nn.silu(gate) * up * weight.astype(x.dtype)[..., None]
+    hidden = swiglu(gate, up) * weight.astype(x.dtype)[..., None]
     return einsum("BTEF,EDF->BTD", hidden, experts.down, axes=outer, layout=layout)

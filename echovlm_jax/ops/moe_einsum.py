@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.moe_routing import Experts, Routing
@@ -69,7 +70,7 @@ def moe(
     wide = ("expert_mlp", "expert_embed")
     gate = product("ZJECD,EFD->ZJECF", inputs, experts.gate, *wide, result="mlp")
     up = product("ZJECD,EFD->ZJECF", inputs, experts.up, *wide, result="mlp")
-    hidden = jax.nn.silu(gate) * up
+    hidden = swiglu(gate, up)
     outputs = product("ZJECF,EDF->ZJECD", hidden, experts.down, *reversed(wide), result=None)
     outputs = layout.constrain(outputs, *by_token)
     y = jnp.einsum("ZJIEC,ZJECD->ZJID", combine, outputs)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.collectives import all_gather
 from echovlm_jax.ops.grouped_matmul import grouped_matmul, padded_rows
 from echovlm_jax.ops.layout import Layout
@@ -79,8 +80,7 @@ def _on_device(
     order = _sort(expert, valid, own)
     each = _Order(order.pair, order.row.reshape(-1, 1), order.sizes)  # a list of pairs, not tokens
     rows = _spread(x, order)
-    hidden = jax.nn.silu(grouped_matmul(rows, gate, order.sizes))
-    hidden = hidden * grouped_matmul(rows, up, order.sizes)
+    hidden = swiglu(*(grouped_matmul(rows, w, order.sizes) for w in (gate, up)))
     hidden = hidden * _spread(weight.reshape(-1, 1), each)
     y = _collect(grouped_matmul(hidden, down, order.sizes), order)
     if expert_axes:

@@ -70,6 +70,46 @@ def test_a_query_that_sees_nothing_is_finite_with_finite_gradients():
         assert np.isfinite(grad).all()
 
 
+def plain(q, k, v, q_segments, kv_segments, causal_offset):
+    """The whole square of weights by jax.nn.softmax, for jax to differentiate."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    sees = q_segments[:, :, None] == kv_segments[:, None, :]
+    if causal_offset is not None:
+        sees &= np.arange(k.shape[1]) <= np.arange(q.shape[1])[:, None] + causal_offset
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) / q.shape[-1] ** 0.5
+    hidden = jnp.where(sees, 0, jnp.finfo(jnp.float32).min)[:, None]
+    return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores + hidden), v)
+
+
+@pytest.mark.parametrize("causal_offset", [None, 0, 4])
+@pytest.mark.parametrize("query_block", [512, 5])
+def test_gradients_are_those_of_the_plain_formula(causal_offset, query_block):
+    keys = 13 + (causal_offset or 0)
+    q, k, v, rng = arrays(5, keys=keys)
+    segments = rng.integers(0, 3, (2, keys)).astype(np.int32)
+    q_segments = rng.integers(0, 4, (2, 13)).astype(np.int32)  # 3 sees nothing
+    weights = rng.standard_normal(q.shape).astype(np.float32)
+
+    def ours(q, k, v):
+        out = attention(
+            q, k, v,
+            q_segments=q_segments, kv_segments=segments,
+            causal_offset=causal_offset, query_block=query_block,
+        )  # fmt: skip
+        return jnp.sum(weights * out)
+
+    def theirs(q, k, v):
+        return jnp.sum(weights * plain(q, k, v, q_segments, segments, causal_offset))
+
+    expected = jax.grad(theirs, argnums=(0, 1, 2))(q, k, v)
+    for a, b in zip(jax.grad(ours, argnums=(0, 1, 2))(q, k, v), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+    low = jax.grad(ours, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)))
+    for a, b in zip(low, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.15)
+
+
 def test_blocks_have_the_same_gradients():
     q, k, v, rng = arrays(3)
     segments = rng.integers(1, 3, (2, 13)).astype(np.int32)
