@@ -74,13 +74,14 @@ def bench_train(
     without those; each of its implementations of attention and experts is timed, and the fastest
     counts. Memory is as each has it: ours as `train` sets it (`memory.keep_freed_memory`), theirs
     as the C library does. Weights are random and not the same; shapes are. Each side is a process
-    of its own, on the same processor cores, and they take turns step by step, so that what else the
-    machine does meets both.
+    of its own, on the same processor cores, and they take turns step by step: what else the machine
+    does meets both, and every step of either comes after one of the other, and not warmed up by one
+    of its own.
 
     Args:
       size: the preset whose sizes to use; by default `scaled_model`.
       tokens: of the row, the image's 196 among them.
-      rounds: timed steps of each side, after one that isn't.
+      rounds: timed steps of each of PyTorch's forms, each after one of ours; one more isn't timed.
       threads: of each side; the machine may have fewer cores.
 
     Returns:
@@ -112,14 +113,15 @@ def bench_train(
         counts = {side: ask(None) for side, ask in sides.items()}
         if len({count["parameters"] for count in counts.values()}) > 1:
             raise RuntimeError(f"the two models differ: {counts}")
-        turns = [(side, form) for side in sides for form in counts[side]["forms"]]
+        pairs = [(("ours", "step"), ("theirs", form)) for form in counts["theirs"]["forms"]]
+        turns = [turn for pair in pairs for turn in pair]
         seconds: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
         with progress((rounds + 1) * len(turns), "step", "bench") as tick:
             for _ in range(rounds + 1):
                 for side, form in turns:
                     seconds[side, form].append(sides[side](form))
                     tick(1)
-    timed = {turn: times[1:] for turn, times in seconds.items()}
+    timed = {turn: times[len(times) // (rounds + 1) :] for turn, times in seconds.items()}
     forms = {form: statistics.median(timed["theirs", form]) for form in counts["theirs"]["forms"]}
     ours, theirs = statistics.median(timed["ours", "step"]), min(forms.values())
     return {

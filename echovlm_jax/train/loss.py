@@ -38,8 +38,9 @@ def token_losses(
     """Cross-entropy of each token in float32: log Σ_v exp(h · w_v) − h · w_label.
 
     The vocabulary goes by in chunks: of [B, T, V] only [B, T, V / chunks] exists at a time, in the
-    backward pass too, which computes each chunk again. On a mesh each chunk of the head is gathered
-    when its turn comes and its gradient scattered at once, so the head is never whole either.
+    backward pass too, which computes each chunk again where there are several. On a mesh each chunk
+    of the head is gathered when its turn comes and its gradient scattered at once, so the head is
+    never whole either.
 
     Args:
       hidden: after the final norm; its dtype is the dtype of the product.
@@ -77,9 +78,10 @@ def token_losses(
             jnp.full(labels.shape, -jnp.inf, jnp.float32), jnp.zeros(labels.shape, jnp.float32)
         )
         pieces = head.reshape(chunks, width, head.shape[1])
-        log_sum, label = jax.lax.scan(
-            jax.checkpoint(step, prevent_cse=False), start, (jnp.arange(chunks), pieces)
-        )[0]
+        # One chunk's logits are as many as may be held: they wait for the backward pass.
+        kept = step if chunks == 1 else jax.checkpoint(step, prevent_cse=False)
+        numbers = jnp.arange(chunks)
+        log_sum, label = jax.lax.scan(kept, start, (numbers, jnp.asarray(pieces)))[0]
         if vocab_axes:
             top = jax.lax.stop_gradient(jax.lax.pmax(jax.lax.stop_gradient(log_sum), vocab_axes))
             log_sum = top + jnp.log(jax.lax.psum(jnp.exp(log_sum - top), vocab_axes))

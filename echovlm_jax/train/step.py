@@ -167,7 +167,6 @@ def make_train_step(
 
         grads, metrics = _accumulate(gradients, batch, grad_accum)
         grads = in_float32(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, in_float32(state.trainable))
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         metrics |= {
@@ -176,11 +175,14 @@ def make_train_step(
             "labels": totals.labels,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
+
+        def update(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, in_float32(trainable))
+            return optax.apply_updates(trainable, updates), opt_state
+
         # A loss or gradient that is no number changes nothing but the step's own number.
-        trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(state.trainable, updates), opt_state),
-            (state.trainable, state.opt_state),
+        trainable, opt_state = jax.lax.cond(
+            finite, update, lambda *same: same, state.trainable, state.opt_state
         )
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
