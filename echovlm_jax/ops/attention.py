@@ -129,7 +129,8 @@ def _local(
     """Attention on one device. The kernels' modules are imported where one is wanted."""
     kernel, _, mode = implementation.partition("_")
     if kernel == "xla":
-        block = min(query_block or _query_block(q.shape, k.shape[1]), q.shape[1])
+        most = query_block or _query_block(q.shape, k.shape[1])
+        block = min(most, max(q.shape[1], 1))
         return _in_blocks(q, k, v, q_segments, kv_segments, causal_offset, block)
     if kernel == "splash":
         from echovlm_jax.ops.splash import splash_attention as compute
@@ -249,7 +250,8 @@ def _split_queries(
 
 def _split_heads(x: Array, kv_heads: int, block: int) -> jax.Array:
     """[B, T, N, H] → [blocks, B, K, G, block, H], filled up."""
-    x = x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1])
+    batch, length, heads, dim = x.shape
+    x = x.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     return jnp.moveaxis(_split(x, block), 2, 4)
 
 
@@ -263,5 +265,5 @@ def _split(x: Array, block: int) -> jax.Array:
 def _join(x: Array, shape: tuple[int, ...]) -> jax.Array:
     """[blocks, B, K, G, block, H] → [B, T, N, H], the shape."""
     x = jnp.moveaxis(x, 0, 3)  # [B, K, G, blocks, block, H]
-    x = x.reshape(*x.shape[:3], -1, x.shape[-1])[..., : shape[1], :]
+    x = x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], x.shape[5])[..., : shape[1], :]
     return jnp.moveaxis(x, 3, 1).reshape(shape)

@@ -110,6 +110,17 @@ def test_gradients_are_those_of_the_plain_formula(causal_offset, query_block):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.15)
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_few_queries_need_no_filling(length):
+    q, k, v, _ = arrays(6, length=length)
+    ones = np.ones((2, 13), np.int32)
+    out = attention(
+        q, k, v, q_segments=ones[:, :length], kv_segments=ones, causal_offset=13 - length
+    )  # fmt: skip
+    expected = reference(q, k, v, ones[:, :length], ones, 13 - length)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
 def test_blocks_have_the_same_gradients():
     q, k, v, rng = arrays(3)
     segments = rng.integers(1, 3, (2, 13)).astype(np.int32)
