@@ -61,7 +61,7 @@ def moe(
     by_token = ("batch", "length", None, None, None)
     by_expert = ("batch", "length", "expert", None, None)
 
-    def product(spec: str, x: jax.Array, weight: Array, *axes: str, result: str | None):
+    def product(spec: str, x: Array, weight: Array, *axes: str, result: str | None):
         y = einsum(spec, x, weight, axes=("expert", *axes), layout=inner)
         return inner.constrain(y, *by_expert[:-1], result)
 
