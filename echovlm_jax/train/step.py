@@ -16,7 +16,7 @@ from echovlm_jax.model import Compute, EchoVLM
 from echovlm_jax.ops import Array
 from echovlm_jax.train.lora import scaled, with_dropout
 from echovlm_jax.train.loss import IGNORE, balancing_losses, token_losses
-from echovlm_jax.train.optimizer import in_float32
+from echovlm_jax.train.optimizer import global_norm, in_float32
 from echovlm_jax.train.stages import merge
 from echovlm_jax.train.telemetry import mixture_sums, z_loss
 
@@ -115,7 +115,7 @@ def loss_and_metrics(
 def make_train_step(
     config: ModelConfig,
     compute: Compute,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     *,
     dtype: DTypeLike = jnp.bfloat16,
     grad_accum: int = 1,
@@ -167,7 +167,7 @@ def make_train_step(
 
         grads, metrics = _accumulate(gradients, batch, grad_accum)
         grads = in_float32(grads)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         metrics |= {
             "grad_norm": grad_norm,
@@ -177,7 +177,8 @@ def make_train_step(
         }
 
         def update(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
-            updates, opt_state = optimizer.update(grads, opt_state, in_float32(trainable))
+            wide = in_float32(trainable)
+            updates, opt_state = optimizer.update(grads, opt_state, wide, norm=grad_norm)
             return optax.apply_updates(trainable, updates), opt_state
 
         # A loss or gradient that is no number changes nothing but the step's own number.
