@@ -10,6 +10,7 @@ from pathlib import Path
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _HUGE_PAGE = 2**21
+_MOST_RESERVED = 2**34  # bytes of addresses
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: addresses count as memory
 _ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd")
 
@@ -54,7 +55,7 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    size = there // 2
+    size = min(_MOST_RESERVED, there // 2)
     start = libc.malloc(size)
     if start is None:
         return

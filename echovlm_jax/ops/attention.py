@@ -152,7 +152,7 @@ def _query_block(shape: tuple[int, ...], keys: int) -> int:
     SCORES."""
     batch, length, heads, _ = shape
     length = max(length, 1)
-    fits = max(SCORES // (batch * heads * keys), 1)
+    fits = max(SCORES // max(batch * heads * keys, 1), 1)
     most = min(max(2 ** (fits.bit_length() - 1), MIN_QUERY_BLOCK), MAX_QUERY_BLOCK)
     # Where 512 fit, 784 patches are two blocks of 392, not one of 512 and another half empty.
     return -(-length // (-(-length // most) * 8)) * 8
@@ -215,7 +215,8 @@ def _in_blocks_backward(causal_offset, block, residuals, d_out):
     blocks = (queries, tuple(results), _split_heads(d_out, kv_heads, block))
     (dk, dv), dq = _over_blocks(one, sums, blocks)
     dk, dv = (jnp.einsum("BKHS->BSKH", x) for x in (dk, dv))
-    return _join(dq, q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    dq = _join(dq, q.shape)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)

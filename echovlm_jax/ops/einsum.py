@@ -55,8 +55,9 @@ def _product(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Ar
     rows = inputs[:2]
     if rows != result[:2] or set(rows) & set(letters) or jax.sharding.get_abstract_mesh().size > 1:
         return jnp.einsum(spec, x, weight, preferred_element_type=out_dtype)
-    # On one device batch and length are one axis. The weight's gradient is then a sum over one
-    # axis; for a sum over two, XLA:CPU first copies the result's gradient, transposed.
+    # Without a mesh of several devices in the context batch and length are one axis. The weight's
+    # gradient is then a sum over one axis; for a sum over two, XLA:CPU first copies the result's
+    # gradient, transposed.
     spec = f"{inputs[1:]},{letters}->{result[1:]}"
     merged = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
     y = jnp.einsum(spec, merged, weight, preferred_element_type=out_dtype)

@@ -39,8 +39,8 @@ def token_losses(
 
     The vocabulary goes by in chunks: of [B, T, V] only [B, T, V / chunks] exists at a time, in the
     backward pass too, which computes each chunk again where there are several. On a mesh each chunk
-    of the head is gathered when its turn comes and its gradient scattered at once, so the head is
-    never whole either.
+    of the head is gathered when its turn comes and its gradient scattered at once: where there are
+    several, the head is never whole either.
 
     Args:
       hidden: after the final norm; its dtype is the dtype of the product.

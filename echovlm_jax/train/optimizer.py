@@ -25,7 +25,8 @@ def global_norm(tree: Any) -> jax.Array:
     """√Σ x² over all arrays of a tree, in their dtype.
 
     Each is first added up over its first axis, most often the layers: whole rows are added at once.
-    XLA:CPU adds neighbours one by one, five times as slowly, and rounds more.
+    XLA:CPU's own loops, all that is left without YNNPACK (`program.compile`), add neighbours one by
+    one, five times as slowly, and round more.
     """
 
     def square(x: jax.Array) -> jax.Array:
