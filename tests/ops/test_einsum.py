@@ -1,0 +1,31 @@
+"""The door for weights against jnp.einsum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from echovlm_jax.ops.einsum import einsum
+
+
+@pytest.mark.parametrize(
+    ("spec", "x", "weight"),
+    [
+        ("BTD,FD->BTF", (2, 3, 4), (5, 4)),
+        ("BTD,NHD->BTNH", (2, 3, 4), (5, 6, 4)),
+        ("BTEF,EDF->BTD", (2, 3, 4, 5), (4, 6, 5)),
+        ("ZJECD,EFD->ZJECF", (2, 3, 4, 5, 6), (4, 7, 6)),
+        ("Eor,Eri->Eoi", (2, 3, 4), (2, 4, 5)),  # no batch: not an axis of the weight may be merged
+        ("BTD,FD->BTF", (2, 0, 4), (5, 4)),
+    ],
+)
+def test_values_and_gradients(spec, x, weight):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (x, weight))
+    with jax.default_matmul_precision("float32"):
+        wanted, pull = jax.vjp(lambda x, w: jnp.einsum(spec, x, w), x, weight)
+        found, ours = jax.vjp(lambda x, w: einsum(spec, x, w), x, weight)
+        d = jnp.asarray(rng.standard_normal(wanted.shape), jnp.float32)
+        for a, b in zip((found, *ours(d)), (wanted, *pull(d)), strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, atol=1e-5)
