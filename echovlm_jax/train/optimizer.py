@@ -26,7 +26,7 @@ def global_norm(tree: Any) -> jax.Array:
 
     Each is first added up over its first axis, most often the layers: whole rows are added at once.
     XLA:CPU's own loops, all that is left without YNNPACK (`program.compile`), add neighbours one by
-    one, five times as slowly, and round more.
+    one, four times as slowly, and round more.
     """
 
     def square(x: jax.Array) -> jax.Array:
