@@ -47,7 +47,10 @@ MAY_IMPORT = {
     "digests": set(),
     "verify": {"digests", "progress"},
     "checkpoint": {"config", "mesh", "digests", "verify", "progress"},
-    "train": {"config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint", "progress"},
+    "train": {
+        *("config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint"),
+        *("memory", "progress"),
+    },
     "train.start": {"config", "model", "convert", "data", "processing", "train"},
     "quantize": {"config", "mesh", "model", "processing", "progress"},
     "generate": {"config", "mesh", "model", "ops", "processing", "progress"},

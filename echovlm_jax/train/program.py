@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
+from echovlm_jax.memory import give_back_fragments
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh, param_shardings
 from echovlm_jax.model import Compute, abstract_params, init_params, logical_axes
 from echovlm_jax.ops.attention import default_implementation
@@ -63,9 +64,11 @@ class Program(NamedTuple):
         before = jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_optimization_level", self.optimization_level or "UNKNOWN")
         try:
-            return lowered.compile(compiler_options=options)
+            compiled = lowered.compile(compiler_options=options)
         finally:
             jax.config.update("jax_optimization_level", before)
+        give_back_fragments()
+        return compiled
 
     def compile_eval(self) -> jax.stages.Compiled:
         """(trainable, frozen, batch) → the loss without its gradient (`step.make_eval_step`)."""
@@ -73,7 +76,9 @@ class Program(NamedTuple):
             lowered = jax.jit(self.evaluate, out_shardings=self.state.step.sharding).lower(
                 self.state.trainable, self.state.frozen, self.batch
             )
-        return lowered.compile()
+        compiled = lowered.compile()
+        give_back_fragments()
+        return compiled
 
     def lower(self) -> jax.stages.Lowered:
         """The step as a program for the compiler."""
