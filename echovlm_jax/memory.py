@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from bisect import bisect_left
 from pathlib import Path
 
 # Of glibc's malloc.h.
@@ -13,12 +13,10 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _HUGE_PAGE = 2**21
 _MOST_RESERVED = 2**34  # bytes of addresses
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: addresses count as memory
-# Free pieces that a compilation leaves between what it keeps: as many as there are, malloc's search
-# of a list of them took 5 to 9 % of a small model's step.
 _LEAST_FRAGMENT, _LARGEST_FRAGMENT = 2**14, 2**20
 _ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd")
 
-_kept = False  # what the process's one malloc has been told
+_reserved = False  # addresses for the process's one heap
 
 
 class _MallInfo(ctypes.Structure):
@@ -55,28 +53,31 @@ def keep_freed_memory() -> bool:
         kept = all(libc.mallopt(name, value) for name, value in wanted)
     except (OSError, AttributeError, TypeError):
         return False
-    if kept:
-        _ask_for_huge_pages(libc)
-    global _kept
-    _kept = kept
+    global _reserved
+    _reserved = _reserved or (kept and _ask_for_huge_pages(libc))
     return kept
 
 
-def give_back_fragments() -> int:
-    """Gives the kernel what a compilation left in pieces, where `keep_freed_memory` is at work.
+def retire_fragments() -> int:
+    """Takes from malloc, for good, the free pieces that a compilation left between what it keeps.
 
-    The pieces are taken from malloc for good, so that it need not search them at each product of a
-    step; what of them is used again comes from elsewhere. Holes of more than 1 MiB stay malloc's.
+    There are tens of thousands, and a step's every product makes malloc search them for its
+    workspace: 5 to 9 % of a small model's step. What is taken stays with the process, as it would
+    anyway. Holes of more than 1 MiB stay malloc's. Does nothing unless `keep_freed_memory` has
+    reserved addresses, and more of them are left than the pieces and holes have.
 
     Returns:
       Bytes taken.
     """
-    libc = _c_library()
-    if not _kept or not hasattr(libc, "mallinfo2"):  # glibc has it since 2.33
+    libc = _c_library() if _reserved else None
+    if libc is None or not hasattr(libc, "mallinfo2"):  # glibc has it since 2.33
         return 0
     libc.mallinfo2.restype = _MallInfo
     info = libc.mallinfo2()
-    top = libc.sbrk(0) - info.keepcost  # above it nobody's memory, below it used and free
+    top = libc.sbrk(0) - info.keepcost  # where what was never used, or merged with it, begins
+    below = info.fordblks - info.keepcost
+    if info.keepcost < below:
+        return 0
 
     def take(size: int) -> int | None:
         """A free piece below the top: malloc takes the smallest that fits, and then the top."""
@@ -86,34 +87,24 @@ def give_back_fragments() -> int:
         libc.free(start)
         return None
 
-    large = []
-    most = min(info.fordblks - info.keepcost, info.keepcost)
-    while (size := _largest(take, libc.free, most)) > _LARGEST_FRAGMENT:
-        large.append(take(size))
-    page, taken, size = mmap.PAGESIZE, 0, _LARGEST_FRAGMENT
-    while size >= _LEAST_FRAGMENT and info.keepcost > _LARGEST_FRAGMENT:
-        while (start := take(size)) is not None:
-            taken += size
-            first = -(-start // page) * page
-            libc.madvise(first, (start + size) // page * page - first, mmap.MADV_DONTNEED)
-        size //= 2
-    for start in large:
-        libc.free(start)
-    return taken
-
-
-def _largest(take: Callable[[int], int | None], free: Callable[[int], None], most: int) -> int:
-    """The size of the largest free piece, to malloc's 16 bytes; 0 where there is none."""
-    least = 0
-    while most - least > 16:
-        size = (least + most + 1) // 2
+    def missing(size: int) -> bool:
         start = take(size)
-        if start is None:
-            most = size
-        else:
-            free(start)
-            least = size
-    return least
+        libc.free(start)
+        return start is None
+
+    taken, size, holes = 0, _LARGEST_FRAGMENT, []
+    sizes = range(_LARGEST_FRAGMENT + 16, below, 16)  # malloc's are multiples of 16
+    try:
+        while fit := bisect_left(sizes, True, key=missing):
+            holes.append(take(sizes[fit - 1]))
+        while size >= _LEAST_FRAGMENT:
+            while taken + size <= below and take(size) is not None:
+                taken += size
+            size //= 2
+    finally:
+        for start in holes:
+            libc.free(start)
+    return taken
 
 
 def _c_library() -> ctypes.CDLL:
@@ -125,20 +116,21 @@ def _c_library() -> ctypes.CDLL:
     return libc
 
 
-def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
+def _ask_for_huge_pages(libc: ctypes.CDLL) -> bool:
     """Grows the heap over addresses that are to have huge pages; no memory is taken yet. Where
-    addresses are scarce it leaves them to others."""
+    addresses are scarce it leaves them to others, and returns False."""
     import resource  # Windows has none
 
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     limited = any(limit != resource.RLIM_INFINITY for limit in limits)
     if limited or not _OVERCOMMIT.exists() or _OVERCOMMIT.read_text().strip() == "2":
-        return
+        return False
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = min(_MOST_RESERVED, there // 2)
     start = libc.malloc(size)
     if start is None:
-        return
+        return False
     first = -(-start // _HUGE_PAGE) * _HUGE_PAGE
     libc.madvise(first, start + size - first, mmap.MADV_HUGEPAGE)
     libc.free(start)
+    return True

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
-from echovlm_jax.memory import give_back_fragments
+from echovlm_jax.memory import retire_fragments
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh, param_shardings
 from echovlm_jax.model import Compute, abstract_params, init_params, logical_axes
 from echovlm_jax.ops.attention import default_implementation
@@ -67,7 +67,7 @@ class Program(NamedTuple):
             compiled = lowered.compile(compiler_options=options)
         finally:
             jax.config.update("jax_optimization_level", before)
-        give_back_fragments()
+        retire_fragments()
         return compiled
 
     def compile_eval(self) -> jax.stages.Compiled:
@@ -77,7 +77,7 @@ class Program(NamedTuple):
                 self.state.trainable, self.state.frozen, self.batch
             )
         compiled = lowered.compile()
-        give_back_fragments()
+        retire_fragments()
         return compiled
 
     def lower(self) -> jax.stages.Lowered:

@@ -17,15 +17,16 @@ ROOT = Path(__file__).parents[2]
 MODEL = preset("tiny").replace(
     text={"num_layers": 1, "vocab_size": len(demo.SPECIAL) + 256}, vision={"depth": 1}
 )
+STEPS, RATE = 4, 1e-3
 KEYS = {
     "data": "phantom",
     "data_workers": 0,
-    "steps": 4,
+    "steps": STEPS,
     "global_batch_size": 4,
     "seq_len": 512,
     "max_patches": 512,
     "max_image_patches": 64,
-    "learning_rate": 1e-3,
+    "learning_rate": RATE,
     "dtype": "float32",
     "moe_dispatch": "dense",
     "log_every": 1,
@@ -58,10 +59,18 @@ def assert_close(ours: Path, expected: Path) -> None:
     for name, values in wanted.items():
         assert len(values) == (2 if name == "eval_loss" else 4)
         np.testing.assert_allclose(found[name], values, rtol=1e-6, err_msg=name)
-    for name, (value, right) in states(ours, expected).items():
-        # Where a gradient is close to nothing, Adam's division makes its rounding a step's size.
-        largest = np.abs(right).max(initial=0)
-        np.testing.assert_allclose(value, right, rtol=0, atol=3e-5 * largest, err_msg=name)
+    state = states(ours, expected)
+    for name, (value, right) in state.items():
+        bound = 3e-6 * np.abs(right).max(initial=0)
+        moment = name.replace("trainable/", "opt_state/1/nu/")
+        if name != moment and moment in state:
+            # Adam divides by the gradient's size: where that is near nothing, so are its digits.
+            # The second moment shows it as it was last; of a low-rank `a`, whose `b` begins at
+            # zero, the first gradients are far smaller: hence 3e-5, not 1e-6.
+            squares = state[moment][1]
+            small = np.sqrt(squares.max() / np.maximum(squares, 1e-30))
+            bound = bound + STEPS * RATE * 3e-5 * small
+        assert (np.abs(value - right) <= bound).all(), name
 
 
 def states(*folders: Path) -> dict[str, list[np.ndarray]]:
