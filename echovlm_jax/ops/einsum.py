@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -55,13 +56,30 @@ def _product(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Ar
     rows = inputs[:2]
     if rows != result[:2] or set(rows) & set(letters) or jax.sharding.get_abstract_mesh().size > 1:
         return jnp.einsum(spec, x, weight, preferred_element_type=out_dtype)
-    # Without a mesh of several devices in the context batch and length are one axis. The weight's
-    # gradient is then a sum over one axis; for a sum over two, XLA:CPU first copies the result's
-    # gradient, transposed.
-    spec = f"{inputs[1:]},{letters}->{result[1:]}"
-    merged = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-    y = jnp.einsum(spec, merged, weight, preferred_element_type=out_dtype)
-    return y.reshape(*x.shape[:2], *y.shape[1:])
+    # Without a mesh of several devices in the context, axes that lie side by side in both of their
+    # operands are one: XLA:CPU copies an operand, transposed, for a sum over two axes (batch and
+    # length, in the weight's gradient) or for a weight with two axes that are not summed.
+    merged, operands = _merged(spec, x, weight)
+    y = jnp.einsum(merged, *operands, preferred_element_type=out_dtype)
+    sizes = dict(zip(inputs + letters, x.shape + weight.shape, strict=True))
+    return y.reshape([sizes[name] for name in result])
+
+
+def _merged(spec: str, x: Array, weight: Array) -> tuple[str, list[jax.Array]]:
+    """The same einsum with neighbouring axes as one, where that copies nothing."""
+    names = re.split(",|->", spec)
+    arrays = [jnp.asarray(x), jnp.asarray(weight)]
+    for pair in [a + b for one in names[:2] for a, b in itertools.pairwise(one)]:
+        # Who has one of the two has both, the second after the first.
+        if not all(pair in one or not set(pair) & set(one) for one in names):
+            continue
+        for n, array in enumerate(arrays):
+            if (k := names[n].find(pair)) >= 0:
+                shape = array.shape
+                arrays[n] = array.reshape(*shape[:k], shape[k] * shape[k + 1], *shape[k + 2 :])
+        # The merged axis has the second one's name: a third may follow it.
+        names = [one.replace(pair, pair[1]) for one in names]
+    return "{},{}->{}".format(*names), arrays
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))

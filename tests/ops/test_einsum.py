@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echovlm_jax.ops.einsum import einsum
+from echovlm_jax.ops.einsum import _merged, einsum
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,9 @@ from echovlm_jax.ops.einsum import einsum
         ("BTD,FD->BTF", (2, 3, 4), (5, 4)),
         ("BTD,NHD->BTNH", (2, 3, 4), (5, 6, 4)),
         ("BTEF,EDF->BTD", (2, 3, 4, 5), (4, 6, 5)),
+        ("BTNH,DNH->BTD", (2, 3, 4, 5), (6, 4, 5)),
+        ("BTD,CNHD->BTCNH", (2, 3, 4), (3, 5, 6, 4)),
+        ("BTNH,DHN->BTD", (2, 3, 4, 5), (6, 5, 4)),  # in another order: N and H stay two
         ("ZJECD,EFD->ZJECF", (2, 3, 4, 5, 6), (4, 7, 6)),
         ("Eor,Eri->Eoi", (2, 3, 4), (2, 4, 5)),  # no batch: not an axis of the weight may be merged
         ("BTD,FD->BTF", (2, 0, 4), (5, 4)),
@@ -29,3 +32,22 @@ def test_values_and_gradients(spec, x, weight):
         for a, b in zip((found, *ours(d)), (wanted, *pull(d)), strict=True):
             assert a.shape == b.shape
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "merged"),
+    [
+        ("BTD,FD->BTF", "TD,FD->TF"),
+        ("BTD,CNHD->BTCNH", "TD,HD->TH"),
+        ("BTNH,DNH->BTD", "TH,DH->TD"),
+        ("BTEF,EDF->BTD", "TEF,EDF->TD"),
+        ("BTNH,DHN->BTD", "TNH,DHN->TD"),
+    ],
+)
+def test_neighbouring_axes_are_one(spec, merged):
+    left, right = (names for names in spec.split("->")[0].split(","))
+    sizes = dict(zip("BTDFCNHE", range(2, 10), strict=True))
+    x, weight = (jnp.zeros([sizes[name] for name in names]) for names in (left, right))
+    found, operands = _merged(spec, x, weight)
+    assert found == merged
+    assert [a.size for a in operands] == [x.size, weight.size]
