@@ -62,9 +62,10 @@ def retire_fragments() -> int:
     """Takes from malloc, for good, the free pieces that a compilation left between what it keeps.
 
     There are tens of thousands, and a step's every product makes malloc search them for its
-    workspace: 5 to 9 % of a small model's step. What is taken stays with the process, as it would
-    anyway. Holes of more than 1 MiB stay malloc's. Does nothing unless `keep_freed_memory` has
-    reserved addresses, and more of them are left than the pieces and holes have.
+    workspace: 5 to 9 % of the processor time of a small model's step. What is taken stays with the
+    process, as it would anyway. Holes of more than 1 MiB stay malloc's. Does nothing unless
+    `keep_freed_memory` has reserved addresses, and more of them are left than the pieces and holes
+    have.
 
     Returns:
       Bytes taken.
