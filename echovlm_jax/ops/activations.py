@@ -9,9 +9,27 @@ from jaxtyping import Float
 from echovlm_jax.ops import Array
 
 
+@jax.custom_vjp
 def quick_gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """x · sigmoid(1.702 x), the vision tower's GELU (CLIP)."""
+    """x · sigmoid(1.702 x), the vision tower's GELU (CLIP).
+
+    The forward pass leaves the derivative to the backward pass, not its three ingredients.
+    """
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _quick_gelu_forward(x):
+    wide = x.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(1.702 * wide)
+    slope = sigmoid * (1 + 1.702 * wide * (1 - sigmoid))
+    return quick_gelu(x), slope.astype(x.dtype)
+
+
+def _quick_gelu_backward(slope, gradient):
+    return (gradient * slope,)
+
+
+quick_gelu.defvjp(_quick_gelu_forward, _quick_gelu_backward)
 
 
 @jax.custom_vjp

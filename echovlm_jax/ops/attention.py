@@ -178,9 +178,9 @@ def _in_blocks_forward(q, k, v, q_segments, kv_segments, causal_offset, block):
     def one(_, queries):
         q, segments, slots = queries
         scores = _scores(q, k, segments, kv_segments, slots, causal_offset is not None)
-        top = jnp.max(scores, axis=-1, keepdims=True)
+        top = _over_row(jnp.max, jnp.maximum, scores)
         weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
+        total = _over_row(jnp.sum, jnp.add, weights)
         # Divided afterwards: there are fewer results than weights.
         out = jnp.einsum(
             "BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
@@ -189,21 +189,21 @@ def _in_blocks_forward(q, k, v, q_segments, kv_segments, causal_offset, block):
 
     queries = _split_queries(q, k, q_segments, causal_offset, block)
     out, top, total = _over_blocks(one, (), queries)[1]
-    residuals = (q, k, v, q_segments, kv_segments, out, top, total)
-    return _join(out, q.shape), residuals
+    # The result as the next layer reads it too: it is then stored once for both.
+    out = _join(out, q.shape)
+    return out, (q, k, v, q_segments, kv_segments, out, top, total)
 
 
 def _in_blocks_backward(causal_offset, block, residuals, d_out):
-    q, k, v, q_segments, kv_segments, *results = residuals
+    q, k, v, q_segments, kv_segments, out, top, total = residuals
 
     def one(sums, block):
-        (q, segments, slots), (out, top, total), d_out = block
+        (q, segments, slots), (top, total, mean), d_out = block
         scores = _scores(q, k, segments, kv_segments, slots, causal_offset is not None)
         weights = jnp.exp(scores - top) / total
         wide: Any = {"preferred_element_type": jnp.float32}
         dv = jnp.einsum("BKGTH,BKGTS->BKHS", d_out, weights.astype(v.dtype), **wide)
         d_weights = jnp.einsum("BKGTH,BSKH->BKGTS", d_out, v, **wide)
-        mean = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
         d_scores = (weights * (d_weights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
         dq = jnp.einsum("BKGTS,BSKH->BKGTH", d_scores, k)
         dk = jnp.einsum("BKGTH,BKGTS->BKHS", q, d_scores, **wide)
@@ -212,7 +212,9 @@ def _in_blocks_backward(causal_offset, block, residuals, d_out):
     batch, length, kv_heads, dim = k.shape
     sums = (jnp.zeros((batch, kv_heads, dim, length), jnp.float32),) * 2
     queries = _split_queries(q, k, q_segments, causal_offset, block)
-    blocks = (queries, tuple(results), _split_heads(d_out, kv_heads, block))
+    mean = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    mean, d_out = (_split_heads(x, kv_heads, block) for x in (mean, d_out))
+    blocks = (queries, (top, total, mean), d_out)
     (dk, dv), dq = _over_blocks(one, sums, blocks)
     dk, dv = (jnp.einsum("BKHS->BSKH", x) for x in (dk, dv))
     dq = _join(dq, q.shape)
@@ -239,6 +241,16 @@ def _scores(
     # the gradients that it has in PyTorch, which a loss on a row's first token shows.
     hidden = jnp.where(visible, 0, jnp.finfo(jnp.float32).min)[:, None, None]
     return scores * q.shape[-1] ** -0.5 + hidden
+
+
+def _over_row(reduce: Callable[..., Any], two: Callable[..., Any], x: Array) -> jax.Array:
+    """reduce(x, axis=-1, keepdims=True), begun by taking `two` halves at once.
+
+    XLA:CPU goes through an axis that is reduced number by number, and through halves by vectors.
+    """
+    while (half := x.shape[-1] // 2) >= 32 and not x.shape[-1] % 2:
+        x = two(x[..., :half], x[..., half:])
+    return reduce(x, axis=-1, keepdims=True)
 
 
 def _split_queries(

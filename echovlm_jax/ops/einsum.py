@@ -46,11 +46,34 @@ def einsum(
     out_dtype = out_dtype or x.dtype
     shared = set(layout.mesh_axes("batch"))
     if axes is None or not any(shared & set(layout.mesh_axes(axis)) for axis in axes):
-        return _product(spec, x, weight, out_dtype)
+        return _product(x, weight, spec, jnp.dtype(out_dtype))
     return _gathered(x, weight, spec, axes, layout, jnp.dtype(out_dtype))
 
 
-def _product(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Array:
+# Whoever keeps what the backward pass reads keeps x and the weight as they came: x once for all its
+# products, and no copy of the weight, cast or reshaped, for each layer of a loop.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: Array, weight: Array, spec: str, out_dtype: Any) -> jax.Array:
+    return _compute(spec, x, weight, out_dtype)
+
+
+def _product_fwd(
+    x: Array, weight: Array, spec: str, out_dtype: Any
+) -> tuple[jax.Array, tuple[Array, Array]]:
+    return _product(x, weight, spec, out_dtype), (x, weight)
+
+
+def _product_bwd(
+    spec: str, out_dtype: Any, saved: tuple[Array, Array], gradient: Array
+) -> tuple[jax.Array, jax.Array]:
+    _, pull = jax.vjp(lambda x, weight: _compute(spec, x, weight, out_dtype), *saved)
+    return pull(gradient)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _compute(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Array:
     weight = jnp.asarray(weight, x.dtype)
     inputs, letters, result = re.split(",|->", spec)
     rows = inputs[:2]
@@ -86,7 +109,7 @@ def _merged(spec: str, x: Array, weight: Array) -> tuple[str, list[jax.Array]]:
 def _gathered(
     x: Array, weight: Array, spec: str, axes: Axes, layout: Layout, out_dtype: Any
 ) -> jax.Array:
-    return _product(spec, x, _whole(weight, x.dtype, axes, layout), out_dtype)
+    return _compute(spec, x, _whole(weight, x.dtype, axes, layout), out_dtype)
 
 
 def _whole(weight: Array, dtype: Any, axes: Axes, layout: Layout) -> jax.Array:
@@ -110,7 +133,7 @@ def _gathered_bwd(
     gradient = gradient.astype(x.dtype)
     inputs, letters, result = re.split(",|->", spec)
     whole = _whole(weight, x.dtype, axes, layout)
-    dx = _product(f"{result},{letters}->{inputs}", gradient, whole, x.dtype)
+    dx = _compute(f"{result},{letters}->{inputs}", gradient, whole, x.dtype)
 
     batch, length = layout.mesh_axes("batch"), layout.mesh_axes("length")
     targets = [layout.mesh_axes(axis) for axis in axes]

@@ -1,31 +1,43 @@
-"""The gated hidden layer and its written-out gradient."""
+"""Activations and their written-out gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from echovlm_jax.ops.activations import swiglu
+from echovlm_jax.ops.activations import quick_gelu, swiglu
+
+FORMULAS = {
+    swiglu: lambda gate, up: jax.nn.silu(gate) * up,
+    quick_gelu: lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+each = pytest.mark.parametrize("activation", FORMULAS, ids=lambda f: f.__name__)
 
 
-def both(dtype):
+def both(activation, dtype):
     """Value and gradients: ours, and by default in float32 from the same numbers."""
     rng = np.random.default_rng(0)
-    gate, up, weight = (jnp.asarray(4 * rng.standard_normal((64, 33)), dtype) for _ in range(3))
+    weight, *inputs = (
+        jnp.asarray(4 * rng.standard_normal((64, 33)), dtype)
+        for _ in range(3 if activation is swiglu else 2)
+    )
 
     def run(hidden, *inputs):
         out, back = jax.vjp(hidden, *inputs)
         return out, *back(weight.astype(out.dtype))
 
-    wide = (x.astype(jnp.float32) for x in (gate, up))
-    return run(swiglu, gate, up), run(lambda gate, up: jax.nn.silu(gate) * up, *wide)
+    wide = (x.astype(jnp.float32) for x in inputs)
+    return run(activation, *inputs), run(FORMULAS[activation], *wide)
 
 
-def test_equals_the_formula_and_its_gradients():
-    for ours, theirs in zip(*both(jnp.float32), strict=True):
+@each
+def test_equals_the_formula_and_its_gradients(activation):
+    for ours, theirs in zip(*both(activation, jnp.float32), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
-def test_bfloat16_is_rounded_a_few_times_only():
-    for ours, theirs in zip(*both(jnp.bfloat16), strict=True):
+@each
+def test_bfloat16_is_rounded_a_few_times_only(activation):
+    for ours, theirs in zip(*both(activation, jnp.bfloat16), strict=True):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=0.02, rtol=0.02)

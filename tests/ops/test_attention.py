@@ -58,6 +58,18 @@ def test_equals_the_loop(causal_offset, query_block):
     np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("keys", [63, 64, 98, 132, 194, 512])
+def test_keys_that_halve_and_keys_that_do_not(keys):
+    q, k, v, rng = arrays(7, length=3, keys=keys)
+    q = 20 * q  # one key has nearly all the weight: no other one may be taken for the largest
+    segments = rng.integers(1, 3, (2, keys)).astype(np.int32)
+    ours = attention(
+        q, k, v, q_segments=segments[:, :3], kv_segments=segments, causal_offset=None
+    )  # fmt: skip
+    expected = reference(q, k, v, segments[:, :3], segments, None)
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
 def test_a_query_that_sees_nothing_is_finite_with_finite_gradients():
     q, k, v, _ = arrays(2)
     q_segments, segments = np.full((2, 13), 7, np.int32), np.ones((2, 13), np.int32)

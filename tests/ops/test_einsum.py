@@ -51,3 +51,24 @@ def test_neighbouring_axes_are_one(spec, merged):
     found, operands = _merged(spec, x, weight)
     assert found == merged
     assert [a.size for a in operands] == [x.size, weight.size]
+
+
+def test_the_backward_pass_keeps_operands_as_they_came():
+    """x once for two products; of each layer's weights no copy, cast or reshaped."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, 4)), jnp.float32)
+    one, two = (jnp.asarray(rng.standard_normal((9, 5, n, 4)), jnp.bfloat16) for n in (6, 7))
+
+    def layer(x, weights):
+        one, two = (einsum("BTD,NHD->BTNH", x, weight) for weight in weights)
+        return x + jnp.tanh(one.mean((2, 3), keepdims=True) + two.mean((2, 3), keepdims=True))[
+            ..., 0
+        ], ()
+
+    def layers(x, one, two):
+        return jax.lax.scan(layer, x, (one, two))[0]
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(layers, *args)[1], x, one, two))
+    shapes = [(leaf.shape, leaf.dtype.name) for leaf in kept if leaf.size > 9 * 2 * 3]
+    stacked = ((9, *x.shape), "float32")
+    assert sorted(shapes) == sorted([stacked, (one.shape, "bfloat16"), (two.shape, "bfloat16")])
