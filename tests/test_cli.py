@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import types
@@ -442,3 +443,19 @@ def test_any_terminal_can_show_any_text(encoding: str) -> None:
     first, second = run.stdout.decode().splitlines()
     assert json.loads(first) == {"text": "肝é"}
     assert second == ("text: 肝é" if encoding == "utf-8" else "text: \\u809d\\xe9")
+
+
+def test_phantom_names_the_command_that_builds_it(capsys, tmp_path):
+    folder = tmp_path / "made up"
+    assert main(["data", "phantom", "--out", str(folder), "--exams", "2", "--workers", "1"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: echovlm "))
+    assert main([*words[:-1], str(tmp_path / "exams"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == 2
+
+
+@pytest.mark.parametrize("option", ["--exams=3", "--balanced", "--views=2", "--language=en"])
+def test_an_overview_takes_no_options_of_exams(capsys, tmp_path, option):
+    sheet = tmp_path / "sheet.png"
+    assert main(["data", "phantom", "--sheet", str(sheet), option]) == 2
+    assert option.split("=")[0] in capsys.readouterr().err
+    assert not sheet.exists()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from echovlm_jax.cli.frame import Result, add_command
+from echovlm_jax.cli.printing import show
 from echovlm_jax.errors import InputError
 
 DATA = "a folder made by `data build`, or phantom"
@@ -191,6 +193,9 @@ def _add_phantom(commands: Any) -> None:
         if (args.out is None) == (args.sheet is None):
             raise InputError("give either --out DIR, for exams, or --sheet F.png, for an overview")
         if args.sheet is not None:
+            for option in ("exams", "balanced", "views", "language", "workers"):
+                if getattr(args, option) != command.get_default(option):
+                    raise InputError(f"--{option} is of --out; an overview takes --seed alone")
             return contact_sheet(args.sheet, args.seed)
         return write_exams(
             args.out,
@@ -210,6 +215,7 @@ def _add_phantom(commands: Any) -> None:
         "are",
         "echovlm data phantom --out phantom/ --exams 100\n"
         "  echovlm data phantom --sheet phantoms.png",
+        show=_show_phantom,
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="the folder to make")
     command.add_argument(
@@ -233,6 +239,13 @@ def _add_phantom(commands: Any) -> None:
         metavar="N",
         help="processes; default: one a core",
     )
+
+
+def _show_phantom(result: Result, args: argparse.Namespace) -> None:
+    show(result, args)
+    if args.out is not None:
+        out = shlex.quote(str(args.out))
+        print(f"next: echovlm data build --source {out}/phantom.json --images {out} --out exams/")
 
 
 def _add_tokenizer(commands: Any) -> None:

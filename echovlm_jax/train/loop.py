@@ -66,9 +66,11 @@ def train(
     """
     check_config(config)
     folder = Path(workdir)
-    _keep_config(config, folder, change_config)
+    # What can't be is said before the folder is this configuration's.
     start = starting_point(config.model)
+    split_names(config.data)
     program = make_program(config, model=start.config)
+    _keep_config(config, folder, change_config)
     _keep_table(program, folder)
     if jax.process_index() == 0:
         start.keep(folder / MODEL, config)

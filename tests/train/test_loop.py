@@ -292,6 +292,21 @@ def test_many_in_a_row_end_the_run(model_folder, tmp_path, monkeypatch):
         train(config(model_folder, steps=30, eval_every=100, checkpoint_every=100), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data", "nowhere", "nowhere: is no dataset"),
+        ("model", "nowhere", "config key model: 'nowhere'"),
+        ("mesh.fsdp", 3, "3"),
+    ],
+)
+def test_what_can_not_be_leaves_no_trace(model_folder, tmp_path, key, value, message):
+    """A folder with this configuration would refuse the mended one."""
+    with pytest.raises(InputError, match=message):
+        train(config(model_folder, **{key: value}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_configuration_is_refused_unless_told(undisturbed, model_folder, tmp_path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     other = config(model_folder, log_every=2, checkpoint_keep=9)

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from echovlm_jax import demo
+from echovlm_jax import demo, digests
 from echovlm_jax.config import preset
 from echovlm_jax.convert.store import Reader
 
@@ -33,19 +35,32 @@ KEYS = {
     "eval_every": 2,
     "eval_batches": 1,
     "checkpoint_every": 2,
-    "mesh.data": 2,
-    "mesh.fsdp": 2,
 }
 
 
-def run(folder: Path, model: Path, processes: int, devices: int) -> None:
+def run(
+    folder: Path,
+    model: Path,
+    processes: int,
+    devices: int,
+    keys: dict[str, int],
+    kill_at: Path | None = None,
+) -> None:
+    """Trains; with kill_at, kills all processes as soon as that exists."""
     command = [sys.executable, str(ROOT / "launch" / "local_processes.py"), "--timeout", "500"]
     command += ["--processes", str(processes), "--devices", str(devices), "--"]
     command += ["-m", "echovlm_jax.cli", "train", "--workdir", str(folder)]
     command += ["--config", str(ROOT / "configs" / "instruction.py"), f"--config.model={model}"]
-    command += [f"--config.{key}={value}" for key, value in KEYS.items()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command += [f"--config.{key}={value}" for key, value in (KEYS | keys).items()]
+    with (folder.parent / f"{folder.name}.txt").open("w+") as said:
+        job = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
+        while kill_at is not None and job.poll() is None and not kill_at.exists():
+            time.sleep(0.005)
+        if kill_at is not None:
+            job.kill()  # the launcher's processes die with it
+        code = job.wait()
+        said.seek(0)
+        assert code == (0 if kill_at is None else -signal.SIGKILL), said.read()[-3000:]
 
 
 def losses(folder: Path) -> dict[str, list[float]]:
@@ -59,7 +74,7 @@ def assert_close(ours: Path, expected: Path) -> None:
     for name, values in wanted.items():
         assert len(values) == (2 if name == "eval_loss" else 4)
         np.testing.assert_allclose(found[name], values, rtol=1e-6, err_msg=name)
-    state = states(ours, expected)
+    state = states(STEPS, ours, expected)
     for name, (value, right) in state.items():
         bound = 3e-6 * np.abs(right).max(initial=0)
         moment = name.replace("trainable/", "opt_state/1/nu/")
@@ -75,9 +90,9 @@ def assert_close(ours: Path, expected: Path) -> None:
         assert (np.abs(value - right) <= bound).all(), name
 
 
-def states(*folders: Path) -> dict[str, list[np.ndarray]]:
-    """What each run's last checkpoint holds: parameters, updates, and the optimizer's moments."""
-    readers = [Reader(folder / "checkpoints" / "4" / "state") for folder in folders]
+def states(step: int, *folders: Path) -> dict[str, list[np.ndarray]]:
+    """What each run's checkpoint of a step holds: parameters, updates, optimizer's moments."""
+    readers = [Reader(folder / "checkpoints" / str(step) / "state") for folder in folders]
     assert readers[0].shapes == readers[1].shapes
     for part in ("trainable/params/", "trainable/lora/", "frozen/", "opt_state/"):
         assert any(name.startswith(part) for name in readers[0].shapes)
@@ -86,14 +101,36 @@ def states(*folders: Path) -> dict[str, list[np.ndarray]]:
 
 
 @pytest.mark.slow
-def test_the_number_of_processes_changes_nothing_also_on_the_way(tmp_path):
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_two_devices_compute_the_same_bits_in_one_process_and_in_two(tmp_path, axis):
+    """Also where two processes are killed on the way, and one goes on. A sum of two has no order:
+    nothing else may tell how many processes there are."""
     model = demo.make_checkpoint(tmp_path / "torch", MODEL)
+    keys = {"mesh.data": 1, "mesh.fsdp": 1, f"mesh.{axis}": 2}
+    keys |= {"steps": 100, "eval_every": 50, "checkpoint_every": 10}
     one, two, changed = (tmp_path / name for name in ("one", "two", "changed"))
-    run(one, model, processes=1, devices=4)
-    run(two, model, processes=2, devices=2)
+    run(one, model, 1, 2, keys)
+    run(two, model, 2, 1, keys)
+    run(changed, model, 2, 1, keys, kill_at=changed / "checkpoints" / "20" / digests.SUMS)
+    assert not (changed / "checkpoints" / "100").exists()
+    run(changed, model, 1, 2, keys)
+    for other in (two, changed):
+        assert losses(other) == losses(one)
+        for name, (found, right) in states(100, other, one).items():
+            np.testing.assert_array_equal(found, right, err_msg=name)
+
+
+@pytest.mark.slow
+def test_four_devices_differ_by_the_rounding_of_their_sums(tmp_path):
+    """One process adds up four numbers in another order than two with two devices each."""
+    model = demo.make_checkpoint(tmp_path / "torch", MODEL)
+    keys = {"mesh.data": 2, "mesh.fsdp": 2}
+    one, two, changed = (tmp_path / name for name in ("one", "two", "changed"))
+    run(one, model, 1, 4, keys)
+    run(two, model, 2, 2, keys)
     assert_close(two, one)
     # Begun by two processes, and gone on by one from the second step's checkpoint.
     shutil.copytree(two, changed)
     shutil.rmtree(changed / "checkpoints" / "4")
-    run(changed, model, processes=1, devices=4)
+    run(changed, model, 1, 4, keys)
     assert_close(changed, one)
