@@ -113,6 +113,9 @@ def _environment(process: int, processes: int, devices: int, port: int) -> dict[
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "XLA_FLAGS": f"{flags} {count}={devices}".strip(),
+        # XLA's threads: how a product is cut among them decides in which order it is added up. As
+        # many as all devices, and 1 × 4, 2 × 2 and 4 × 1 compute the same bits, on any machine.
+        "NPROC": str(processes * devices),
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # JAX's own default is every network
         "JAX_NUM_PROCESSES": str(processes),

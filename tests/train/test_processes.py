@@ -1,7 +1,6 @@
 """Training as one job of several processes: the same run, and one that goes on with other ones."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,22 +18,23 @@ ROOT = Path(__file__).parents[2]
 MODEL = preset("tiny").replace(
     text={"num_layers": 1, "vocab_size": len(demo.SPECIAL) + 256}, vision={"depth": 1}
 )
-STEPS, RATE = 4, 1e-3
 KEYS = {
     "data": "phantom",
     "data_workers": 0,
-    "steps": STEPS,
+    "steps": 30,
     "global_batch_size": 4,
     "seq_len": 512,
     "max_patches": 512,
     "max_image_patches": 64,
-    "learning_rate": RATE,
+    "learning_rate": 1e-3,
     "dtype": "float32",
     "moe_dispatch": "dense",
     "log_every": 1,
-    "eval_every": 2,
+    "eval_every": 15,
     "eval_batches": 1,
-    "checkpoint_every": 2,
+    "checkpoint_every": 10,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
 }
 
 
@@ -43,7 +43,6 @@ def run(
     model: Path,
     processes: int,
     devices: int,
-    keys: dict[str, int],
     kill_at: Path | None = None,
 ) -> None:
     """Trains; with kill_at, kills all processes as soon as that exists."""
@@ -51,7 +50,7 @@ def run(
     command += ["--processes", str(processes), "--devices", str(devices), "--"]
     command += ["-m", "echovlm_jax.cli", "train", "--workdir", str(folder)]
     command += ["--config", str(ROOT / "configs" / "instruction.py"), f"--config.model={model}"]
-    command += [f"--config.{key}={value}" for key, value in (KEYS | keys).items()]
+    command += [f"--config.{key}={value}" for key, value in KEYS.items()]
     with (folder.parent / f"{folder.name}.txt").open("w+") as said:
         job = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
         while kill_at is not None and job.poll() is None and not kill_at.exists():
@@ -69,30 +68,9 @@ def losses(folder: Path) -> dict[str, list[float]]:
     return {name: [line[name] for line in lines if name in line] for name in names}
 
 
-def assert_close(ours: Path, expected: Path) -> None:
-    found, wanted = losses(ours), losses(expected)
-    for name, values in wanted.items():
-        assert len(values) == (2 if name == "eval_loss" else 4)
-        np.testing.assert_allclose(found[name], values, rtol=1e-6, err_msg=name)
-    state = states(STEPS, ours, expected)
-    for name, (value, right) in state.items():
-        bound = 3e-6 * np.abs(right).max(initial=0)
-        moment = name.replace("trainable/", "opt_state/1/nu/")
-        if name != moment and moment in state:
-            # Adam divides by the gradient's size: where that is near nothing, so are its digits.
-            # The second moment shows it as it was last; of a low-rank `a`, whose `b` begins at
-            # zero, the first gradients are far smaller: hence 3e-5, not 1e-6.
-            # What had no gradient has not moved: there is nothing to allow for.
-            squares = state[moment][1]
-            there = squares > 0
-            small = np.sqrt(squares.max(initial=0) / np.where(there, squares, 1)) * there
-            bound = bound + STEPS * RATE * 3e-5 * small
-        assert (np.abs(value - right) <= bound).all(), name
-
-
-def states(step: int, *folders: Path) -> dict[str, list[np.ndarray]]:
-    """What each run's checkpoint of a step holds: parameters, updates, optimizer's moments."""
-    readers = [Reader(folder / "checkpoints" / str(step) / "state") for folder in folders]
+def states(*folders: Path) -> dict[str, list[np.ndarray]]:
+    """What each run's last checkpoint holds: parameters, updates, optimizer's moments."""
+    readers = [Reader(folder / "checkpoints" / "30" / "state") for folder in folders]
     assert readers[0].shapes == readers[1].shapes
     for part in ("trainable/params/", "trainable/lora/", "frozen/", "opt_state/"):
         assert any(name.startswith(part) for name in readers[0].shapes)
@@ -101,36 +79,17 @@ def states(step: int, *folders: Path) -> dict[str, list[np.ndarray]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["data", "fsdp"])
-def test_two_devices_compute_the_same_bits_in_one_process_and_in_two(tmp_path, axis):
-    """Also where two processes are killed on the way, and one goes on. A sum of two has no order:
-    nothing else may tell how many processes there are."""
+def test_the_number_of_processes_changes_no_bit_also_on_the_way(tmp_path):
+    """Nor where two processes are killed, and one goes on."""
     model = demo.make_checkpoint(tmp_path / "torch", MODEL)
-    keys = {"mesh.data": 1, "mesh.fsdp": 1, f"mesh.{axis}": 2}
-    keys |= {"steps": 100, "eval_every": 50, "checkpoint_every": 10}
     one, two, changed = (tmp_path / name for name in ("one", "two", "changed"))
-    run(one, model, 1, 2, keys)
-    run(two, model, 2, 1, keys)
-    run(changed, model, 2, 1, keys, kill_at=changed / "checkpoints" / "20" / digests.SUMS)
-    assert not (changed / "checkpoints" / "100").exists()
-    run(changed, model, 1, 2, keys)
+    run(one, model, processes=1, devices=4)
+    run(two, model, processes=2, devices=2)
+    kill_at = changed / "checkpoints" / "10" / digests.SUMS
+    run(changed, model, processes=2, devices=2, kill_at=kill_at)
+    assert not (changed / "checkpoints" / "30").exists()
+    run(changed, model, processes=1, devices=4)
     for other in (two, changed):
         assert losses(other) == losses(one)
-        for name, (found, right) in states(100, other, one).items():
+        for name, (found, right) in states(other, one).items():
             np.testing.assert_array_equal(found, right, err_msg=name)
-
-
-@pytest.mark.slow
-def test_four_devices_differ_by_the_rounding_of_their_sums(tmp_path):
-    """One process adds up four numbers in another order than two with two devices each."""
-    model = demo.make_checkpoint(tmp_path / "torch", MODEL)
-    keys = {"mesh.data": 2, "mesh.fsdp": 2}
-    one, two, changed = (tmp_path / name for name in ("one", "two", "changed"))
-    run(one, model, 1, 4, keys)
-    run(two, model, 2, 2, keys)
-    assert_close(two, one)
-    # Begun by two processes, and gone on by one from the second step's checkpoint.
-    shutil.copytree(two, changed)
-    shutil.rmtree(changed / "checkpoints" / "4")
-    run(changed, model, 1, 4, keys)
-    assert_close(changed, one)
