@@ -453,7 +453,9 @@ def test_phantom_names_the_command_that_builds_it(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["kept"] == 2
 
 
-@pytest.mark.parametrize("option", ["--exams=3", "--balanced", "--views=2", "--language=en"])
+@pytest.mark.parametrize(
+    "option", ["--exams=3", "--balanced", "--views=2", "--language=en", "--workers=9"]
+)
 def test_an_overview_takes_no_options_of_exams(capsys, tmp_path, option):
     sheet = tmp_path / "sheet.png"
     assert main(["data", "phantom", "--sheet", str(sheet), option]) == 2

@@ -195,7 +195,7 @@ def _add_phantom(commands: Any) -> None:
         if args.sheet is not None:
             for option in ("exams", "balanced", "views", "language", "workers"):
                 if getattr(args, option) != command.get_default(option):
-                    raise InputError(f"--{option} is of --out; an overview takes --seed alone")
+                    raise InputError(f"--{option} goes with --out; --sheet takes --seed alone")
             return contact_sheet(args.sheet, args.seed)
         return write_exams(
             args.out,
@@ -244,8 +244,8 @@ def _add_phantom(commands: Any) -> None:
 def _show_phantom(result: Result, args: argparse.Namespace) -> None:
     show(result, args)
     if args.out is not None:
-        out = shlex.quote(str(args.out))
-        print(f"next: echovlm data build --source {out}/phantom.json --images {out} --out exams/")
+        source, images = f"--source={args.out / 'phantom.json'}", f"--images={args.out}"
+        print("next:", shlex.join(["echovlm", "data", "build", source, images, "--out", "exams/"]))
 
 
 def _add_tokenizer(commands: Any) -> None:

@@ -42,6 +42,8 @@ def einsum(
       axes: the weight's logical axes; without them the compiler decides what travels.
       layout: where x and the weight lie.
       out_dtype: dtype of the result (the accumulation is at least this wide); x's by default.
+
+    The gradient is written out, so that forward mode (`jax.jvp`) is refused by JAX.
     """
     out_dtype = out_dtype or x.dtype
     shared = set(layout.mesh_axes("batch"))

@@ -66,14 +66,12 @@ def train(
     """
     check_config(config)
     folder = Path(workdir)
-    # What can't be is said before the folder is this configuration's.
+    if not change_config:
+        _refuse_another(config, folder)
     start = starting_point(config.model)
-    split_names(config.data)
+    split_names(config.data)  # it is there: said before weights are read
     program = make_program(config, model=start.config)
-    _keep_config(config, folder, change_config)
     _keep_table(program, folder)
-    if jax.process_index() == 0:
-        start.keep(folder / MODEL, config)
 
     settings = config.copy_and_resolve_references()
     if not settings.get("data_cache"):
@@ -109,6 +107,10 @@ def train(
         _say(f"compiling for {program.mesh.size} devices")
         update = program.compile()
         evaluate = _evaluation(settings, program)
+        # Only now is the folder this configuration's: one that could not begin may be mended.
+        if jax.process_index() == 0:
+            start.keep(folder / MODEL, config)
+        _write(folder / CONFIG, config.to_json(indent=2) + "\n")
         _say(f"training from step {first} to {config.steps} in {folder}")
 
         step, saved = first, first
@@ -141,22 +143,22 @@ def train(
     }
 
 
-def _keep_config(config: Config, folder: Path, change: bool) -> None:
-    """Writes the configuration into the folder; refuses another one than is there already."""
+def _refuse_another(config: Config, folder: Path) -> None:
+    """Raises InputError where the folder's run was begun with another configuration."""
     path = folder / CONFIG
-    if path.exists() and not change:
-        try:
-            kept = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise InputError(
-                f"{path}: is damaged ({error}); with --change-config it is replaced"
-            ) from None
-        if changed := differences(kept, json.loads(config.to_json())):
-            raise InputError(
-                f"{path}: this run was begun with another configuration ({'; '.join(changed)});"
-                " name another folder, or go on with --change-config"
-            )
-    _write(path, config.to_json(indent=2) + "\n")
+    if not path.exists():
+        return
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{path}: is damaged ({error}); with --change-config it is replaced"
+        ) from None
+    if changed := differences(kept, json.loads(config.to_json())):
+        raise InputError(
+            f"{path}: this run was begun with another configuration ({'; '.join(changed)});"
+            " name another folder, or go on with --change-config"
+        )
 
 
 def _keep_table(program: Program, folder: Path) -> None:

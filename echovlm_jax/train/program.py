@@ -36,7 +36,7 @@ Config = Any  # an ml_collections.ConfigDict, whose attributes no type checker k
 MOST_FSDP = 64
 
 # Nothing from YNNPACK: with jax 0.10.2 a step is some 5 % faster with Eigen's products. Sums over
-# the last axis are slower without it (`optimizer.global_norm`).
+# the last axis are slower without it (`optimizer.global_norm`, and attention's "xla_halves").
 _ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
@@ -58,17 +58,13 @@ class Program(NamedTuple):
 
     def compile(self, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
         """Compiles the step for the mesh's devices, be they here or not; `options` are XLA's."""
-        lowered, options = self.lower(), dict(options or {})
-        if self.mesh.devices.flat[0].platform == "cpu":
-            options = _known(_ON_CPU) | options
+        lowered = self.lower()
         before = jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_optimization_level", self.optimization_level or "UNKNOWN")
         try:
-            compiled = lowered.compile(compiler_options=options)
+            return self._compile(lowered, options)
         finally:
             jax.config.update("jax_optimization_level", before)
-        retire_fragments()
-        return compiled
 
     def compile_eval(self) -> jax.stages.Compiled:
         """(trainable, frozen, batch) → the loss without its gradient (`step.make_eval_step`)."""
@@ -76,7 +72,15 @@ class Program(NamedTuple):
             lowered = jax.jit(self.evaluate, out_shardings=self.state.step.sharding).lower(
                 self.state.trainable, self.state.frozen, self.batch
             )
-        compiled = lowered.compile()
+        return self._compile(lowered)
+
+    def _compile(
+        self, lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
+    ) -> jax.stages.Compiled:
+        options = dict(options or {})
+        if self.mesh.devices.flat[0].platform == "cpu":
+            options = _known(_ON_CPU) | options
+        compiled = lowered.compile(compiler_options=options)
         retire_fragments()
         return compiled
 

@@ -41,3 +41,25 @@ def test_bfloat16_is_rounded_a_few_times_only(activation):
     for ours, theirs in zip(*both(activation, jnp.bfloat16), strict=True):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=0.02, rtol=0.02)
+
+
+def test_a_low_slope_is_rounded_once():
+    """Its ingredients in float32: rounded one by one they are off by four times as much."""
+    x = np.linspace(-12, 12, 4001)
+    sigmoid = 1 / (1 + np.exp(-1.702 * x))
+    slope = sigmoid * (1 + 1.702 * x * (1 - sigmoid))
+    low = jnp.asarray(x, jnp.bfloat16)
+    exact = np.interp(np.asarray(low, np.float64), x, slope)
+    (found,) = jax.vjp(quick_gelu, low)[1](jnp.ones_like(low))
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=5e-3)
+
+
+def test_a_gelu_between_two_products_keeps_its_slope_and_its_result():
+    x, weight = jnp.ones((2, 3, 4)), jnp.ones((5, 4))
+
+    def run(x, weight):
+        hidden = quick_gelu(jnp.einsum("BTD,FD->BTF", x, weight))
+        return jnp.einsum("BTF,FD->BTD", hidden, weight)
+
+    kept = jax.tree.leaves(jax.vjp(run, x, weight)[1])
+    assert sum(leaf.shape == (2, 3, 5) for leaf in kept) == 2

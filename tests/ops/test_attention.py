@@ -58,16 +58,28 @@ def test_equals_the_loop(causal_offset, query_block):
     np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("keys", [63, 64, 98, 132, 194, 512])
-def test_keys_that_halve_and_keys_that_do_not(keys):
-    q, k, v, rng = arrays(7, length=3, keys=keys)
+@pytest.mark.parametrize("length", [63, 64, 98, 132, 194, 512])
+def test_rows_that_halve_and_rows_that_do_not(length):
+    q, k, v, rng = arrays(7, batch=1, length=length, keys=length)
     q = 20 * q  # one key has nearly all the weight: no other one may be taken for the largest
-    segments = rng.integers(1, 3, (2, keys)).astype(np.int32)
-    ours = attention(
-        q, k, v, q_segments=segments[:, :3], kv_segments=segments, causal_offset=None
-    )  # fmt: skip
-    expected = reference(q, k, v, segments[:, :3], segments, None)
-    np.testing.assert_allclose(ours, expected, atol=2e-5)
+    segments = rng.integers(1, 3, (1, length)).astype(np.int32)
+    weights = rng.standard_normal(q.shape).astype(np.float32)
+
+    def run(implementation):
+        def total(q, k, v):
+            out = attention(
+                q, k, v,
+                q_segments=segments, kv_segments=segments,
+                causal_offset=None, implementation=implementation,
+            )  # fmt: skip
+            return jnp.sum(weights * out), out
+
+        return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    (gradients, out), (plainly, _) = run("xla_halves"), run("xla")
+    np.testing.assert_allclose(out, reference(q, k, v, segments, segments, None), atol=2e-5)
+    for a, b in zip(gradients, plainly, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
 def test_a_query_that_sees_nothing_is_finite_with_finite_gradients():
@@ -131,6 +143,21 @@ def test_few_queries_need_no_filling(length):
     )  # fmt: skip
     expected = reference(q, k, v, ones[:, :length], ones, 13 - length)
     np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_the_result_is_kept_once_for_its_reader_and_for_the_gradient():
+    q, k, v, _ = arrays(8, heads=2)
+    ones = np.ones((2, 13), np.int32)
+
+    def run(q, k, v):
+        return attention(
+            q, k, v, q_segments=ones, kv_segments=ones, causal_offset=0, query_block=5
+        )  # fmt: skip
+
+    out, pull = jax.vjp(run, *map(jnp.asarray, (q, k, v)))
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= q.size]
+    assert len(kept) == 4  # q, k, v ...
+    assert any(leaf is out for leaf in kept)  # ... and the result itself
 
 
 def test_blocks_have_the_same_gradients():

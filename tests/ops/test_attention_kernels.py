@@ -228,7 +228,7 @@ def test_an_unknown_implementation_is_refused():
     _, (q, k, v, _) = draw(12, 8, 2, 2, 8)
     ones = np.ones((2, 8), np.int32)
     with pytest.raises(
-        InputError, match=r"attention 'flash' is unknown; choose one of xla, splash"
+        InputError, match=r"attention 'flash' is unknown; choose one of xla, xla_halves, splash"
     ):
         attention(
             q, k, v,
@@ -238,7 +238,9 @@ def test_an_unknown_implementation_is_refused():
 
 def test_every_platform_has_a_default():
     defaults = {name: default_implementation(name) for name in ("tpu", "gpu", "cuda", "cpu")}
-    assert defaults == {"tpu": "splash", "gpu": "triton", "cuda": "triton", "cpu": "xla"}
+    expected = {"tpu": "splash", "gpu": "triton", "cuda": "triton", "cpu": "xla_halves"}
+    assert defaults == expected
+    assert default_implementation("unheard of") == "xla"
 
 
 @pytest.mark.parametrize("length", [1, 128, 129, 256, 300, 1000, 2048, 2049, 8192, 9000])

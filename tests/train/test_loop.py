@@ -296,15 +296,19 @@ def test_many_in_a_row_end_the_run(model_folder, tmp_path, monkeypatch):
     ("key", "value", "message"),
     [
         ("data", "nowhere", "nowhere: is no dataset"),
+        ("split", "nope", "has no split 'nope'"),
         ("model", "nowhere", "config key model: 'nowhere'"),
-        ("mesh.fsdp", 3, "3"),
+        ("tokenizer", "/nowhere", "/nowhere"),
+        ("seq_len", 8, "none of its .* samples can be used"),
+        ("mesh.fsdp", 3, "mesh"),
     ],
 )
-def test_what_can_not_be_leaves_no_trace(model_folder, tmp_path, key, value, message):
-    """A folder with this configuration would refuse the mended one."""
+def test_what_can_not_begin_may_be_mended(model_folder, tmp_path, key, value, message):
+    """A folder takes another configuration until one has begun there."""
     with pytest.raises(InputError, match=message):
         train(config(model_folder, **{key: value}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    for kept in ("config.json", "model"):
+        assert not (tmp_path / "run" / kept).exists()
 
 
 def test_another_configuration_is_refused_unless_told(undisturbed, model_folder, tmp_path):
