@@ -114,7 +114,7 @@ def _environment(process: int, processes: int, devices: int, port: int) -> dict[
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "XLA_FLAGS": f"{flags} {count}={devices}".strip(),
         # XLA's threads: how a product is cut among them decides in which order it is added up. As
-        # many as all devices, and 1 × 4, 2 × 2 and 4 × 1 compute the same bits, on any machine.
+        # many as all devices, and 2 × 2 compute the same bits as 1 × 4.
         "NPROC": str(processes * devices),
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # JAX's own default is every network
