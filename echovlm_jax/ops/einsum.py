@@ -68,8 +68,11 @@ def _product_fwd(
 def _product_bwd(
     spec: str, out_dtype: Any, saved: tuple[Array, Array], gradient: Array
 ) -> tuple[jax.Array, jax.Array]:
-    _, pull = jax.vjp(lambda x, weight: _compute(spec, x, weight, out_dtype), *saved)
-    return pull(gradient)
+    x, weight = saved
+    # Transposed, not differentiated: `jax.vjp` would compute the product once more.
+    (dx,) = jax.linear_transpose(lambda x: _compute(spec, x, weight, out_dtype), x)(gradient)
+    (dw,) = jax.linear_transpose(lambda w: _compute(spec, x, w, out_dtype), weight)(gradient)
+    return dx, dw
 
 
 _product.defvjp(_product_fwd, _product_bwd)

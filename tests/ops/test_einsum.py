@@ -72,3 +72,26 @@ def test_the_backward_pass_keeps_operands_as_they_came():
     shapes = [(leaf.shape, leaf.dtype.name) for leaf in kept if leaf.size > 9 * 2 * 3]
     stacked = ((9, *x.shape), "float32")
     assert sorted(shapes) == sorted([stacked, (one.shape, "bfloat16"), (two.shape, "bfloat16")])
+
+
+@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_is_two_products_and_those_of_jax(x_dtype, out_dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, 4)), x_dtype)
+    weight = jnp.asarray(rng.standard_normal((5, 6, 4)), jnp.float32)
+    spec, d = "BTD,NHD->BTNH", jnp.asarray(rng.standard_normal((2, 3, 5, 6)), out_dtype)
+
+    def gradients(product):
+        return lambda x, weight: jax.vjp(product, x, weight)[1](d)
+
+    def plain(x, weight):
+        return jnp.einsum(spec, x, weight.astype(x.dtype), preferred_element_type=out_dtype)
+
+    ours = gradients(lambda x, weight: einsum(spec, x, weight, out_dtype=out_dtype))
+    assert str(jax.make_jaxpr(ours)(x, weight)).count("dot_general") == 3  # one is the value's
+    for a, b in zip(ours(x, weight), gradients(plain)(x, weight), strict=True):
+        assert a.dtype == b.dtype
+        a, b = (np.asarray(g, np.float32) for g in (a, b))
+        rounding = 2**-7 if jnp.bfloat16 in (x_dtype, out_dtype) else 1e-6
+        np.testing.assert_allclose(a, b, atol=rounding * abs(b).max())
