@@ -89,6 +89,9 @@ def test_the_number_of_processes_changes_no_bit_also_on_the_way(tmp_path):
     run(changed, model, processes=2, devices=2, kill_at=kill_at)
     assert not (changed / "checkpoints" / "30").exists()
     run(changed, model, processes=1, devices=4)
+    assert {name: len(found) for name, found in losses(one).items()} == {
+        "loss": 30, "grad_norm": 30, "aux_loss": 30, "eval_loss": 2
+    }  # fmt: skip
     for other in (two, changed):
         assert losses(other) == losses(one)
         for name, (found, right) in states(other, one).items():
