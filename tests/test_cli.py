@@ -104,14 +104,14 @@ CALLS = [
     ),
     (
         "bench convert --size tiny --dir d",
-        "echovlm_jax.bench_convert",
+        "echovlm_jax.bench.convert",
         "bench_convert",
         (Path("d"),),
         {"size": "tiny"},
     ),
-    ("bench cpu --what train", "echovlm_jax.bench_cpu", "bench_train", (), {"size": None}),
-    ("bench cpu --size tiny", "echovlm_jax.bench_cpu", "bench_train", (), {"size": "tiny"}),
-    ("bench moe --size tiny", "echovlm_jax.bench_moe", "bench_moe", (), {"size": "tiny"}),
+    ("bench cpu --what train", "echovlm_jax.bench.cpu", "bench_train", (), {"size": None}),
+    ("bench cpu --size tiny", "echovlm_jax.bench.cpu", "bench_train", (), {"size": "tiny"}),
+    ("bench moe --size tiny", "echovlm_jax.bench.moe", "bench_moe", (), {"size": "tiny"}),
 ]
 
 
@@ -257,7 +257,7 @@ def test_native_noise_is_dropped_and_pythons_words_are_not() -> None:
 def test_bench_moe_is_a_table(fake, capsys) -> None:
     row = {"name": "dense", "capacity_factor": None, "extra": 0.0912, "extra_with_tiles": 0.1}
     result = {"ratio": 1.5, "dispatch": [row, {**row, "name": "einsum", "capacity_factor": 1.25}]}
-    fake("echovlm_jax.bench_moe", bench_moe=lambda **_: result)
+    fake("echovlm_jax.bench.moe", bench_moe=lambda **_: result)
     assert main(["bench", "moe"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "name    capacity_factor  extra  extra_with_tiles",

@@ -60,12 +60,8 @@ MAY_IMPORT = {
     # The package's front door, and the commands that go the whole way.
     "": {"load"},
     "demo": ANYTHING,
-    "bench_convert": ANYTHING,
-    "bench_cpu": ANYTHING,
-    "bench_data": ANYTHING,
-    "bench_moe": ANYTHING,
-    "bench_phantom": ANYTHING,
-    "bench_torch": {"config"},
+    "bench": ANYTHING,
+    "bench.torch_model": {"config"},
     "cli": ANYTHING,
 }
 NOBODY_IMPORTS = ("cli", "launch", "configs", "tests")
@@ -138,7 +134,7 @@ def torch_is_lazy(module: str, source: str) -> list[str]:
     """torch only in convert, and where we measure against it, inside functions: everybody else runs
     without it."""
     imports = [lazy for name, lazy in _imports(module, source) if _matches(name, "torch")]
-    parts = ("convert", "bench_cpu", "bench_data", "bench_torch")
+    parts = ("convert", "bench.cpu", "bench.data", "bench.torch_model")
     allowed = any(_matches(_own(module), part) for part in parts)
     return [f"{module} imports torch" for lazy in imports if not (lazy and allowed)]
 

@@ -100,25 +100,25 @@ def add_bench(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         _check_options(args)
         if args.what == "data":
-            from echovlm_jax.bench_data import bench_data
+            from echovlm_jax.bench.data import bench_data
 
             return bench_data(args.dir)
         if args.what == "cpu":
-            from echovlm_jax.bench_cpu import bench_train
+            from echovlm_jax.bench.cpu import bench_train
 
             return bench_train(size=args.size)
         if args.what == "phantom":
             keep_freed_memory()
-            from echovlm_jax.bench_phantom import bench_phantom
+            from echovlm_jax.bench.phantom import bench_phantom
 
             return bench_phantom(args.work or "mixture", args.dir or _PHANTOM)
         size = args.size or "echovlm_11b"
         if args.what == "moe":
-            from echovlm_jax.bench_moe import bench_moe
+            from echovlm_jax.bench.moe import bench_moe
 
             with no_native_stderr(args.debug):
                 return bench_moe(size=size)
-        from echovlm_jax.bench_convert import bench_convert
+        from echovlm_jax.bench.convert import bench_convert
 
         return bench_convert(args.dir, size=size)
 

@@ -29,7 +29,7 @@ from echovlm_jax.generate import generate
 from echovlm_jax.model import EchoVLM
 from echovlm_jax.model.echovlm import Output, Params
 from echovlm_jax.ops import Array
-from echovlm_jax.ops.moe_dispatch import load_balancing_loss
+from echovlm_jax.ops.moe.dispatch import load_balancing_loss
 from echovlm_jax.processing.batch import make_batch, merged_order
 
 INPUTS = (

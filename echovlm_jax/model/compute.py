@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.ops.attention import RESIDUALS
+from echovlm_jax.ops.attention.kernels import RESIDUALS
 from echovlm_jax.ops.layout import Layout
 
 PRODUCT = "product"  # what rematerialisation calls the result of a layer's weight product
@@ -29,9 +29,9 @@ class Compute:
     """Static choices of a forward and backward pass.
 
     Attributes:
-      moe_dispatch: how tokens meet experts: dense, ragged or einsum (`ops.moe_dispatch.moe`).
+      moe_dispatch: how tokens meet experts: dense, ragged or einsum (`ops.moe.dispatch.moe`).
       capacity_factor: of the einsum dispatch; None never drops a token.
-      attention: implementation for whole sequences (`ops.attention.attention`); a cache is always
+      attention: implementation for whole sequences (`ops.attention.dispatch`); a cache is always
         read by the plain one.
       remat: what the backward pass finds stored, a key of REMAT.
       layout: where activations lie; empty on one device.

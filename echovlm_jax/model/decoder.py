@@ -23,7 +23,7 @@ from echovlm_jax.model.layers import (
 )
 from echovlm_jax.model.moe import MoE
 from echovlm_jax.ops import Array
-from echovlm_jax.ops.attention import attention
+from echovlm_jax.ops.attention.dispatch import attention
 from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.rope import RopeTable, apply_rope, mrope_table

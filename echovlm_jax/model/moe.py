@@ -14,7 +14,7 @@ from echovlm_jax.model.compute import Compute
 from echovlm_jax.model.layers import GatedMLP, Linear, partitioned, weight_init
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.einsum import einsum
-from echovlm_jax.ops.moe_dispatch import Experts, Routing, moe, route
+from echovlm_jax.ops.moe.dispatch import Experts, Routing, moe, route
 
 
 class ExpertWeights(nn.Module):

@@ -15,7 +15,7 @@ from echovlm_jax.model.compute import Compute
 from echovlm_jax.model.layers import LayerNorm, Linear, scan_layers
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.activations import quick_gelu
-from echovlm_jax.ops.attention import attention
+from echovlm_jax.ops.attention.dispatch import attention
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.rope import RopeTable, apply_rope, vision_table
 

@@ -16,7 +16,7 @@ from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.errors import InputError
 from echovlm_jax.mesh import AXES
 from echovlm_jax.model.compute import REMAT
-from echovlm_jax.ops.moe_dispatch import DISPATCHES
+from echovlm_jax.ops.moe.dispatch import DISPATCHES
 from echovlm_jax.train.stages import STAGES, read_rules
 
 

@@ -12,7 +12,7 @@ from echovlm_jax.ops import Array
 from echovlm_jax.ops.collectives import all_gather
 from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
-from echovlm_jax.ops.moe_dispatch import load_balancing_loss
+from echovlm_jax.ops.moe.dispatch import load_balancing_loss
 
 IGNORE = -100  # a label that does not count
 # Bytes of logits that one device holds at a time. Smaller saves memory and runs more, narrower

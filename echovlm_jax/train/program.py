@@ -21,7 +21,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.memory import retire_fragments
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh, param_shardings
 from echovlm_jax.model import Compute, abstract_params, init_params, logical_axes
-from echovlm_jax.ops.attention import default_implementation
+from echovlm_jax.ops.attention.dispatch import default_implementation
 from echovlm_jax.train.config_file import check_config
 from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes, of_experts
 from echovlm_jax.train.optimizer import in_float32, learning_rate, make_optimizer

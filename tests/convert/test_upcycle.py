@@ -132,7 +132,7 @@ def test_released_start_is_bounded_and_preserves_nothing(tmp_path: Path) -> None
 def test_the_recorded_outputs_of_pytorch_stay(tmp_path: Path) -> None:
     """Every hidden state, the logits and the loss of Hugging Face's Qwen2-VL."""
     pytest.importorskip("torch")
-    from echovlm_jax.bench_torch import build
+    from echovlm_jax.bench.torch_model import build
     from tests.golden.make_golden import record
     from tests.parity.cases import CONFIGS, TOKENS, inputs
     from tests.parity.torch_echovlm import save

@@ -202,7 +202,7 @@ def main() -> None:
     from safetensors.torch import load_file
 
     from echovlm_jax import config as configs
-    from echovlm_jax.bench_torch import build
+    from echovlm_jax.bench.torch_model import build
     from echovlm_jax.demo import make_checkpoint
     from tests.parity import torch_echovlm
     from tests.parity.cases import inputs

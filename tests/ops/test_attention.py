@@ -5,13 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echovlm_jax.ops.attention import (
-    MAX_QUERY_BLOCK,
-    MIN_QUERY_BLOCK,
-    SCORES,
-    _query_block,
-    attention,
-)
+from echovlm_jax.ops.attention.blocks import MAX_QUERY_BLOCK, MIN_QUERY_BLOCK, SCORES, _query_block
+from echovlm_jax.ops.attention.dispatch import attention
 
 
 def reference(q, k, v, q_segments, kv_segments, causal_offset):

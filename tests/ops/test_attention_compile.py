@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from echovlm_jax.ops.attention import attention
+from echovlm_jax.ops.attention.dispatch import attention
 from echovlm_jax.ops.layout import Layout
 
 MIB = 2**20

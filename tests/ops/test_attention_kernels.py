@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.ops import splash
-from echovlm_jax.ops.attention import IMPLEMENTATIONS, attention, default_implementation
-from echovlm_jax.ops.splash import BLOCKS, MAX_PARTS, block_size
+from echovlm_jax.ops.attention import splash
+from echovlm_jax.ops.attention.dispatch import IMPLEMENTATIONS, attention, default_implementation
+from echovlm_jax.ops.attention.splash import BLOCKS, MAX_PARTS, block_size
 
 ANYWHERE = ("xla", "splash_interpret", "triton_interpret")
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.ops.attention import attention
+from echovlm_jax.ops.attention.dispatch import attention
 from echovlm_jax.ops.layout import Layout
 
 AXES = ("data", "fsdp", "tensor", "sequence")

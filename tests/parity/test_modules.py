@@ -7,14 +7,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from echovlm_jax.bench_torch import build  # noqa: E402
+from echovlm_jax.bench.torch_model import build  # noqa: E402
 from echovlm_jax.config import MoEConfig  # noqa: E402
 from echovlm_jax.model.decoder import Attention, Context  # noqa: E402
 from echovlm_jax.model.layers import GatedMLP, LayerNorm, RMSNorm  # noqa: E402
 from echovlm_jax.model.moe import MoE  # noqa: E402
 from echovlm_jax.model.vision import Merger, VisionAttention, VisionMLP  # noqa: E402
 from echovlm_jax.ops.activations import quick_gelu  # noqa: E402
-from echovlm_jax.ops.moe_dispatch import load_balancing_loss  # noqa: E402
+from echovlm_jax.ops.moe.dispatch import load_balancing_loss  # noqa: E402
 from echovlm_jax.ops.rope import mrope_table, vision_table  # noqa: E402
 from tests.parity.cases import CONFIGS  # noqa: E402
 

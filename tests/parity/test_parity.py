@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from echovlm_jax.bench_torch import build  # noqa: E402
+from echovlm_jax.bench.torch_model import build  # noqa: E402
 from echovlm_jax.convert.from_torch import convert  # noqa: E402
 from echovlm_jax.convert.parity import parity  # noqa: E402
 from echovlm_jax.errors import InputError  # noqa: E402

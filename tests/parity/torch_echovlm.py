@@ -23,7 +23,7 @@ def released_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_released(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts a released checkpoint's tensors into a model that `bench_torch.build` made."""
+    """Puts a released checkpoint's tensors into a model that `bench.torch_model.build` made."""
     with torch.no_grad():
         for name, place in released_state(model).items():  # views: writing reaches the model
             place.copy_(tensors[name])

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh
-from echovlm_jax.ops.moe_dispatch import load_balancing_loss
+from echovlm_jax.ops.moe.dispatch import load_balancing_loss
 from echovlm_jax.train.loss import IGNORE, balancing_losses, token_losses
 from echovlm_jax.train.step import targets
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention over segments, without a square of scores in memory."""
+"""Attention in blocks of queries against all keys: any platform, memory linear in the length."""
 
 from __future__ import annotations
 
@@ -10,29 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from echovlm_jax.errors import InputError
 from echovlm_jax.ops import Array
-from echovlm_jax.ops.layout import Layout
+from echovlm_jax.ops.attention.kernels import pad_length
 
-# What a rematerialisation policy calls the kernel's result and the row sums that its backward pass
-# needs: a policy that saves the name keeps the forward kernel from running twice.
-RESIDUALS = "attention_kernel"
-IMPLEMENTATIONS = (
-    "xla", "xla_halves", "splash", "triton", "splash_interpret", "triton_interpret"
-)  # fmt: skip
 # Scores that exist at one time, over all rows and heads of a device: 16 MiB in float32 ...
 SCORES = 2**22
 # ... unless that would be fewer queries than make a matrix product worth its while.
 MIN_QUERY_BLOCK, MAX_QUERY_BLOCK = 16, 1024
 
 
-def default_implementation(platform: str) -> str:
-    """A training step's implementation on a platform by JAX's names: tpu, gpu or cuda, cpu, …"""
-    ours = {"tpu": "splash", "gpu": "triton", "cuda": "triton", "cpu": "xla_halves"}
-    return ours.get(platform, "xla")
-
-
-def attention(
+def block_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -40,119 +27,21 @@ def attention(
     q_segments: Int[Array, "B T"],
     kv_segments: Int[Array, "B S"],
     causal_offset: int | None,
-    implementation: str = "xla",
-    layout: Layout = Layout(),
     query_block: int | None = None,
+    halves: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention; softmax in float32.
-
-    Query t sees key s where q_segments[t] == kv_segments[s] and, with a causal_offset,
-    s ≤ t + causal_offset. Example: decoding one token over a cache of S slots gives keys
-    [cache…, new] and causal_offset S, so that the new token sees every slot of its own segment;
-    empty slots carry segment 0.
-
-    A query that sees nothing gets a finite result, so that padding never spreads NaN: the mean of
-    all values from "xla", as in PyTorch, and 0 without a gradient from the kernels. "triton" does
-    that to every query that does not see its own position, whatever else it would see.
-
-    Implementations, equal at every query that sees its own position, up to rounding:
-
-    - "xla": blocks of queries against all keys, on any platform; memory is linear in T.
-    - "xla_halves": the same, a row's scores reduced half by half. XLA:CPU without YNNPACK, as
-      `train.program` asks for it, computes halves by vectors and a row number by number; a training
-      step is some 5 % faster. Elsewhere it is slower, on a TPU twice by its compiler's estimate.
-    - "splash": the Pallas kernel for TPUs, `ops.splash`.
-    - "triton": the Pallas kernel for NVIDIA's GPUs, `ops.triton_attention`.
-    - "splash_interpret", "triton_interpret": the kernels' steps one by one on any platform, slowly:
-      for tests.
-
-    The kernels compute a whole sequence's attention to itself. Everything else (a cache, more keys
-    than queries) is "xla" whatever the argument says.
-
-    Under a mesh each device computes its own rows (logical axis "batch") and heads ("attn_heads",
-    for keys and values too); lengths are whole. Key/value heads that don't divide over the devices
-    are repeated as often as it takes. A batch that doesn't divide is computed everywhere.
+    """Attention of one device's heads, as `dispatch.attention` defines it.
 
     Args:
-      q, k, v: heads; N is a multiple of K, and head n reads key/value head n // (N / K).
-      q_segments, kv_segments: who belongs together.
+      q, k, v: heads on one device; N is a multiple of K.
+      q_segments, kv_segments: segment ids; a query sees the keys of its own segment.
       causal_offset: None for attention in both directions.
-      implementation: one of IMPLEMENTATIONS; `default_implementation` names a platform's.
-      layout: how rows and heads are split over the mesh.
-      query_block: queries that "xla" computes at a time; None bounds the block's scores.
-
-    Raises:
-      InputError: an unknown implementation, or heads that don't divide over the devices.
+      query_block: queries computed at a time; None bounds the block's scores by SCORES.
+      halves: reduction of a row's scores half by half instead of at once.
     """
-    if implementation not in IMPLEMENTATIONS:
-        choices = ", ".join(IMPLEMENTATIONS)
-        raise InputError(f"attention {implementation!r} is unknown; choose one of {choices}")
-    if q.shape[1] != k.shape[1] or causal_offset not in (None, 0):
-        implementation = "xla"
-    repeats = _kv_repeats(q.shape[2], k.shape[2], layout)
-    if repeats > 1:
-        k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
-    batch = "batch" if q.shape[0] % layout.size("batch") == 0 else None
-    rows, heads = (batch, None), (batch, None, "attn_heads", None)
-    local = functools.partial(
-        _local, causal_offset=causal_offset, implementation=implementation, query_block=query_block
-    )
-    split = layout.shard_map(local, [heads, heads, heads, rows, rows], heads)
-    return split(q, k, v, q_segments, kv_segments)
-
-
-def pad_length(x: Array, length: int, value: int = 0) -> jax.Array:
-    """x [B, T, …] with its second axis filled up to a length."""
-    widths = [(0, length - x.shape[1] if axis == 1 else 0) for axis in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value)
-
-
-def _kv_repeats(heads: int, kv_heads: int, layout: Layout) -> int:
-    """How often each key/value head has to be there, for every device to hold those it reads."""
-    shards = layout.size("attn_heads")
-    if heads % shards:
-        axes = " × ".join(layout.mesh_axes("attn_heads"))
-        sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise InputError(
-            f"{heads} attention heads do not divide over {shards} devices of the mesh's {axes}; "
-            f"choose sizes whose product is one of {sizes}"
-        )
-    group = heads // kv_heads
-    return next(n for n in range(1, group + 1) if group % n == 0 and kv_heads * n % shards == 0)
-
-
-def _local(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_segments: Array,
-    kv_segments: Array,
-    *,
-    causal_offset: int | None,
-    implementation: str,
-    query_block: int | None,
-) -> Array:
-    """Attention on one device. The kernels' modules are imported where one is wanted."""
-    kernel, _, mode = implementation.partition("_")
-    if kernel == "xla":
-        most = query_block or _query_block(q.shape, k.shape[1])
-        block = min(most, max(q.shape[1], 1))
-        return _in_blocks(
-            q, k, v, q_segments, kv_segments, causal_offset, block, mode == "halves"
-        )  # fmt: skip
-    if kernel == "splash":
-        from echovlm_jax.ops.splash import splash_attention as compute
-    else:
-        from echovlm_jax.ops.triton_attention import triton_attention as compute
-    return compute(
-        q,
-        k,
-        v,
-        q_segments=q_segments,
-        kv_segments=kv_segments,
-        causal=causal_offset is not None,
-        interpret=mode == "interpret",
-    )
+    most = query_block or _query_block(q.shape, k.shape[1])
+    block = min(most, max(q.shape[1], 1))
+    return _in_blocks(q, k, v, q_segments, kv_segments, causal_offset, block, halves)
 
 
 def _query_block(shape: tuple[int, ...], keys: int) -> int:

@@ -14,7 +14,7 @@ from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.collectives import all_gather
 from echovlm_jax.ops.grouped_matmul import grouped_matmul, padded_rows
 from echovlm_jax.ops.layout import Layout
-from echovlm_jax.ops.moe_routing import Experts, Routing
+from echovlm_jax.ops.moe.routing import Experts, Routing
 
 # Axes of this file beside the common ones: N tokens in one list, R rows sorted by expert.
 
@@ -27,7 +27,7 @@ def moe(
     *,
     layout: Layout,
 ) -> Float[Array, "B T D"]:
-    """See `moe_dispatch.moe`.
+    """See `dispatch.moe`.
 
     No token leaves its device, except along the mesh axes of "expert": there every device gathers
     the others' tokens, runs its own experts on those that chose them, and the sums are scattered

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.ops import Array, moe_einsum, moe_ragged
+from echovlm_jax.ops import Array
 from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
-from echovlm_jax.ops.moe_routing import Experts, Routing, load_balancing_loss, route
+from echovlm_jax.ops.moe import einsum as by_capacity
+from echovlm_jax.ops.moe import ragged
+from echovlm_jax.ops.moe.routing import Experts, Routing, load_balancing_loss, route
 
 __all__ = ["DISPATCHES", "Experts", "Routing", "load_balancing_loss", "moe", "route"]
 
@@ -67,7 +69,7 @@ def moe(
     if valid is None:
         valid = jnp.ones(x.shape[:2], bool)
     if dispatch == "einsum":
-        return moe_einsum.moe(
+        return by_capacity.moe(
             x,
             routing,
             experts,
@@ -76,7 +78,7 @@ def moe(
             group_size=group_size,
             layout=layout,
         )
-    form = moe_ragged.moe if dispatch == "ragged" else _dense
+    form = ragged.moe if dispatch == "ragged" else _dense
     return form(x, routing, experts, valid, layout=layout), jnp.zeros((), jnp.int32)
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from echovlm_jax.bench_convert import bench_convert
+from echovlm_jax.bench.convert import bench_convert
 from echovlm_jax.errors import InputError
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echovlm_jax import bench_moe
+from echovlm_jax.bench import moe as bench_moe
 from echovlm_jax.errors import InputError
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from echovlm_jax import bench_data
+from echovlm_jax.bench import data as bench_data
 from echovlm_jax.errors import InputError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BOTH = """
 import json, sys
 import numpy as np
-from echovlm_jax import bench_data
+from echovlm_jax.bench import data as bench_data
 
 def total(counts):
     print(json.dumps(np.sum(list(counts), axis=0).tolist()))

@@ -22,7 +22,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.memory import keep_freed_memory
 from echovlm_jax.progress import progress
 
-_SIDE = "import json, sys; from echovlm_jax.bench_cpu import {side}; {side}(json.loads(input()))"
+_SIDE = "import json, sys; from echovlm_jax.bench.cpu import {side}; {side}(json.loads(input()))"
 _GRID = (1, 28, 28)  # the recipe's largest image: 784 patches, 196 tokens
 # transformers' implementations of attention and of the experts.
 _ATTENTION, _EXPERTS = ("sdpa", "eager"), ("eager", "grouped_mm")
@@ -248,7 +248,7 @@ def theirs(job: dict[str, Any]) -> None:
     _take_cores(job["threads"])
     import torch  # pyright: ignore[reportMissingImports]
 
-    from echovlm_jax.bench_torch import build, set_forms
+    from echovlm_jax.bench.torch_model import build, set_forms
     from echovlm_jax.processing.batch import make_batch
 
     torch.set_num_threads(job["threads"])

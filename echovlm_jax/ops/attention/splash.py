@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Bool, Float, Int
 
 from echovlm_jax.ops import Array
-from echovlm_jax.ops.attention import RESIDUALS, pad_length
+from echovlm_jax.ops.attention.kernels import RESIDUALS, pad_length
 
 # Rows and columns of a block of scores, the largest first; the kernel wants multiples of 128.
 BLOCKS = (512, 256, 128)

@@ -12,7 +12,7 @@ from echovlm_jax.ops import Array
 from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
-from echovlm_jax.ops.moe_routing import Experts, Routing
+from echovlm_jax.ops.moe.routing import Experts, Routing
 
 # Axes of this file beside the common ones: Z the pieces that "batch" is cut into, J the groups of
 # one piece, I the tokens of a group, C an expert's places in a group.
@@ -38,7 +38,7 @@ def moe(
     group_size: int,
     layout: Layout,
 ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
-    """See `moe_dispatch.moe`. Places go to first choices before second ones, then in order.
+    """See `dispatch.moe`. Places go to first choices before second ones, then in order.
 
     Every group lies inside one device's tokens. Between the two constraints on the experts' inputs
     (and on their outputs), tokens change from being split over "batch" to being split over the

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from echovlm_jax import bench_phantom as bench
+from echovlm_jax.bench import phantom as bench
 from echovlm_jax.cli import main
 from echovlm_jax.cli.measure import _WORKS
 from echovlm_jax.errors import InputError

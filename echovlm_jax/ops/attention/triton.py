@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from echovlm_jax.ops import Array
-from echovlm_jax.ops.attention import pad_length
+from echovlm_jax.ops.attention.kernels import pad_length
 
 with warnings.catch_warnings():
     # JAX means to move the kernel to a package that does not exist for every Python we support.

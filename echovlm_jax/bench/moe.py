@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from echovlm_jax.config import ModelConfig, MoEConfig, preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.ops.grouped_matmul import ROW_TILE
-from echovlm_jax.ops.moe_dispatch import Experts, moe, route
+from echovlm_jax.ops.moe.dispatch import Experts, moe, route
 
 DEFAULT = "ragged"
 # (dispatch, capacity_factor, group_size)

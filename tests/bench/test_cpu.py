@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from echovlm_jax import bench_cpu
+from echovlm_jax.bench import cpu as bench_cpu
 from echovlm_jax.config import preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import abstract_params

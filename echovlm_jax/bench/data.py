@@ -29,7 +29,7 @@ from echovlm_jax.processing.chat import qwen2_vl_prompt
 from echovlm_jax.progress import progress
 
 MODEL = "echovlm_11b"
-_SIDE = "import json, sys; from echovlm_jax.bench_data import {side}; {side}(json.load(sys.stdin))"
+_SIDE = "import json, sys; from echovlm_jax.bench.data import {side}; {side}(json.load(sys.stdin))"
 _JPEG_QUALITY = 92
 _JSON = "phantom.json"  # of write_exams
 

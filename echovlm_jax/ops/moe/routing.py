@@ -1,6 +1,6 @@
 """Routing tokens to experts: which experts, with what weight, and how evenly.
 
-The routed experts are one gated-silu MLP each, with weights stacked over E; `moe_dispatch.moe`
+The routed experts are one gated-silu MLP each, with weights stacked over E; `dispatch.moe`
 computes them.
 """
 

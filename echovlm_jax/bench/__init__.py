@@ -1,0 +1,1 @@
+"""The project's own benchmarks: ours and theirs, both in one run."""

@@ -1,0 +1,1 @@
+"""Attention: `dispatch` chooses `blocks` (any platform), `splash` (TPU) or `triton` (GPU)."""

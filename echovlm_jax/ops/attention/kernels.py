@@ -1,0 +1,18 @@
+"""What the attention kernels share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from echovlm_jax.ops import Array
+
+# What a rematerialisation policy calls the kernel's result and the row sums that its backward pass
+# needs: a policy that saves the name keeps the forward kernel from running twice.
+RESIDUALS = "attention_kernel"
+
+
+def pad_length(x: Array, length: int, value: int = 0) -> jax.Array:
+    """x [B, T, …] with its second axis filled up to a length."""
+    widths = [(0, length - x.shape[1] if axis == 1 else 0) for axis in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)

@@ -1,0 +1,1 @@
+"""The mixture of routed experts: `routing` chooses them, `dispatch` brings tokens to them."""
