@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
-from echovlm_jax.memory import retire_fragments
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh, param_shardings
 from echovlm_jax.model import Compute, abstract_params, init_params, logical_axes
 from echovlm_jax.ops.attention.dispatch import default_implementation
@@ -80,9 +79,7 @@ class Program(NamedTuple):
         options = dict(options or {})
         if self.mesh.devices.flat[0].platform == "cpu":
             options = _known(_ON_CPU) | options
-        compiled = lowered.compile(compiler_options=options)
-        retire_fragments()
-        return compiled
+        return lowered.compile(compiler_options=options)
 
     def lower(self) -> jax.stages.Lowered:
         """The step as a program for the compiler."""
