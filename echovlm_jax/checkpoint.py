@@ -12,7 +12,6 @@ for it, before there can be digests.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -28,12 +27,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from echovlm_jax import digests
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
-from echovlm_jax.verify import steps
+from echovlm_jax.storage import digests
+from echovlm_jax.storage.files import rename_folder
+from echovlm_jax.storage.layout import EXTRA, MODEL, STATE, steps
+from echovlm_jax.storage.lock import Lock
 
-STATE, EXTRA = "state", "extra"
 UNFINISHED, DELETED, BROKEN = ".unfinished", ".deleted", ".broken"
 
 # What a kill leaves: a save of ours or of Orbax's that has no name yet, or a deletion that had
@@ -44,7 +44,6 @@ _PART = ".digests.{}.json"
 _PATIENCE_SECONDS = 6 * 3600
 # Small enough that most files are complete, and hashed, while others are being written.
 _FILE_BYTES = 64 * 2**20
-_SHOWN = 5
 
 
 def open_checkpoints(folder: Path, *, keep: int, keep_every: int | None = None) -> Checkpoints:
@@ -73,18 +72,26 @@ class Checkpoints:
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._checked: dict[int, Any] = {}
-        self._lock = -1
+        self._lock: Lock | None = None
         if self._first:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = _lock(self.folder)
+                self._lock = Lock(self.folder)
                 self._clear()
             except OSError as error:
                 raise InputError(f"{self.folder}: {error.strerror}; name another folder") from error
         ocp.multihost.sync_global_processes("echovlm: checkpoints are open")
         self._orbax = _orbax()
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any], *, wait: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        extra: Mapping[str, Any],
+        *,
+        model: Path | None = None,
+        wait: bool = False,
+    ) -> None:
         """Saves in the background; returns once `state` may be changed or donated.
 
         A step that has a checkpoint keeps it: nothing is saved. Waits for the save before.
@@ -93,6 +100,8 @@ class Checkpoints:
           step: how many steps were made.
           state: any tree of jax.Array.
           extra: in JSON's types.
+          model: the folder of the model's configuration and tokenizer, which are copied into the
+            checkpoint; it must not change until the save is whole.
           wait: until it is whole.
 
         Raises:
@@ -114,7 +123,9 @@ class Checkpoints:
             watch.__exit__()
             self._give_up()
             self._raise(error)
-        self._saving = threading.Thread(target=self._finish, args=(work, watch), name="checkpoint")
+        self._saving = threading.Thread(
+            target=self._finish, args=(work, watch, model), name="checkpoint"
+        )
         self._saving.start()
         if wait:
             self.wait()
@@ -194,9 +205,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._orbax.close()
-            if self._lock >= 0:
-                os.close(self._lock)
-                self._lock = -1
+            if self._lock is not None:
+                self._lock.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -204,17 +214,18 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _finish(self, work: Path, watch: digests.Watch) -> None:
+    def _finish(self, work: Path, watch: digests.Watch, model: Path | None) -> None:
         """In the background: what is to be done once Orbax has the arrays."""
         try:
             try:
                 self._orbax.wait_until_finished()
             finally:
                 watch.__exit__()
+            if model is not None and self._first:
+                shutil.copytree(model, work / MODEL)
             self._write_digests(work, watch)
             if self._first:
-                os.rename(work, self.folder / str(self._step))
-                digests.sync_folder(self.folder)
+                rename_folder(work, self.folder / str(self._step))
                 self._prune()
             self._barrier("whole")
         except BaseException as error:
@@ -310,21 +321,6 @@ class Checkpoints:
         ) from error
 
 
-def _lock(folder: Path) -> int:
-    """A lock that the kernel takes back when this process ends. Raises InputError if it's taken."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise InputError(
-            f"{folder}: another process saves into it; wait for it to end, or name another folder"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return fd
-
-
 def _orbax() -> ocp.AsyncCheckpointer:
     handlers = {
         # Weights and moments are close to random: compressing takes longer than writing the little
@@ -370,10 +366,7 @@ def _refusal(error: BaseException) -> str | None:
 
 
 def _told(problems: Mapping[str, str]) -> str:
-    """What is broken, in a few words."""
-    shown = [f"{name} {what}" for name, what in list(problems.items())[:_SHOWN]]
-    more = len(problems) - len(shown)
-    return "is broken: " + ", ".join(shown) + (f" and {more} more" if more else "")
+    return f"is broken: {digests.told(problems)}"
 
 
 def _say(line: str) -> None:

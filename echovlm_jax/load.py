@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from echovlm_jax.config import ModelConfig
-from echovlm_jax.convert.folder import as_dtype, open_model
+from echovlm_jax.convert.folder import as_dtype, open_model, side_files
 from echovlm_jax.convert.load import load_params
 from echovlm_jax.errors import InputError
 from echovlm_jax.generate import Generated, check_room, generate
@@ -24,6 +25,7 @@ from echovlm_jax.model import EchoVLM, abstract_params, logical_axes
 from echovlm_jax.processing.batch import make_batch, pad_batch
 from echovlm_jax.processing.files import read_json_if_there
 from echovlm_jax.processing.processor import Processor
+from echovlm_jax.storage import digests
 
 Inputs = dict[str, np.ndarray]
 
@@ -76,7 +78,7 @@ def load_model(
     shardings = None
     if mesh is not None:
         shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
-    config, params = load_params(path, dtype=wanted, shardings=shardings)
+    config, params = load_params(opened, dtype=wanted, shardings=shardings)
     return Model(
         config, params, opened.folder, num_frames=num_frames, crop=crop, max_pixels=max_pixels
     )
@@ -105,6 +107,14 @@ class Model:
     def processor(self) -> Processor:
         """Turns images and messages into inputs. Raises InputError without tokenizer files."""
         return Processor(self._folder, **self._media)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal; differs where an answer may: by any bit of a parameter, by a file that lies
+        beside them, or by how images are read."""
+        beside = side_files(self._folder) if self._folder.is_dir() else []
+        own = {path.name: digests.of_file(path) for path in beside if path.suffix}
+        return digests.of_json([fingerprint(self.params), repr(self.config), own, self._media])
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -258,6 +268,23 @@ def _forward(
     params: dict[str, Any], batch: dict[str, Any], *, config: ModelConfig, dtype: jnp.dtype
 ) -> Any:
     return EchoVLM(config, dtype).apply({"params": params}, batch, method="forward")
+
+
+def fingerprint(params: Any) -> str:
+    """Hexadecimal, of every bit of all parameters; how they are laid out makes no difference."""
+
+    def digest(leaf: Any) -> str:
+        return digests.of_array(np.asarray(leaf))
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    with ThreadPoolExecutor(2) as pool:  # each holds one parameter that may come from a device
+        found = list(pool.map(digest, (leaf for _, leaf in leaves)))
+    return digests.of_json(
+        [
+            [jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape), one]
+            for (path, leaf), one in zip(leaves, found, strict=True)
+        ]
+    )
 
 
 def _rate(made: Generated) -> float:

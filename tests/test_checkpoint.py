@@ -23,7 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from echovlm_jax import checkpoint, digests
 from echovlm_jax.checkpoint import Checkpoints, open_checkpoints
 from echovlm_jax.errors import InputError
-from echovlm_jax.verify import steps, verify
+from echovlm_jax.storage.layout import steps
+from echovlm_jax.storage.verify import verify
 
 ROOT = Path(__file__).parents[1]
 
@@ -237,7 +238,7 @@ def test_one_job_at_a_time_and_strangers_files(tmp_path: Path) -> None:
     (tmp_path / "x.deleted").mkdir()
     (tmp_path / "7.unfinished.orbax-checkpoint-tmp").mkdir()
     checkpoints = run(tmp_path, 1)
-    with pytest.raises(InputError, match="another process saves into it"):
+    with pytest.raises(InputError, match="another process is writing into it"):
         open_checkpoints(tmp_path, keep=1)
     checkpoints.close()
     run(tmp_path, 2).close()

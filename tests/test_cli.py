@@ -94,7 +94,7 @@ CALLS = [
         {},
     ),
     ("inspect a", INSPECT, "inspect", (Path("a"),), {}),
-    ("verify a", "echovlm_jax.verify", "verify", (Path("a"),), {}),
+    ("verify a", "echovlm_jax.storage.verify", "verify", (Path("a"),), {}),
     (
         "parity a --golden g.npz --atol 1e-3",
         "echovlm_jax.convert.parity",

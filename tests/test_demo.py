@@ -8,7 +8,7 @@ import pytest
 from echovlm_jax import demo
 from echovlm_jax.errors import InputError
 from echovlm_jax.load import load_model
-from echovlm_jax.verify import verify
+from echovlm_jax.storage.verify import verify
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from echovlm_jax import digests
-from echovlm_jax.digests import DIFFERS, MISSING, SUMS, UNKNOWN
+from echovlm_jax.storage import digests
+from echovlm_jax.storage.digests import DIFFERS, MISSING, SUMS, UNKNOWN
 
 NAMES = ["a", "b/c", "b/d e", "b/f/g", "空", "new\nline", "back\\slash\\n", "cr\r"]
 

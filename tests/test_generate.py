@@ -247,7 +247,7 @@ def test_token_outside_the_vocabulary_is_refused(params):
 class Echo:
     """A model that answers with its prompt, and counts."""
 
-    processor, config = None, CONFIG
+    processor, config, fingerprint = None, CONFIG, "echo"
 
     def __init__(self, stop_after=10**9):
         self.batches, self.left = [], stop_after

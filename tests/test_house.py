@@ -24,9 +24,9 @@ PACKAGE = "echovlm_jax"
 # and `errors`. `config` is where all data flows from: whatever is after it may read it.
 _CONVERT = {
     *("config", "model.abstract_params", "model.logical_axes", "mesh"),
-    *("digests", "verify", "progress"),
+    *("storage", "progress"),
 }
-_LOAD = {"config", "mesh", "model", "processing", "convert", "generate"}
+_LOAD = {"config", "mesh", "model", "processing", "convert", "generate", "storage"}
 ANYTHING = {""}
 MAY_IMPORT = {
     "errors": set(),
@@ -38,24 +38,23 @@ MAY_IMPORT = {
     "chips": set(),
     "mesh": {"config", "ops.layout"},
     "model": {"config", "ops"},
-    "processing": {"config"},
-    "data": {"config", "processing", "progress"},
+    "processing": {"config", "storage"},
+    "data": {"config", "processing", "storage", "progress"},
     "convert": _CONVERT,
     "convert.parity": _CONVERT | {"model", "ops", "processing", "generate", "load"},
     "convert.layerwise": _CONVERT | {"model", "ops"},  # parity's forward pass
     "convert.upcycle": _CONVERT | {"processing"},  # its measurement's prompt
-    "digests": set(),
-    "verify": {"digests", "progress"},
-    "checkpoint": {"config", "mesh", "digests", "verify", "progress"},
+    "storage": {"progress"},
+    "checkpoint": {"config", "mesh", "storage", "progress"},
     "train": {
         *("config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint"),
-        *("memory", "progress"),
+        *("memory", "storage", "progress"),
     },
     "train.start": {"config", "model", "convert", "data", "processing", "train"},
     "quantize": {"config", "mesh", "model", "processing", "progress"},
-    "generate": {"config", "mesh", "model", "ops", "processing", "progress"},
+    "generate": {"config", "mesh", "model", "ops", "processing", "storage", "progress"},
     "load": _LOAD,
-    "evaluate": {"config", "data", "generate", "load", "processing", "progress"},
+    "evaluate": {"config", "data", "generate", "load", "processing", "storage", "progress"},
     "plan": {"config", "chips", "flops", "mesh", "model", "train", "generate", "progress"},
     # The package's front door, and the commands that go the whole way.
     "": {"load"},

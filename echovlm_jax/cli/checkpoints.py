@@ -156,7 +156,7 @@ def add_inspect(commands: Any) -> None:
 
 def add_verify(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
-        from echovlm_jax.verify import verify
+        from echovlm_jax.storage.verify import verify
 
         return verify(args.model)
 

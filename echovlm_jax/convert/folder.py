@@ -7,9 +7,11 @@ which it was.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +22,15 @@ import numpy as np
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import store, table
-from echovlm_jax.convert.run import Run, run_step
+from echovlm_jax.convert.reader import AGAIN, Reader
+from echovlm_jax.convert.run import open_run
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
+from echovlm_jax.progress import progress
+from echovlm_jax.storage import digests, files
+from echovlm_jax.storage.layout import CONFIG, PARAMS, REPORT, SUMS, TREE
+from echovlm_jax.storage.verify import without_added
 
-CONFIG, PARAMS, REPORT = "config.json", "params", "conversion.json"
 WEIGHT_DTYPES = ("bfloat16", "float32", "float16")
 # Beside the weights: tokenizer, processor, chat template, licence.
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -61,15 +67,15 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a model folder")
-    if found := run_step(folder):
-        return Run(*found)
+    if run := open_run(folder):
+        return run
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder}: has no {CONFIG}; give a checkpoint or a converted folder")
-    if (folder / PARAMS / "_METADATA").is_file():
+    if (folder / PARAMS / TREE).is_file():
         return _Converted(folder)
     if sources.weight_file(folder) is None:
         raise InputError(
-            f"{folder}: no weights; looked for {PARAMS}/_METADATA (made by convert),"
+            f"{folder}: no weights; looked for {PARAMS}/{TREE} (made by convert),"
             f" {sources.LOOKED_FOR}"
         )
     return _HuggingFace(folder)
@@ -86,8 +92,15 @@ def read_config(folder: Path) -> ModelConfig:
 class _Converted:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        report = sources.read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+        if not isinstance(report, dict):
+            raise InputError(f"{folder / REPORT}: is not a JSON object; {AGAIN}")
+        chunks = _chunks(report, folder / REPORT)
+        sums = _check_small(folder, expected=chunks is not None)
         self.config = read_config(folder)
-        self._reader = store.Reader(folder / PARAMS)
+        # A model from before there were digests of chunks: its files are read through beforehand.
+        check = functools.partial(_check_all, folder) if sums and chunks is None else None
+        self._reader = Reader(folder / PARAMS, chunks=chunks, check=check)
         expected = table.leaf_shapes(self.config)
         for path in sorted(expected.keys() | self._reader.shapes.keys()):
             wanted, found = expected.get(path), self._reader.shapes.get(path)
@@ -99,19 +112,15 @@ class _Converted:
         self.dtypes = self._reader.dtypes
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}
-        if (folder / REPORT).is_file():
-            report = sources.read_json(folder / REPORT)
-            if not isinstance(report, dict):
-                raise InputError(f"{folder / REPORT}: is not a JSON object; convert again")
-            slots = table.slots(self.config)
-            self.duplicates = _names(report, "duplicates", folder / REPORT)
-            for name, original in self.duplicates.items():
-                if name in slots or original not in slots:
-                    raise InputError(
-                        f"{folder / REPORT}: duplicates says that {quoted(name)} repeats"
-                        f" {quoted(original)}, which does not fit {CONFIG}; convert again"
-                    )
-            self.digests = _names(report, "sha256", folder / REPORT)
+        slots = table.slots(self.config)
+        self.duplicates = _names(report, "duplicates", folder / REPORT)
+        for name, original in self.duplicates.items():
+            if name in slots or original not in slots:
+                raise InputError(
+                    f"{folder / REPORT}: duplicates says that {quoted(name)} repeats"
+                    f" {quoted(original)}, which does not fit {CONFIG}; convert again"
+                )
+        self.digests = _names(report, "sha256", folder / REPORT)
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         return self._reader.read(path, index)
@@ -123,6 +132,54 @@ def _names(report: dict[str, Any], key: str, path: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise InputError(f"{path}: {key} is not an object of strings; convert again")
     return found
+
+
+def _chunks(report: dict[str, Any], path: Path) -> dict[str, list[str]] | None:
+    """The digests of each parameter's chunks; None in a report from before there were any."""
+    if (found := report.get("chunks")) is None:
+        return None
+    if isinstance(found, dict) and all(isinstance(each, list) for each in found.values()):
+        return found
+    raise InputError(f"{path}: chunks is not an object of lists; {AGAIN}")
+
+
+def _check_small(folder: Path, *, expected: bool) -> bool:
+    """Checks all of a converted folder but the weights, which are checked when they are read.
+
+    Args:
+      expected: whether it was made with digests of everything.
+
+    Returns:
+      whether there are digests.
+
+    Raises:
+      InputError: a file differs from its digest or is missing; digests are missing.
+    """
+    wanted = digests.read(folder)
+    if wanted == digests.MISSING and not expected:
+        _say(f"{folder}: has no {SUMS}; unchecked: it may have changed since it was converted")
+        return False
+    if isinstance(wanted, str):
+        raise InputError(f"{folder}: is broken: {SUMS} {wanted}; {AGAIN}")
+    small = {name: digest for name, digest in wanted.items() if os.sep not in name}
+    there = {path.name for path in folder.iterdir() if not path.is_dir()} - {SUMS}
+    problems, added = without_added(digests.compare(folder, small, there))
+    if problems:
+        raise InputError(f"{folder}: is broken: {digests.told(problems)}; {AGAIN}")
+    if used := sorted(set(added) & {path.name for path in side_files(folder)}):
+        _say(f"{folder}: {', '.join(used)}: added since it was converted; unchecked")
+    return True
+
+
+def _check_all(folder: Path) -> None:
+    with progress(digests.nbytes(folder), "B", "check") as tick:
+        problems, _ = without_added(digests.check(folder, tick=tick))
+    if problems:
+        raise InputError(f"{folder}: is broken: {digests.told(problems)}; {AGAIN}")
+
+
+def _say(line: str) -> None:
+    print(f"echovlm: {line}", file=sys.stderr)
 
 
 class _HuggingFace:
@@ -242,10 +299,8 @@ def copy_side_files(
 ) -> None:
     """Copies everything but weights. config.json is told of a new dtype, or has other content,
     where one is given."""
-    for pattern in _SIDE_FILES:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file() and path.name != REPORT and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, target / path.name)
+    for path in side_files(folder):
+        shutil.copyfile(path, target / path.name)
     if dtype is None and config is None:
         return
     raw = json.loads(json.dumps(config) if config else (target / CONFIG).read_text("utf-8"))
@@ -256,13 +311,17 @@ def copy_side_files(
     write_json(target / CONFIG, raw)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file durably."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+def side_files(folder: Path) -> list[Path]:
+    """What lies beside a model's weights."""
+    found = {path for pattern in _SIDE_FILES for path in folder.glob(pattern)}
+    return sorted(
+        path
+        for path in found
+        if path.is_file() and path.name != REPORT and not path.name.endswith(".index.json")
+    )
+
+
+write_json = files.write_json
 
 
 def check_new(path: Path) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -20,17 +21,21 @@ from typing import Any
 
 import numpy as np
 
-from echovlm_jax import digests
 from echovlm_jax.convert import folder, store, table
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
 from echovlm_jax.convert.peft import Adapter, open_adapter
-from echovlm_jax.digests import sync_folder
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
+from echovlm_jax.storage import digests
+from echovlm_jax.storage.files import sync_folder
+from echovlm_jax.storage.verify import without_added
 
+# What only suggests that weights are others: their bytes tell.
+_STAMPS = ("weights", "adapter")
 # Values on their way to the disk: enough to keep it busy while the next ones are read.
 _IN_FLIGHT_BYTES = 256 * 2**20
+_CHECKERS = 4
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ def convert(
     XXH128SUMS}.
 
     Works in DST.partial and renames at the end. After a kill or an error, the same call goes on
-    where it stopped; where DST is this very conversion already, its report is returned.
+    where it stopped: what had been written is compared with the digests that were made of it then.
+    Where DST is this very conversion already, and whole, its report is returned. Whether its
+    weights are the source's, the files' sizes and times tell; where these differ, the bytes.
 
     Args:
       src: a folder with config.json and weights, or one weight file in such a folder.
@@ -91,7 +98,8 @@ def convert(
     Returns:
       The report: tensors, bytes, seconds, peak_rss_bytes, missing, unexpected (both empty: either
       is refused), ignored, duplicates, dtype, resumed (tensors that an earlier run had finished).
-      conversion.json has in addition sha256, by released tensor name, of the stored bytes.
+      conversion.json has in addition sha256, by released tensor name, of the stored bytes, and
+      chunks, XXH128 of each parameter's chunks; both are computed before these are written.
 
     Raises:
       InputError: the source is incomplete, damaged or not of its config.json; DST exists; no space.
@@ -108,19 +116,18 @@ def carry_out(make_plan: Callable[[], Plan], dst: str | os.PathLike[str]) -> dic
     if not (target / folder.REPORT).is_file():
         folder.check_new(target)
     plan = make_plan()
-    if finished := _finished(target, plan.identity):
+    if finished := _finished(target, plan):
         _drop_leftover(partial, plan.identity)
         return finished
     folder.check_new(target)
     made = make_folder(partial)
     with Journal(partial / JOURNAL, plan.identity) as journal:
-        resumed = len(journal.done)
         try:
             folder.check_new(target)  # again: the last one to hold the lock may have made it
             _check_left(plan, partial, journal)
             data = partial / MODEL / folder.PARAMS
             with digests.Watch(lambda: data.glob(store.DATA_FILES)) as watch:
-                _make_model(plan, partial, journal)
+                resumed = _make_model(plan, partial, journal)
         except store.LostChunksError:
             discard(partial)  # the journal promises what is gone
             raise
@@ -130,10 +137,11 @@ def carry_out(make_plan: Callable[[], Plan], dst: str | os.PathLike[str]) -> dic
                 discard(partial)
             raise
         report = _report(plan, resumed, time.monotonic() - started)
-        of_tensors = {name: journal.done[name] for name in plan.slots}
+        of_tensors = {name: journal.done[name].split(" ", 1)[0] for name in plan.slots}
+        of_chunks = _by_parameter(plan, journal)
         folder.write_json(
             partial / MODEL / folder.REPORT,
-            {**report, "identity": plan.identity, "sha256": of_tensors},
+            {**report, "identity": plan.identity, "sha256": of_tensors, "chunks": of_chunks},
         )
         digests.write(partial / MODEL, seen=watch.seen)
         os.replace(partial / MODEL, target)
@@ -153,13 +161,21 @@ def _check_left(plan: Plan, partial: Path, journal: Journal) -> None:
     folder.check_space(partial, sum(map(plan.nbytes, left)))
 
 
-def _make_model(plan: Plan, partial: Path, journal: Journal) -> None:
-    """Everything of the model folder but its report."""
+def _by_parameter(plan: Plan, journal: Journal) -> dict[str, list[str]]:
+    """The digests of each parameter's chunks, in row-major order."""
+    out: dict[str, list[str]] = {}
+    for slot in sorted(plan.slots.values(), key=lambda slot: slot.index):
+        out.setdefault(slot.path, []).extend(journal.done[slot.name].split(" ")[1:])
+    return out
+
+
+def _make_model(plan: Plan, partial: Path, journal: Journal) -> int:
+    """Everything of the model folder but its report. Returns how many tensors were there."""
     model = partial / MODEL
     if not journal.done:
         shutil.rmtree(model, ignore_errors=True)
     try:
-        _write_params(plan, model / folder.PARAMS, journal)
+        resumed = _write_params(plan, model / folder.PARAMS, journal)
     except InputError:
         raise
     except ValueError as error:
@@ -170,6 +186,7 @@ def _make_model(plan: Plan, partial: Path, journal: Journal) -> None:
         ) from error
     dtype = folder.as_dtype(plan.identity["dtype"])
     folder.copy_side_files(plan.source.folder, model, dtype, plan.config)
+    return resumed
 
 
 def _make_plan(
@@ -184,28 +201,66 @@ def _make_plan(
     match = table.match(slots, shapes, str(source.folder))
     dtypes = folder.leaf_dtypes(source, slots, match, dtype)
     folder.check_duplicates(source, match)
-    config = (source.folder / folder.CONFIG).read_bytes()
-    identity = {
-        "weights": source.fingerprint(),
-        "config": hashlib.sha256(config).hexdigest(),
-        "dtype": dtype.name if dtype else None,
-        "layout": 1,
-    }
+    identity = identity_of(source, dtype)
     added = None if adapter is None else open_adapter(adapter, model)
     if added:
         identity["adapter"] = added.fingerprint
     return Plan(source, slots, match, dtypes, identity, adapter=added)
 
 
-def _finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a conversion that is there already, if it is the one asked for."""
+def identity_of(source: sources.Source, dtype: np.dtype | None) -> dict[str, Any]:
+    """What tells one conversion from another: its source's weights and other files, and dtype."""
+    beside = folder.side_files(source.folder)
+    return {
+        "weights": source.fingerprint(),
+        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in beside},
+        "dtype": dtype.name if dtype else None,
+        "layout": 2,
+    }
+
+
+def _finished(target: Path, plan: Plan) -> dict[str, Any] | None:
+    """The report of a conversion that is there already.
+
+    Raises:
+      InputError: it is another one than asked for, or damaged.
+    """
     path = target / folder.REPORT
     if not path.is_file():
         return None
     report = sources.read_json(path)
-    if not isinstance(report, dict) or report.get("identity") != identity:
-        return None
-    return {key: value for key, value in report.items() if key not in ("identity", "sha256")}
+    there = report.get("identity") if isinstance(report, dict) else None
+    mend = "delete it or choose another place"
+    if not isinstance(there, dict) or "files" not in there:
+        raise InputError(f"{target}: exists, and doesn't say what it was made of; {mend}")
+    for key, wanted in plan.identity.items():
+        if there.get(key) != wanted and key not in _STAMPS:
+            what = key
+            if isinstance(wanted, dict):
+                old = there.get(key) or {}
+                what = min(n for n in wanted | old if wanted.get(n) != old.get(n))
+            raise InputError(f"{target}: exists, and was made with another {what}; {mend}")
+    with progress(digests.nbytes(target), "B", "check") as tick:
+        problems, _ = without_added(digests.check(target, tick=tick))
+    if problems:
+        raise InputError(f"{target}: is broken: {digests.told(problems)}; {mend}")
+    if there != plan.identity and (other := _other_weights(plan, report)):
+        raise InputError(f"{target}: exists, and was made of other weights ({other}); {mend}")
+    return {k: value for k, value in report.items() if k not in ("identity", "sha256", "chunks")}
+
+
+def _other_weights(plan: Plan, report: dict[str, Any]) -> str | None:
+    """A tensor that would be converted to other bytes than a report tells of; all are read."""
+    with progress(sum(map(plan.nbytes, plan.slots)), "B", "compare") as tick:
+        digest = hashlib.sha256()
+        for name, _, _, values, last in _values(plan, set()):
+            digest.update(values.reshape(-1).view(np.uint8).data)
+            tick(values.nbytes)
+            if last:
+                if report["sha256"].get(name) != digest.hexdigest():
+                    return name
+                digest = hashlib.sha256()
+    return None
 
 
 def _drop_leftover(partial: Path, identity: dict[str, Any]) -> None:
@@ -231,27 +286,36 @@ def _report(plan: Plan, resumed: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def _write_params(plan: Plan, target: Path, journal: Journal) -> None:
-    """Streams every tensor that the journal lacks, in the order of the source's files."""
+def _write_params(plan: Plan, target: Path, journal: Journal) -> int:
+    """Streams every tensor that the journal lacks, in the order of the source's files. Returns how
+    many it had."""
     writer = store.Writer(target, plan.arrays())
+    _forget_damaged(plan, writer, journal)
+    resumed = len(journal.done)
     pending: deque[_Chunk] = deque()
+    chunks: dict[str, list[str]] = {}
     in_flight = 0
 
     def settle(tick: Callable[[int], object]) -> int:
         chunk = pending.popleft()
         chunk.written.result()
         chunk.hashed.result()
+        chunks.setdefault(chunk.name, []).append(chunk.own.result())
         if chunk.last:
-            journal.add(chunk.name, chunk.digest.hexdigest())
+            journal.add(chunk.name, " ".join([chunk.digest.hexdigest(), *chunks.pop(chunk.name)]))
         tick(chunk.nbytes)
         return chunk.nbytes
 
     total = sum(map(plan.nbytes, plan.slots))
     try:
-        # One thread, so that each tensor's pieces are hashed in order.
-        with progress(total, "B", "convert") as tick, ThreadPoolExecutor(1) as hasher:
+        # One thread each, so that a tensor's pieces are hashed in order.
+        with (
+            progress(total, "B", "convert") as tick,
+            ThreadPoolExecutor(1) as hasher,
+            ThreadPoolExecutor(1) as other,
+        ):
             tick(sum(map(plan.nbytes, journal.done)))
-            for chunk in _chunks(plan, writer, hasher, set(journal.done)):
+            for chunk in _chunks(plan, writer, hasher, other, set(journal.done)):
                 pending.append(chunk)
                 in_flight += chunk.nbytes
                 while in_flight > _IN_FLIGHT_BYTES:
@@ -263,6 +327,35 @@ def _write_params(plan: Plan, target: Path, journal: Journal) -> None:
         for chunk in pending:
             chunk.written.exception()
     writer.finish()
+    return resumed
+
+
+def _forget_damaged(plan: Plan, writer: store.Writer, journal: Journal) -> None:
+    """Compares what the journal says is written with its digests; what differs is done again.
+
+    Raises:
+      LostChunksError: it can't be read.
+    """
+
+    def damaged(name: str) -> bool:
+        slot = plan.slots[name]
+        cuts = list(store.pieces(slot.part, plan.dtypes[slot.path].itemsize))
+        found = [digests.of_array(writer.read(slot.path, (*slot.index, *cut))) for cut in cuts]
+        tick(plan.nbytes(name))
+        return found != journal.done[name].split(" ")[1:]
+
+    names = list(journal.done)
+    total = sum(map(plan.nbytes, names))
+    with progress(total, "B", "check") as tick, ThreadPoolExecutor(_CHECKERS) as pool:
+        for name, bad in zip(names, pool.map(damaged, names), strict=True):
+            if bad:
+                del journal.done[name]
+    if lost := len(names) - len(journal.done):
+        print(
+            f"echovlm: {lost} tensors changed on the disk since they were written; they are"
+            " converted again",
+            file=sys.stderr,
+        )
 
 
 @dataclass(frozen=True)
@@ -273,19 +366,38 @@ class _Chunk:
     nbytes: int
     written: Any
     hashed: Future[None]
+    own: Future[str]
     digest: Any
     last: bool
 
 
 def _chunks(
-    plan: Plan, writer: store.Writer, hasher: ThreadPoolExecutor, done: set[str]
+    plan: Plan,
+    writer: store.Writer,
+    hasher: ThreadPoolExecutor,
+    other: ThreadPoolExecutor,
+    done: set[str],
 ) -> Iterator[_Chunk]:
+    digest = hashlib.sha256()
+    for name, slot, cut, values, last in _values(plan, done):
+        hashed = hasher.submit(digest.update, values.reshape(-1).view(np.uint8).data)
+        own = other.submit(digests.of_array, values)
+        written = writer.write(slot.path, (*slot.index, *cut), values)
+        yield _Chunk(name, values.nbytes, written, hashed, own, digest, last)
+        if last:
+            digest = hashlib.sha256()
+
+
+def _values(
+    plan: Plan, done: set[str]
+) -> Iterator[tuple[str, table.Slot, tuple[slice, ...], np.ndarray, bool]]:
+    """What is to be stored, chunk by chunk, in the order of the source's files: each one's tensor,
+    its place in it, the values, and whether it is the tensor's last."""
     tensors = plan.source.tensors
     names = [name for name in plan.slots if name not in done]
     for name in sorted(names, key=lambda name: tensors[plan.match.found[name]].order):
         slot, tensor = plan.slots[name], tensors[plan.match.found[name]]
         dtype = plan.dtypes[slot.path]
-        digest = hashlib.sha256()
         cuts = list(store.pieces(slot.part, dtype.itemsize))
         start = 0
         for cut in cuts:
@@ -297,6 +409,4 @@ def _chunks(
                 values = plan.adapter.merged(name, values, start, row)
             values = folder.cast(values, dtype, name).reshape(shape)
             start = stop
-            hashed = hasher.submit(digest.update, values.reshape(-1).view(np.uint8).data)
-            written = writer.write(slot.path, (*slot.index, *cut), values)
-            yield _Chunk(name, values.nbytes, written, hashed, digest, cut is cuts[-1])
+            yield name, slot, cut, values, cut is cuts[-1]

@@ -7,7 +7,6 @@ somebody else's and refused, so that clearing it away never deletes what we did 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.lock import Lock
 
 JOURNAL, MODEL = "journal.jsonl", "model"
 
@@ -67,7 +67,8 @@ class Journal:
     Also the lock that keeps a second process out. Use as a context manager.
 
     Attributes:
-      done: the finished tensors' digests by name.
+      done: the finished tensors' digests by name: one of all bytes and those of the chunks, as they
+        were computed from what was to be written, with spaces between.
 
     Raises:
       InputError: another process holds it, it belongs to another conversion, or it is damaged.
@@ -80,22 +81,16 @@ class Journal:
         except OSError as error:
             raise InputError(f"{path}: cannot be opened ({error.strerror}); try again") from None
         try:
-            self._lock(path)
-            self._synced = 0.0
-            self.done = self._read(identity)
+            self._lock = Lock(path, name=path.parent)
         except BaseException:
             self._file.close()
             raise
-
-    def _lock(self, path: Path) -> None:
-        busy = f"{self._folder}: another process is writing into it; wait for it to end"
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one that held it may just have ended and removed the file that we opened.
-            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
-                raise InputError(busy)
-        except OSError:
-            raise InputError(busy) from None
+            self._synced = 0.0
+            self.done = self._read(identity)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _read(self, identity: dict[str, Any]) -> dict[str, str]:
         """What is done. Changes nothing in a file that is not of this very conversion."""
@@ -113,7 +108,7 @@ class Journal:
         self._file.truncate(end)
         done: dict[str, str] = {}
         for line in lines[1:]:
-            name, digest = line.get("name"), line.get("sha256")
+            name, digest = line.get("name"), line.get("digests")
             if not isinstance(name, str) or not isinstance(digest, str):
                 raise self._damaged()
             done[name] = digest
@@ -143,9 +138,9 @@ class Journal:
         )
 
     def add(self, name: str, digest: str) -> None:
-        """Notes a tensor whose data is durable."""
+        """Notes a tensor whose data is durable, with its digests as `done` has them."""
         self.done[name] = digest
-        self._append({"name": name, "sha256": digest})
+        self._append({"name": name, "digests": digest})
 
     def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
@@ -160,3 +155,4 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        self._lock.close()

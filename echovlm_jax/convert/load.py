@@ -14,12 +14,13 @@ from echovlm_jax.errors import InputError
 
 
 def load_params(
-    model: str | os.PathLike[str], *, dtype: Any = None, shardings: Any = None
+    model: str | os.PathLike[str] | folder.Model, *, dtype: Any = None, shardings: Any = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Loads a MODEL folder.
 
     Args:
-      model: a folder in Hugging Face form or one that `convert` made.
+      model: a folder in Hugging Face form, one that `convert` made or a training run's; or what
+        `open_model` gave for it.
       dtype: bfloat16, float32 or float16 to cast to; by default as stored.
       shardings: a tree like the parameters' of `jax.sharding.Sharding`, or one for all of them.
         Each device's shard is then read by itself and the host holds one shard at a time. Without
@@ -31,7 +32,7 @@ def load_params(
     Raises:
       InputError: no model there, or damaged data.
     """
-    opened = folder.open_model(model)
+    opened = folder.open_model(model) if isinstance(model, str | os.PathLike) else model
     target = folder.as_dtype(dtype)
     shapes = table.leaf_shapes(opened.config)
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
@@ -75,7 +76,8 @@ def _read(
     if dtype is None or dtype == model.dtypes[path]:
         return model.read(path, index)
     out = np.empty(store.piece_shape(index), dtype)
-    for cut in store.pieces(out.shape, dtype.itemsize):
+    # Cut as it is stored, so that no chunk is read, and checked, twice.
+    for cut in store.pieces(out.shape, model.dtypes[path].itemsize):
         where = tuple(
             slice(i.start + c.start, i.start + c.stop) for i, c in zip(index, cut, strict=True)
         )

@@ -23,7 +23,7 @@ import numpy as np
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.convert import folder, safetensors, store, table, to_torch
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert.run import Run, run_step
+from echovlm_jax.convert.run import Run, open_run
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
 
@@ -168,10 +168,9 @@ def export_adapter(model: str | os.PathLike[str], dst: str | os.PathLike[str]) -
       InputError: no run there, or one without updates; DST exists; no space.
     """
     started = time.monotonic()
-    found = run_step(Path(model))
-    if found is None:
+    run = open_run(Path(model))
+    if run is None:
         raise InputError(f"{model}: is no training run's folder, and only a run has an adapter")
-    run = Run(*found)
     if not run.updated:
         raise InputError(f"{model}: this run has no low-rank updates; export it without --adapter")
     tensors = {**_pairs(run), **_full(run)}

@@ -1,44 +1,61 @@
 """A training run's folder as a model: the parameters of a checkpoint, its low-rank updates added.
 
-RUN/config.json              the training configuration
-RUN/model/                   config.json, tokenizer and whatever else was beside the model
-RUN/checkpoints/STEP/state/  trainable/{params,lora}/…, frozen/…, and the optimizer's state
+A checkpoint's state/ holds trainable/{params,lora}/…, frozen/…, and the optimizer's state. Beside
+it lie the configuration that it was trained with and the model's, so that changing the run later
+changes no older checkpoint. `storage.layout` names the files.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from echovlm_jax import digests
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert import store, table
+from echovlm_jax.convert import table
+from echovlm_jax.convert.reader import Reader
 from echovlm_jax.errors import InputError
-from echovlm_jax.verify import CHECKPOINTS, steps
+from echovlm_jax.storage import digests
+from echovlm_jax.storage.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    STATE,
+    model_files,
+    run_step,
+    training_settings,
+)
+from echovlm_jax.storage.verify import run_problems
 
-CONFIG, MODEL, STATE = "config.json", "model", "state"
 _PARAMS, _LORA, _FROZEN = "trainable/params/", "trainable/lora/", "frozen/"
 
 
-def run_step(path: Path) -> tuple[Path, int] | None:
-    """(a run's folder, a step) that a path names: RUN, its newest, or RUN/checkpoints/STEP; None
-    where it is no run's.
+def open_run(path: Path) -> Run | None:
+    """The model of a run's newest checkpoint, or of the one that a path names; None where it is no
+    run's.
 
     Raises:
-      InputError: the run has no checkpoint yet.
+      InputError: the run has no checkpoint yet, it or its configuration is broken.
     """
-    if path.parent.name == CHECKPOINTS and path.name.isdecimal():
-        return path.parent.parent, int(path.name)
-    if not (path / CHECKPOINTS).is_dir() or not (path / MODEL / CONFIG).is_file():
+    if not (found := run_step(path)):
         return None
-    if not (there := steps(path / CHECKPOINTS)):
-        raise InputError(f"{path}: this run has no checkpoint yet; let it train on")
-    return path, there[-1]
+    run, step = found
+    problems, unchecked = run_problems(run)
+    if problems and run == path:  # a checkpoint that is named has its own copies
+        raise InputError(
+            f"{run}: is broken: {digests.told(problems)}; put back what changed, or name a"
+            f" checkpoint, which has its own copy: {run / CHECKPOINTS / str(step)}"
+        )
+    if unchecked:
+        print(
+            f"echovlm: {run}: {', '.join(unchecked)}: from before runs had digests of them;"
+            " unchecked",
+            file=sys.stderr,
+        )
+    return Run(run, step)
 
 
 class Run:
@@ -49,15 +66,13 @@ class Run:
       updated: those that have low-rank updates.
       lora: the updates' rank, alpha and dropout.
       base: the model that the run began with: a folder or a preset.
+      settings: the training configuration of the step.
 
     Raises:
       InputError: the checkpoint is broken, or not of the run's model.
     """
 
     def __init__(self, run: Path, step: int) -> None:
-        self.folder = run / MODEL
-        path = self.folder / CONFIG
-        self.config: ModelConfig = from_hf(sources.read_json(path), str(path))
         checkpoint = run / CHECKPOINTS / str(step)
         if problems := digests.check(checkpoint):
             name, what = next(iter(problems.items()))
@@ -65,7 +80,10 @@ class Run:
                 f"{checkpoint}: is broken: {name} {what}; name another, as in"
                 f" {run / CHECKPOINTS}/STEP"
             )
-        self._reader = store.Reader(checkpoint / STATE, (_PARAMS, _LORA, _FROZEN))
+        self.folder = model_files(checkpoint)
+        path = self.folder / CONFIG
+        self.config: ModelConfig = from_hf(sources.read_json(path), str(path))
+        self._reader = Reader(checkpoint / STATE, (_PARAMS, _LORA, _FROZEN))
         self._stored = {
             name.removeprefix(part): name
             for name in self._reader.shapes
@@ -81,7 +99,8 @@ class Run:
                 )
         self.trained = {name for name, stored in self._stored.items() if stored.startswith(_PARAMS)}
         self.updated = {name for name in self._stored if _update(name, "a") in self._reader.shapes}
-        self.base, self.lora = _settings(run)
+        self.settings = training_settings(run, step)
+        self.base, self.lora = str(self.settings.get("model")), _lora(self.settings, checkpoint)
         self._scale = self.lora["alpha"] / self.lora["rank"]
         self.dtypes = {name: self._reader.dtypes[at] for name, at in self._stored.items()}
         self.duplicates: dict[str, str] = {}
@@ -117,16 +136,15 @@ def _update(path: str, name: str) -> str:
     return f"{_LORA}{path.removesuffix('/kernel')}/{name}"
 
 
-def _settings(run: Path) -> tuple[str, dict[str, Any]]:
-    """The model that a run began with, and how its updates are scaled."""
+def _lora(settings: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """How a checkpoint's updates are scaled."""
     try:
-        config = json.loads((run / CONFIG).read_text("utf-8"))
-        lora = {name: config["lora"][name] for name in ("rank", "alpha", "dropout")}
-        if not all(math.isfinite(value) for value in lora.values()) or lora["rank"] < 1:
-            raise ValueError
-        return str(config["model"]), lora
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            f"{run / CONFIG}: is missing or damaged; it says how updates are scaled (lora.alpha,"
-            " lora.rank)"
-        ) from None
+        lora = {name: settings["lora"][name] for name in ("rank", "alpha", "dropout")}
+        if all(math.isfinite(value) for value in lora.values()) and lora["rank"] >= 1:
+            return lora
+    except (KeyError, TypeError):
+        pass
+    raise InputError(
+        f"{checkpoint}: its configuration doesn't say how updates are scaled (lora.alpha,"
+        " lora.rank); name another checkpoint"
+    )

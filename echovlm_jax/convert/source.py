@@ -55,11 +55,15 @@ class Source:
     tensors: dict[str, Tensor]
 
     def fingerprint(self) -> str:
-        """A digest of the files' names, sizes and times: differs where the weights may differ."""
+        """A digest of the files' names, sizes and times: differs where the weights may differ.
+
+        The time of the last change is among them, which nobody can set, as `touch` and `rsync` set
+        that of the last writing."""
         digest = hashlib.sha256()
         for path in self.files:
             stat = path.stat()
-            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_ino}".encode())
+            digest.update(f"\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\n".encode())
         return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The converted side: an OCDBT checkpoint that Orbax restores, written and read piece by piece.
+"""The converted side: an OCDBT checkpoint that Orbax restores, written piece by piece.
 
 Orbax's own save holds whole arrays. Here each parameter is a zarr array inside one OCDBT database,
 as Orbax lays it out, but written chunk by chunk through TensorStore, uncompressed: weights are
@@ -21,6 +21,7 @@ import numpy as np
 import tensorstore as ts
 
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.layout import TREE
 
 # Large enough that a disk streams; small enough that a shard's reader fetches little it doesn't
 # need, and that the allocator reuses the memory.
@@ -28,7 +29,6 @@ CHUNK_BYTES = 16 * 2**20
 # Orbax's layout of one process's data, which its readers reach through the merged database.
 _PROCESS = "ocdbt.process_0"
 DATA_FILES = f"{_PROCESS}/d/*"  # what the values are in
-_CACHE_BYTES = 256 * 2**20
 _REASON_CHARS = 200
 
 
@@ -64,7 +64,7 @@ def piece_shape(piece: tuple[slice, ...]) -> tuple[int, ...]:
     return tuple(s.stop - s.start for s in piece)
 
 
-def _kvstore(folder: Path, *, create: bool) -> dict[str, Any]:
+def kvstore(folder: Path, *, create: bool) -> dict[str, Any]:
     base = {"driver": "file", "path": f"{folder.resolve()}/"}
     spec: dict[str, Any] = {"driver": "ocdbt", "base": base}
     if create:
@@ -102,13 +102,13 @@ class Writer:
         self._folder = folder
         self._arrays = dict(arrays)
         (folder / _PROCESS).mkdir(parents=True, exist_ok=True)
-        kvstore = _kvstore(folder / _PROCESS, create=True)
+        database = kvstore(folder / _PROCESS, create=True)
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         opened = {
             path: ts.open(
                 {
                     "driver": "zarr",
-                    "kvstore": {**kvstore, "path": f"{_key(path)}/"},
+                    "kvstore": {**database, "path": f"{array_key(path)}/"},
                     "metadata": {
                         "shape": shape,
                         "chunks": self._chunks(path),
@@ -140,6 +140,20 @@ class Writer:
         commit.force()
         return commit
 
+    def read(self, path: str, index: tuple[int | slice, ...]) -> np.ndarray:
+        """What is stored of a chunk; zeros where there is nothing.
+
+        Raises:
+          LostChunksError: it can't be read.
+        """
+        try:
+            return self._stores[path][index].read().result()
+        except ValueError as error:
+            raise LostChunksError(
+                f"{self._folder}: what had been written can't be read ({reason(error)}); run the"
+                " same command again to start over"
+            ) from None
+
     def finish(self) -> None:
         """Turns what was written into a checkpoint that Orbax restores. May be run again.
 
@@ -153,7 +167,7 @@ class Writer:
         # Orbax's own last step: the merged database refers to the process's data files.
         context = ts.Context()  # the same for both, or TensorStore would copy the data
         written, merged = (
-            ts.KvStore.open(_kvstore(folder, create=True), context=context).result()
+            ts.KvStore.open(kvstore(folder, create=True), context=context).result()
             for folder in (self._folder / _PROCESS, self._folder)
         )
         if (found := len(written.list().result())) != self._keys():
@@ -204,7 +218,7 @@ def _data_files(database: Path) -> set[Path]:
     return files
 
 
-def _key(path: str) -> str:
+def array_key(path: str) -> str:
     return path.replace("/", ".")
 
 
@@ -229,7 +243,7 @@ def _orbax_files(arrays: Mapping[str, Any], chunks: Any) -> dict[str, Any]:
         }
     now = time.time_ns()
     return {
-        "_METADATA": {
+        TREE: {
             "tree_metadata": tree,
             "use_ocdbt": True,
             "use_zarr3": False,
@@ -249,7 +263,7 @@ def _orbax_files(arrays: Mapping[str, Any], chunks: Any) -> dict[str, Any]:
             "array_metadatas": [
                 {
                     "array_metadata": {
-                        "param_name": _key(path),
+                        "param_name": array_key(path),
                         "write_shape": list(shape),
                         "chunk_shape": list(chunks(path)),
                         "ext_metadata": None,
@@ -259,61 +273,6 @@ def _orbax_files(arrays: Mapping[str, Any], chunks: Any) -> dict[str, Any]:
             ]
         },
     }
-
-
-class Reader:
-    """The parameters of a checkpoint folder that this module or Orbax wrote.
-
-    `shapes` and `dtypes` are by path; `read(path, index)` gives one block of one parameter. Where
-    `parts` are given, only arrays whose path begins with one of them are opened.
-
-    Raises InputError where the folder holds no readable checkpoint.
-    """
-
-    def __init__(self, folder: Path, parts: tuple[str, ...] = ("",)) -> None:
-        self._folder = folder
-        try:
-            metadata = json.loads((folder / "_METADATA").read_text("utf-8"))
-            keys = [
-                "/".join(part["key"] for part in leaf["key_metadata"])
-                for leaf in metadata["tree_metadata"].values()
-                # An empty node of an optimizer's state has a name, and no array.
-                if not leaf.get("value_metadata", {}).get("skip_deserialize")
-            ]
-            kind = "zarr3" if metadata.get("use_zarr3") else "zarr"
-            kvstore = _kvstore(folder, create=False)
-            context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
-            opened = {
-                key: ts.open(
-                    {
-                        "driver": kind,
-                        "kvstore": {**kvstore, "path": f"{_key(key)}/"},
-                        "fill_missing_data_reads": False,
-                        "recheck_cached_data": "open",
-                    },
-                    open=True,
-                    read=True,
-                    context=context,
-                )
-                for key in keys
-                if key.startswith(parts)
-            }
-            self._stores = {path: future.result() for path, future in opened.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(
-                f"{folder}: not a readable checkpoint ({reason(error)}); convert again"
-            ) from None
-        self.shapes = {path: tuple(store.shape) for path, store in self._stores.items()}
-        self.dtypes = {path: store.dtype.numpy_dtype for path, store in self._stores.items()}
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """One block. Raises InputError where the stored data is lost or damaged."""
-        try:
-            return self._stores[path][index].read().result()
-        except ValueError as error:
-            raise InputError(
-                f"{self._folder}: {path} cannot be read ({reason(error)}); convert again"
-            ) from None
 
 
 def reason(error: Exception) -> str:

@@ -30,7 +30,7 @@ import numpy as np
 from echovlm_jax.config import PRESETS, ModelConfig, MoEConfig, from_hf, preset, to_hf
 from echovlm_jax.convert import folder, layerwise, table
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert.from_torch import Plan, carry_out
+from echovlm_jax.convert.from_torch import Plan, carry_out, identity_of
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.batch import make_batch
 
@@ -221,11 +221,8 @@ def _make_plan(
     own = dataclasses.replace(match, found={name: name for name in slots})
     assert after.moe is not None
     config = _new_config(raw, after)
-    identity = {
-        "weights": source.fingerprint(),
+    identity = identity_of(source, dtype) | {
         "config": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest(),
-        "dtype": dtype.name if dtype else None,
-        "layout": 1,
         "upcycle": {"init": init, "seed": seed, "std": std, **dataclasses.asdict(after.moe)},
     }
     dtypes = folder.leaf_dtypes(made, slots, own, dtype)

@@ -45,9 +45,10 @@ def fingerprint(source: Source) -> str:
 
 def _tokenizer_digest(source: Source) -> bytes:
     """Of the files that a tokenizer was read from."""
-    digest = hashlib.blake2b(source.tokenizer.source.encode())
     place = Path(source.tokenizer.source)
     paths = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
+    # Where files are makes no difference; a tokenizer without any is told by its name.
+    digest = hashlib.blake2b(b"" if paths else source.tokenizer.source.encode())
     for path in paths:
         if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
             digest.update(hashlib.blake2b(path.read_bytes()).digest())

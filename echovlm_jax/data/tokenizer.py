@@ -16,7 +16,7 @@ from echovlm_jax.config import PRESETS, ModelConfig, from_hf, preset
 from echovlm_jax.data.encode import neutral
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.chat import load_chat_template, qwen2_vl_prompt
-from echovlm_jax.processing.files import model_files, read_json, shown
+from echovlm_jax.processing.files import read_json, shown
 from echovlm_jax.processing.images import ImageConfig
 from echovlm_jax.processing.processor import check_patch_sizes, pixel_configs
 from echovlm_jax.processing.tokenizer import (
@@ -25,6 +25,7 @@ from echovlm_jax.processing.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from echovlm_jax.storage.layout import model_files
 
 # Qwen2-VL's control tokens, in the order of the ids that preset tiny gives them: 0 to 7.
 SPECIAL = (

@@ -8,15 +8,11 @@ So a run that was stopped goes on to the same file, byte for byte.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from echovlm_jax.data.dataset import Dataset, open_dataset
@@ -25,8 +21,11 @@ from echovlm_jax.evaluate.answers import read_answer
 from echovlm_jax.evaluate.samples import Limits, Sample, inputs_of, make_samples
 from echovlm_jax.evaluate.summary import KINDS, NO_BERTSCORE, Line, summarise
 from echovlm_jax.load import load_model
-from echovlm_jax.processing.files import model_files, read_json, read_json_if_there, shown
+from echovlm_jax.processing.files import read_json_if_there, shown
 from echovlm_jax.progress import progress as progress_bar
+from echovlm_jax.storage.files import write_json
+from echovlm_jax.storage.layout import run_step, training_settings
+from echovlm_jax.storage.lock import Lock
 
 SETTINGS, PREDICTIONS = "settings.json", "predictions.jsonl"
 METRICS, BERTSCORE = "metrics.json", "bertscore.json"
@@ -97,7 +96,7 @@ def evaluate(
     loaded = load_model(model)
     settings: dict[str, Any] = {
         "model": str(model),
-        "model_fingerprint": fingerprint(loaded.params),
+        "model_fingerprint": loaded.fingerprint,
         "data": str(data),
         "data_fingerprint": dataset.fingerprint,
         **{"split": split, "tasks": list(tasks), "limit": limit, "images": images},
@@ -106,7 +105,26 @@ def evaluate(
         "sampling": "greedy",
     }
     limits = _limits(loaded, Path(model), max_new_tokens, max_image_patches)
-    _begin(out, settings)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{shown(out)}: is a file; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with Lock(out):
+        _begin(out, settings)
+        lines = _predict(loaded, dataset, exams, out, batch_size, limits, max_new_tokens, progress)
+        return _finish(out, lines, settings, bertscore, report)
+
+
+def _predict(
+    loaded: Any,
+    dataset: Dataset,
+    exams: Sequence[Sequence[Sample]],
+    out: Path,
+    batch_size: int,
+    limits: Limits,
+    max_new_tokens: int,
+    progress: Callable[[int, int], object] | None,
+) -> list[dict[str, Any]]:
+    """All lines of predictions.jsonl, those that are missing made now."""
     size = min(batch_size, len(exams))
     windows = [exams[i : i + size] for i in range(0, len(exams), size)]
     lines, todo = _done(out / PREDICTIONS, windows)
@@ -125,7 +143,7 @@ def evaluate(
             tick(len(made))
             if progress is not None:
                 progress(len(lines), total)
-    return _finish(out, lines, settings, bertscore, report)
+    return lines
 
 
 def _finish(
@@ -214,25 +232,6 @@ def _line(sample: Sample, prediction: str, error: str | None) -> dict[str, Any]:
     return line if error is None else line | {"error": error}
 
 
-def fingerprint(params: Any) -> str:
-    """Hexadecimal, of a corner of every parameter: another checkpoint has another one."""
-
-    digest = hashlib.blake2b(digest_size=16)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for name, leaf, corner in zip(names, jax.tree.leaves(params), _corners(params), strict=True):
-        digest.update(f"{name} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(np.asarray(corner).tobytes())
-    return digest.hexdigest()
-
-
-@jax.jit
-def _corners(tree: Any) -> list[jax.Array]:
-    return [
-        leaf[tuple(slice(0, 4) for _ in leaf.shape)].astype(jnp.float32)
-        for leaf in jax.tree.leaves(tree)
-    ]
-
-
 def _limits(model: Any, folder: Path, new: int, max_image_patches: int | None) -> Limits:
     """How large exams may get: as in the training run that the folder is of, where it is one."""
     room = model.config.text.max_position_embeddings - new
@@ -241,8 +240,8 @@ def _limits(model: Any, folder: Path, new: int, max_image_patches: int | None) -
             f"max_new_tokens {new} leaves no room for a prompt below this model's"
             f" max_position_embeddings {model.config.text.max_position_embeddings}"
         )
-    files = model_files(folder)
-    run = read_json(files.parent / "config.json") if files != folder else {}
+    step = run_step(folder)
+    run = training_settings(*step) if step else {}
     of_run = run.get("max_image_patches", _MOST_PATCHES)
     return Limits(
         seq_len=min(room, int(run.get("seq_len", room))),
@@ -252,14 +251,11 @@ def _limits(model: Any, folder: Path, new: int, max_image_patches: int | None) -
 
 
 def _begin(out: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder, or checks that it was begun with the same settings."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{shown(out)}: is a file; name a new folder")
+    """Marks a new folder, or checks that it was begun with the same settings."""
     begun = read_json_if_there(out / SETTINGS)
     if begun is None:
-        if out.is_dir() and any(out.iterdir()):
+        if any(out.iterdir()):
             raise InputError(f"{shown(out)}: is not empty and no evaluation's; name a new folder")
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / SETTINGS, settings)
         return
     for key in {**settings, **begun}:
@@ -318,10 +314,3 @@ def _reader(dataset: Dataset) -> Callable[[int], list[np.ndarray]]:
         return kept[number]
 
     return functools.wraps(dataset.media)(read)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole: a reader never finds half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1), "utf-8", "backslashreplace")
-    os.replace(partial, path)

@@ -28,6 +28,7 @@ from echovlm_jax.evaluate.results import (
 )
 from echovlm_jax.evaluate.runs import json_lines, read_run
 from echovlm_jax.processing.files import read_json, shown
+from echovlm_jax.storage.files import write_text
 
 REPORT, METRICS, PREDICTIONS = "report.html", "metrics.json", "predictions.jsonl"
 PAGE = Path(__file__).parent / "page"
@@ -72,10 +73,8 @@ def write_report(
     content |= _results(out, others) | _training([Path(folder) for folder in runs])
     html = _environment().get_template("report.html").render(content, **_page_parts())
     path = out / REPORT
-    partial = path.with_name(f".{REPORT}.partial")
     try:
-        partial.write_text(html, "utf-8")
-        partial.replace(path)
+        write_text(path, html)
     except OSError as error:
         raise InputError(f"{shown(path)}: can't be written ({error.strerror})") from None
     return path

@@ -13,9 +13,8 @@ import numpy as np
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import read_json_if_there, read_text, shown
+from echovlm_jax.storage.layout import CONFIG, METRICS, ROUTING
 
-# As `train` writes them (train/loop.py, train/log.py).
-CONFIG, METRICS, ROUTING = "config.json", "metrics.jsonl", "routing.jsonl"
 MAX_BYTES = 2**30  # of one log
 
 Curve = list[tuple[int, float]]  # (step, value)

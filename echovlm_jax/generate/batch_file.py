@@ -13,12 +13,20 @@ from echovlm_jax.generate.decode import Inputs, check_new_tokens
 from echovlm_jax.ops.sampling import check_sampling
 from echovlm_jax.processing.files import shown
 from echovlm_jax.progress import progress
+from echovlm_jax.storage import digests
+from echovlm_jax.storage.lock import Lock
+
+# What an answer without sampling doesn't depend on, and what the others are by default.
+_SAMPLED = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 
 
 class Model(Protocol):
     """What `generate_file` asks of a model; `load.Model` is one."""
 
     config: ModelConfig
+
+    @property
+    def fingerprint(self) -> str: ...
 
     @property
     def processor(self) -> Any: ...
@@ -43,10 +51,12 @@ def generate_file(
 
     A line of `batch` is `{"id", "images", "prompt"}`, and optionally `"system"`; the paths of its
     images start at the file's own folder and may not leave it. A line of `out` is
-    `{"id", "text", "prompt_tokens", "new_tokens"}`, or `{"id", "error"}` for a record that can't be
-    used, while the others go on (an unreadable line n goes by the id "line n"). Lines are written
-    as batches end. Records whose id `out` already has are left alone, failed ones too: delete their
-    lines to try again.
+    `{"id", "text", "prompt_tokens", "new_tokens", "fingerprint"}`, or `{"id", "error",
+    "fingerprint"}` for a record that can't be used, while the others go on (an unreadable line n
+    goes by the id "line n"). Lines are written as batches end. Records whose id `out` already has
+    are left alone, failed ones too: delete their lines to try again. A line's fingerprint is of the
+    model, the prompts, the images' bytes and the settings: where it is another one than asked for
+    now, nothing is written. Only one process can write into `out`.
 
     Args:
       model: answers.
@@ -62,7 +72,8 @@ def generate_file(
       them failed.
 
     Raises:
-      InputError: a file can't be used as such, two records have one id, or a setting is wrong.
+      InputError: a file can't be used as such, two records have one id, a setting is wrong, or
+        `out` holds answers to something else.
     """
     batch, out = Path(batch), Path(out)
     _ = model.processor  # made now: a folder without tokenizer files is not the records' fault
@@ -72,14 +83,33 @@ def generate_file(
     records = _read_records(batch)
     if out.exists() and out.samefile(batch):
         raise InputError(f"{shown(out)}: --out must be another file than --batch")
-    written = _read_answers(out)
-    counts = {"done": 0, "failed": 0}
-    for record in records:
-        if record["id"] in written:
-            counts["failed" if written[record["id"]] else "done"] += 1
-    todo = [(row, record) for row, record in enumerate(records) if record["id"] not in written]
     root = batch.resolve().parent
-    ready: list[tuple[int, Any, Inputs]] = []
+    asked = _Asked(model.fingerprint, root, {**sampling, "max_new_tokens": max_new_tokens})
+    with open(out, "a"), Lock(out):
+        written = _read_answers(out)
+        counts = {"done": 0, "failed": 0}
+        for row, record in enumerate(records):
+            if record["id"] in written:
+                line = written[record["id"]]
+                _check_asked(out, line, record, row, asked)
+                counts["failed" if "error" in line else "done"] += 1
+        todo = [(row, record) for row, record in enumerate(records) if record["id"] not in written]
+        _answer(model, out, todo, asked, counts, batch_size, max_new_tokens, sampling)
+    return counts
+
+
+def _answer(
+    model: Model,
+    out: Path,
+    todo: Sequence[tuple[int, dict[str, Any]]],
+    asked: _Asked,
+    counts: dict[str, int],
+    batch_size: int,
+    max_new_tokens: int,
+    sampling: Mapping[str, Any],
+) -> None:
+    """Appends the answers of the records in `todo`, each with its row; counts them."""
+    ready: list[tuple[int, dict[str, Any], str, Inputs]] = []
     full = False  # whether a program for batch_size rows exists already
     # An id may hold half of a surrogate pair: as JSON had it escaped, so it goes back.
     encoding: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -93,30 +123,79 @@ def generate_file(
 
         for last, (row, record) in _with_last(todo):
             try:
-                images, prompt, system = _read_record(record, root)
+                images, prompt, system = _read_record(record, asked.root)
                 inputs = model.prepare(images, prompt, system=system, max_new_tokens=max_new_tokens)
-                ready.append((row, record["id"], inputs))
+                ready.append((row, {"id": record["id"]}, asked.of(record, row), inputs))
             except InputError as error:
-                write([{"id": record["id"], "error": " ".join(str(error).split())}])
+                line = {"id": record["id"], "error": " ".join(str(error).split())}
+                write([line | {"fingerprint": asked.of(record, row, failed=True)}])
             if ready and (last or len(ready) == batch_size):
                 full |= len(ready) == batch_size
                 # The last few are filled up where that saves compiling for another batch size.
                 rows = ready + ready[-1:] * (batch_size - len(ready) if full else 0)
                 answers = model.answer(
-                    [inputs for _, _, inputs in rows],
-                    rows=[row for row, _, _ in rows],
+                    [inputs for *_, inputs in rows],
+                    rows=[row for row, *_ in rows],
                     max_new_tokens=max_new_tokens,
                     **sampling,
                 )
                 keys = ("text", "prompt_tokens", "new_tokens")
                 write(
                     [
-                        {"id": name} | {key: answer[key] for key in keys}
-                        for (_, name, _), answer in zip(ready, answers, strict=False)
+                        name | {key: answer[key] for key in keys} | {"fingerprint": mark}
+                        for (_, name, mark, _), answer in zip(ready, answers, strict=False)
                     ]
                 )
                 ready = []
-    return counts
+
+
+class _Asked:
+    """What decides the answers: each record's goes into its line, as a digest.
+
+    Args:
+      model: its fingerprint.
+      root: the folder that images are in.
+      settings: of the sampling.
+    """
+
+    def __init__(self, model: str, root: Path, settings: Mapping[str, Any]) -> None:
+        self.root, self._model = root, model
+        self._settings = {"repetition_penalty": 1.0, **_SAMPLED, **settings}
+        self._sampled = bool(self._settings["temperature"])
+        if not self._sampled:
+            self._settings = {k: v for k, v in self._settings.items() if k not in _SAMPLED}
+
+    def of(self, record: Mapping[str, Any], row: int, *, failed: bool = False) -> str:
+        """The digest; of a record that `failed`, without what its images hold.
+
+        Raises:
+          InputError: the record, or one of its images, can't be read.
+        """
+        if failed:
+            return digests.of_json([self._model, record, self._settings])
+        images, prompt, system = _read_record(record, self.root)
+        try:
+            pictures = [digests.of_file(image) for image in images]
+        except OSError as error:
+            raise InputError(f"image {error.filename}: can't be read ({error.strerror})") from None
+        # Where something is drawn, the draw goes by the row.
+        own = [prompt, system, pictures, row if self._sampled else None]
+        return digests.of_json([self._model, own, self._settings])
+
+
+def _check_asked(
+    out: Path, line: Mapping[str, Any], record: Mapping[str, Any], row: int, asked: _Asked
+) -> None:
+    """Raises InputError where a line answers something else than what is asked now."""
+    try:
+        if line.get("fingerprint") == asked.of(record, row, failed="error" in line):
+            return
+        why = "is the answer of another model, or to another prompt, image or setting"
+    except InputError as error:
+        why = f"can't be compared with what is asked: {' '.join(str(error).split())}"
+    if "fingerprint" not in line:
+        why = "doesn't say what it answers (it has no fingerprint)"
+    raise InputError(f"{shown(out)}: the line of {line['id']!r} {why}; name another file")
 
 
 def _with_last(items: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
@@ -174,16 +253,14 @@ def _read_record(record: Mapping[str, Any], root: Path) -> tuple[list[Path], str
     return paths, prompt, system
 
 
-def _read_answers(path: Path) -> dict[str | int, bool]:
-    """Which ids an output file has, and whether they failed; cuts off a half-written last line."""
-    if not path.exists():
-        return {}
+def _read_answers(path: Path) -> dict[str | int, dict[str, Any]]:
+    """The lines of an output file by id; cuts off a half-written last one."""
     *lines, rest = _read_lines(path)
-    out: dict[str | int, bool] = {}
+    out: dict[str | int, dict[str, Any]] = {}
     try:
         for line in lines:
             record = json.loads(line)
-            out[record["id"]] = "error" in record
+            out[record["id"]] = record | {}
         begun = b'{"id": '
         if not (rest.startswith(begun) or begun.startswith(rest)):
             raise ValueError

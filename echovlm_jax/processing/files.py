@@ -38,14 +38,6 @@ def open_file(path: str | Path) -> BinaryIO:
         raise
 
 
-def model_files(folder: Path) -> Path:
-    """Where a MODEL folder has config.json and its tokenizer: a training run, and each of its
-    checkpoints (RUN/checkpoints/STEP), in RUN/model; any other folder itself."""
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    is_run = (run / "checkpoints").is_dir() and (run / "model" / "config.json").is_file()
-    return run / "model" if is_run else folder
-
-
 def file_kind(path: str | Path) -> str:
     """'png', 'jpeg' or 'dicom', by content; the name's ending is not looked at.
 

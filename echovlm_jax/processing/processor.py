@@ -12,7 +12,7 @@ import numpy as np
 from echovlm_jax import config as model_config
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.chat import check_messages, entry_kind, load_chat_template
-from echovlm_jax.processing.files import model_files, read_json_if_there, shown
+from echovlm_jax.processing.files import read_json_if_there, shown
 from echovlm_jax.processing.images import (
     MAX_RESIZED_PIXELS,
     ImageConfig,
@@ -21,6 +21,7 @@ from echovlm_jax.processing.images import (
     load_media,
 )
 from echovlm_jax.processing.tokenizer import Tokenizer, load_tokenizer, special_token_text
+from echovlm_jax.storage.layout import model_files
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,12 +19,12 @@ from echovlm_jax.chips import chip_of
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import Work, model_flops
+from echovlm_jax.storage.files import write_text
+from echovlm_jax.storage.layout import METRICS, ROUTING
 from echovlm_jax.train.heatmap import heatmap
 from echovlm_jax.train.program import Config, Program
 from echovlm_jax.train.telemetry import KINDS
 
-METRICS = "metrics.jsonl"
-ROUTING = "routing.jsonl"  # experts by organ, layer and kind of token
 ROUTING_PICTURE = "routing.png"
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient; then something is wrong
 
@@ -219,11 +218,9 @@ def _reopen(path: Path, first: int) -> Any:
                 whole = False  # the end of a line that a crash cut off
             if whole:
                 kept.append(line)
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("".join(kept), "utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(kept))
         return open(path, "a", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror})") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -20,21 +21,25 @@ import jax
 from jax.experimental import multihost_utils
 
 from echovlm_jax.checkpoint import open_checkpoints
+from echovlm_jax.config import PRESETS
 from echovlm_jax.data import global_arrays, make_batches
 from echovlm_jax.data.dataset import split_names
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
+from echovlm_jax.storage import digests, files
+from echovlm_jax.storage.layout import CHECKPOINTS, CONFIG, MODEL, TRAINABLE, run_files, steps
+from echovlm_jax.storage.verify import run_problems
 from echovlm_jax.train.config_file import check_config, differences
 from echovlm_jax.train.log import Log
 from echovlm_jax.train.program import Config, Program, init_state, make_program
 from echovlm_jax.train.stages import training_table
-from echovlm_jax.train.start import starting_point
+from echovlm_jax.train.start import Start, frozen_start, starting_point
 from echovlm_jax.train.step import TrainState
 
-CONFIG = "config.json"
-CHECKPOINTS, MODEL = "checkpoints", "model"
 PROFILE, PLANS = "profile", "plans"
 VALIDATION = "validation"
+# What a run's model/ is made from. A run that has begun keeps that, unless one of these is changed.
+_MADE_FROM = ("model", "tokenizer", "max_image_patches")
 
 
 def train(
@@ -45,6 +50,9 @@ def train(
     profile: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Trains to `config.steps`, from the newest checkpoint of `workdir` where there is one.
+
+    A run needs nothing outside its folder but the data once it has a checkpoint: the model's
+    configuration, tokenizer and template are kept in the folder, and all weights in the checkpoint.
 
     On SIGTERM, or a notice of preemption, the step in hand is finished and saved. `eval_loss` is
     over the split `validation`, organs as often as they are there, however training mixes them.
@@ -66,25 +74,27 @@ def train(
     """
     check_config(config)
     folder = Path(workdir)
-    if not change_config:
-        _refuse_another(config, folder)
-    start = starting_point(config.model)
+    changed = _differences(config, folder, change_config)
+    begun = bool(steps(folder / CHECKPOINTS))
+    start = _frozen(folder, change_config) if begun else None
+    if start is None or changed & set(_MADE_FROM):
+        start = starting_point(config.model)
     split_names(config.data)  # it is there: said before weights are read
     program = make_program(config, model=start.config)
-    _keep_table(program, folder)
-
-    settings = config.copy_and_resolve_references()
-    if not settings.get("data_cache"):
-        with settings.unlocked():
-            settings.data_cache = str(folder / PLANS)
     checkpoints = open_checkpoints(
         folder / CHECKPOINTS,
         keep=config.checkpoint_keep,
         keep_every=config.get("checkpoint_keep_every"),
     )
     with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)  # nothing is written before this process has the folder
         stack.enter_context(jax.set_mesh(program.mesh))
-        stack.callback(checkpoints.close)
+        if begun != bool(steps(folder / CHECKPOINTS)):
+            raise InputError(f"{folder}: another process has just saved there; run this again")
+        _keep_table(program, folder)
+        if start.files != folder / MODEL:
+            stack.enter_context(_frozen_files(start, folder, config))
+        settings = _own_settings(config, folder)
         newest = checkpoints.latest()
         if newest is None:
             first, state = (
@@ -108,9 +118,9 @@ def train(
         update = program.compile()
         evaluate = _evaluation(settings, program)
         # Only now is the folder this configuration's: one that could not begin may be mended.
-        if jax.process_index() == 0:
-            start.keep(folder / MODEL, config)
         _write(folder / CONFIG, config.to_json(indent=2) + "\n")
+        if jax.process_index() == 0:
+            digests.write(folder, names=run_files(folder))
         _say(f"training from step {first} to {config.steps} in {folder}")
 
         step, saved = first, first
@@ -128,7 +138,8 @@ def train(
                     log.evaluated(step, evaluate(state))
             if ending or step % config.checkpoint_every == 0:
                 with log.aside():
-                    checkpoints.save(step, state, {"config": json.loads(config.to_json())})
+                    extra = {"config": json.loads(config.to_json())}
+                    checkpoints.save(step, state, extra, model=folder / MODEL)
                 saved = step
             if ending:
                 break
@@ -143,27 +154,87 @@ def train(
     }
 
 
-def _refuse_another(config: Config, folder: Path) -> None:
-    """Raises InputError where the folder's run was begun with another configuration."""
+def _differences(config: Config, folder: Path, change_config: bool) -> set[str]:
+    """The keys that the folder's run has otherwise. Raises InputError where they may not differ."""
     path = folder / CONFIG
     if not path.exists():
-        return
+        return set()
     try:
         kept = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        changed = differences(kept, json.loads(config.to_json()))
+    except (ValueError, TypeError, AttributeError) as error:
+        if change_config:
+            return set(_MADE_FROM)
         raise InputError(
             f"{path}: is damaged ({error}); with --change-config it is replaced"
         ) from None
-    if changed := differences(kept, json.loads(config.to_json())):
+    if changed and not change_config:
         raise InputError(
             f"{path}: this run was begun with another configuration ({'; '.join(changed)});"
             " name another folder, or go on with --change-config"
         )
+    return {line.split(" ", 1)[0] for line in changed}
+
+
+def _frozen(folder: Path, change_config: bool) -> Start | None:
+    """What a run that has begun starts from: its own model/; None where it has none.
+
+    Raises:
+      InputError: that differs from its digests. `change_config` takes it as it is.
+    """
+    if not (folder / MODEL / CONFIG).is_file():
+        return None
+    problems, unchecked = run_problems(folder)
+    problems.pop(CONFIG, None)  # compared with the configuration asked for
+    if problems and not change_config:
+        newest = folder / CHECKPOINTS / str(steps(folder / CHECKPOINTS)[-1]) / MODEL
+        raise InputError(
+            f"{folder}: is broken: {digests.told(problems)}; put back what changed ({newest} has a"
+            " copy), or take it as it is with --change-config"
+        )
+    if unchecked:
+        _say(f"{folder / MODEL}: from before runs had digests of it; unchecked")
+    return frozen_start(folder / MODEL)
+
+
+@contextlib.contextmanager
+def _frozen_files(start: Start, folder: Path, config: Config) -> Iterator[None]:
+    """Makes the run's model/. It goes again where the run could not begin."""
+    if jax.process_index() == 0:
+        partial = folder / f".{MODEL}.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            start.keep(partial, config)
+            shutil.rmtree(folder / MODEL, ignore_errors=True)
+            files.rename_folder(partial, folder / MODEL)
+        except OSError as error:
+            raise InputError(f"{folder / MODEL}: can't be written ({error})") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    multihost_utils.sync_global_devices("echovlm: the model's files are kept")
+    try:
+        yield
+    finally:
+        if jax.process_index() == 0 and not (folder / CONFIG).exists():
+            shutil.rmtree(folder / MODEL, ignore_errors=True)
+
+
+def _own_settings(config: Config, folder: Path) -> Config:
+    """The configuration with the run's own copies in the place of folders outside it."""
+    settings = config.copy_and_resolve_references()
+    with settings.unlocked():
+        if not settings.get("data_cache"):
+            settings.data_cache = str(folder / PLANS)
+        if config.model not in PRESETS:
+            settings.model, settings.tokenizer = str(folder / MODEL), None
+        elif config.get("tokenizer"):
+            settings.tokenizer = str(folder / MODEL)
+    return settings
 
 
 def _keep_table(program: Program, folder: Path) -> None:
     table = training_table(program.state, program.how, program.rules)
-    _write(folder / "trainable.txt", table)
+    _write(folder / TRAINABLE, table)
     _say(table.rstrip())
 
 
@@ -173,9 +244,7 @@ def _write(path: Path, text: str) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
+        files.write_text(path, text)
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror or error})") from error
 

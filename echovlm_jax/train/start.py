@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from echovlm_jax.config import PRESETS, ModelConfig, preset, to_hf
-from echovlm_jax.convert.folder import copy_side_files, open_model, write_json
+from echovlm_jax.convert.folder import copy_side_files, open_model, read_config, write_json
 from echovlm_jax.convert.load import load_params
 from echovlm_jax.data.tokenizer import byte_tokenizer
 from echovlm_jax.errors import InputError
@@ -51,6 +51,11 @@ class Start(NamedTuple):
             byte_tokenizer(self.config).save(str(folder / "tokenizer.json"))
 
 
+def frozen_start(folder: Path) -> Start:
+    """Of a run that has begun: its own model/; the weights are in its checkpoint."""
+    return Start(read_config(folder), lambda program: None, folder)
+
+
 def starting_point(model: str) -> Start:
     """What a configuration's key `model` names.
 
@@ -67,9 +72,10 @@ def starting_point(model: str) -> Start:
             f"config key model: {model!r} is neither a folder nor one of {', '.join(PRESETS)}"
         )
 
+    opened = open_model(model)
+
     def params(program: Program) -> Any:
         wanted = merge(program.state.trainable["params"], program.state.frozen)
-        return load_params(model, shardings=jax.tree.map(lambda s: s.sharding, wanted))[1]
+        return load_params(opened, shardings=jax.tree.map(lambda s: s.sharding, wanted))[1]
 
-    opened = open_model(model)
     return Start(opened.config, params, opened.folder)

@@ -15,10 +15,10 @@ from echovlm_jax.data import dataset, phantom
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate import harness
 from echovlm_jax.evaluate.compare import compare
-from echovlm_jax.evaluate.harness import evaluate, fingerprint
+from echovlm_jax.evaluate.harness import evaluate
 from echovlm_jax.evaluate.metrics import TEXT_METRICS, score
 from echovlm_jax.evaluate.summary import METRICS
-from echovlm_jax.load import load_model
+from echovlm_jax.load import fingerprint, load_model
 from tests.evaluate.models import SMALL, answer_by_hash, make_model
 
 FEW = {**SMALL, "limit": 7, "batch_size": 3}

@@ -7,21 +7,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from echovlm_jax import digests
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
-
-CHECKPOINTS = "checkpoints"
-_PARAMS, _STATE = "params", "state"  # where a model, and where a checkpoint, has its arrays
-_TREE = "_METADATA"  # Orbax's list of them
-
-
-def steps(folder: Path) -> list[int]:
-    """The steps whose checkpoints a folder holds, in order; none where there is no folder."""
-    if not folder.is_dir():
-        return []
-    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+from echovlm_jax.storage import digests
+from echovlm_jax.storage.layout import (
+    CHECKPOINTS,
+    MODEL,
+    PARAMS,
+    STATE,
+    SUMS,
+    TREE,
+    run_files,
+    steps,
+)
 
 
 def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -29,11 +27,13 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Args:
       folder: made by `convert` or `upcycle`; or a training run's, its `checkpoints/`, or one of
-        those. What was set aside as broken, or is being saved, is left out.
+        those. What was set aside as broken, or is being saved, is left out, and so is a run's log.
 
     Returns:
       ok; arrays and bytes that are stored; corrupt, the names of files that differ, are missing or
-      are not among the digests; checkpoints, the steps looked at, for a run.
+      are not among the digests; checkpoints, the steps looked at, for a run; unchecked, names of
+      files without a digest, where there are any: what was added beside a converted model's
+      weights, or a run's configuration from before it had digests.
 
     Raises:
       InputError: there is no such folder, or one without digests.
@@ -45,14 +45,18 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     found = steps(inside)
     if found:
         parts = [inside / str(step) for step in found]
-    elif (root / digests.SUMS).exists() or _trees(root):
-        parts = [root]
+    elif (root / SUMS).exists() or _trees(root):
+        parts = [] if inside != root else [root]
     else:
         raise InputError(
             f"{root}: holds no digests; `convert` and `train` store them, other folders have none"
         )
     arrays = size = 0
     corrupt: list[str] = []
+    unchecked: list[str] = []
+    if inside != root:
+        problems, unchecked = run_problems(root)
+        corrupt += problems
     sizes = [digests.nbytes(part) for part in parts]
     with progress(sum(sizes), "B", "verify") as tick:
         for part, nbytes in zip(parts, sizes, strict=True):
@@ -60,18 +64,40 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
             if problems and not part.exists():
                 continue  # a run that goes on has pruned it meanwhile
             base = part.relative_to(root)
-            if (part / _PARAMS).is_dir():  # people put a tokenizer beside a model's weights
-                added = {n for n, what in problems.items() if what == digests.UNKNOWN}
-                problems = {n: w for n, w in problems.items() if n not in added or os.sep in n}
+            if (part / PARAMS).is_dir():
+                problems, added = without_added(problems)
+                unchecked += added
             corrupt += [str(base / name) for name in problems]
             arrays += sum(_count(tree) for tree in _trees(part))
             size += nbytes
     result = {"ok": not corrupt, "arrays": arrays, "bytes": size, "corrupt": corrupt}
+    if unchecked:
+        result |= {"unchecked": unchecked}
     return {**result, "checkpoints": found} if found else result
 
 
+def without_added(problems: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """What is wrong with a converted model, and which files were put beside its weights: people
+    add a tokenizer to a model that was converted without one."""
+    added = [n for n, what in problems.items() if what == digests.UNKNOWN and os.sep not in n]
+    return {name: what for name, what in problems.items() if name not in added}, added
+
+
+def run_problems(run: Path) -> tuple[dict[str, str], list[str]]:
+    """What is wrong with a run's own files, and which of them have no digests to tell by.
+
+    They have none where the run is from before there were any, and then its checkpoints have no
+    model/ either; otherwise the digests were lost.
+    """
+    names = run_files(run)
+    if digests.read(run) == digests.MISSING:
+        kept = [run / CHECKPOINTS / str(step) / MODEL for step in steps(run / CHECKPOINTS)]
+        return ({SUMS: digests.MISSING}, []) if any(map(Path.is_dir, kept)) else ({}, names)
+    return digests.check(run, names=names), []
+
+
 def _trees(folder: Path) -> list[Path]:
-    found = [folder / arrays / _TREE for arrays in (_PARAMS, _STATE)]
+    found = [folder / arrays / TREE for arrays in (PARAMS, STATE)]
     return [path for path in found if path.is_file()]
 
 

@@ -1,30 +1,36 @@
 """The digest of every file of a folder, kept in the folder: by it every changed bit is found.
 
 `XXH128SUMS` has one line a file, in the form of `xxh128sum`, and last its own digest, so that
-damage to itself is found as well. XXH3 finds accidents, not forgeries: who can change a file can
-change its digest. It is nearly as fast as memory; SHA-256 would take a third of a save's time.
+damage to itself is found as well. It covers all files below its folder, or some that are named.
+XXH3 finds accidents, not forgeries: who can change a file can change its digest. It is nearly as
+fast as memory; SHA-256 would take a third of a save's time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
-SUMS = "XXH128SUMS"
+from echovlm_jax.storage.files import sync_folder, write_bytes
+from echovlm_jax.storage.layout import SUMS
+
 MISSING, UNKNOWN, DIFFERS = "missing", "unknown", "differs"
 
 _OWN = b"# XXH128 of the lines above: "
 _BLOCK = 2**18  # stays in a core's cache between reading and hashing
 _THREADS = min(8, os.cpu_count() or 1)
 _LOOK_SECONDS = 0.05
+_SHOWN = 5
 
 # Device, number, size, times of change: equal before and after means that nobody wrote.
 Stamp = tuple[int, int, int, int, int]
@@ -33,13 +39,15 @@ Stamp = tuple[int, int, int, int, int]
 def write(
     folder: Path,
     *,
+    names: Iterable[str] | None = None,
     seen: Mapping[Stamp, str] | None = None,
     known: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes XXH128SUMS for all files of `folder`, and makes them, and it, durable.
+    """Writes XXH128SUMS for files of `folder`, and makes them, and it, durable.
 
     Args:
-      folder: nobody writes into it any more.
+      folder: nobody writes into these files any more.
+      names: the files to cover; all below `folder` by default.
       seen: what a `Watch` hashed while files were being written.
       known: digests by name that another process found.
 
@@ -47,18 +55,13 @@ def write(
       OSError: a file can't be read, or this one not be written.
     """
     known = known or {}
-    names = sorted(_list(folder) - {SUMS})
+    names = sorted(_list(folder) - {SUMS} if names is None else names)
     todo = [name for name in names if name not in known]
     found = {**known, **of_files(folder, todo, seen)}
     lines = b"".join(_line(name, found[name]) for name in names)
-    partial = folder / f".{SUMS}.partial"
-    with open(partial, "wb") as file:
-        file.write(lines + _own_line(lines))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / SUMS)
-    for inside, _, _ in os.walk(folder):
-        sync_folder(Path(inside))
+    write_bytes(folder / SUMS, lines + _own_line(lines))
+    for inside in {parent for name in (*names, SUMS) for parent in Path(name).parents}:
+        sync_folder(folder / inside)
 
 
 def of_files(
@@ -78,9 +81,27 @@ def of_files(
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
+def of_array(values: np.ndarray) -> str:
+    """The digest of an array's bytes in row-major order; other threads go on meanwhile."""
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return xxhash.xxh3_128(data.data).hexdigest()
+
+
+def of_file(path: Path) -> str:
+    """The digest of a file's bytes. Raises OSError."""
+    with open(path, "rb", buffering=0) as file:
+        return _hash(file)
+
+
+def of_json(value: object) -> str:
+    """The digest of a value of JSON's types, whatever the order of its keys."""
+    return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def check(
     folder: Path,
     *,
+    names: Iterable[str] | None = None,
     tick: Callable[[int], object] = lambda n: None,
     part: int = 0,
     parts: int = 1,
@@ -89,6 +110,7 @@ def check(
 
     Args:
       folder: what `write` was called with.
+      names: the files that are there and covered; all below `folder` by default.
       tick: told of bytes that were read.
       part, parts: read only every `parts`-th file, from `part`; several processes share the work.
 
@@ -96,17 +118,23 @@ def check(
       name → "missing", "unknown" (not in XXH128SUMS, or no plain file) or "differs"; empty where
       all is whole. Where XXH128SUMS itself is damaged, nothing can be said of the others.
     """
-    try:
-        content = (folder / SUMS).read_bytes()
-    except FileNotFoundError:
-        return {SUMS: MISSING}
-    except OSError:
-        return {SUMS: DIFFERS}
-    lines, mark, _ = content.rpartition(_OWN)
-    if not mark or content != lines + _own_line(lines):
-        return {SUMS: DIFFERS}
-    wanted = {name: digest for digest, name in (_parse(line) for line in lines.splitlines())}
-    there = _list(folder) - {SUMS}
+    wanted = read(folder)
+    if isinstance(wanted, str):
+        return {SUMS: wanted}
+    there = _list(folder) - {SUMS} if names is None else set(names)
+    return compare(folder, wanted, there, tick=tick, part=part, parts=parts)
+
+
+def compare(
+    folder: Path,
+    wanted: Mapping[str, str],
+    there: Set[str],
+    *,
+    tick: Callable[[int], object] = lambda n: None,
+    part: int = 0,
+    parts: int = 1,
+) -> dict[str, str]:
+    """As `check`, of the digests in `wanted` and the files `there`."""
     problems = dict.fromkeys(wanted.keys() - there, MISSING)
     problems |= dict.fromkeys(there - wanted.keys(), UNKNOWN)
 
@@ -125,6 +153,27 @@ def check(
         found = pool.map(differs, both)
         problems |= {name: DIFFERS for name, bad in zip(both, found, strict=True) if bad}
     return dict(sorted(problems.items()))
+
+
+def read(folder: Path) -> dict[str, str] | str:
+    """Each covered file's digest by name, as XXH128SUMS has it; or MISSING or DIFFERS of itself."""
+    try:
+        content = (folder / SUMS).read_bytes()
+    except FileNotFoundError:
+        return MISSING
+    except OSError:
+        return DIFFERS
+    lines, mark, _ = content.rpartition(_OWN)
+    if not mark or content != lines + _own_line(lines):
+        return DIFFERS
+    return {name: digest for digest, name in (_parse(line) for line in lines.splitlines())}
+
+
+def told(problems: Mapping[str, str]) -> str:
+    """What is broken, in a few words."""
+    shown = [f"{name} {what}" for name, what in list(problems.items())[:_SHOWN]]
+    more = len(problems) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def state(folder: Path) -> frozenset[tuple[str, Stamp]]:
@@ -199,15 +248,6 @@ def _open_files() -> set[tuple[int, int]]:
 def _number(path: str | Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes durable which names a folder holds."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _hash(file: FileIO, tick: Callable[[int], object] = lambda n: None) -> str:

@@ -1,0 +1,103 @@
+"""The names inside a run's folder and a model's folder, each stated here and nowhere else.
+
+A model that `convert` or `upcycle` made:
+
+  config.json, tokenizer.json, …   what lies beside the weights in Hugging Face's form
+  params/                          the weights, as Orbax restores them
+  conversion.json                  the report, and digests of the weights made from the source
+  XXH128SUMS                       the digest of every file
+
+A training run:
+
+  config.json                      the training configuration
+  model/                           what lies beside the weights: frozen when the run begins
+  XXH128SUMS                       the digests of these two
+  checkpoints/STEP/state/          parameters and the optimizer's state
+  checkpoints/STEP/extra/          the training configuration that the step was made with
+  checkpoints/STEP/model/          the run's model/, as it was at that step
+  checkpoints/STEP/XXH128SUMS      the digest of every file of the checkpoint
+
+So a checkpoint needs nothing outside itself, and a run nothing outside its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from echovlm_jax.errors import InputError
+
+CONFIG = "config.json"  # a model's, in Hugging Face's form; a run's training configuration
+SUMS = "XXH128SUMS"
+PARAMS, REPORT = "params", "conversion.json"
+TREE = "_METADATA"  # Orbax's list of the arrays in `params` or `state`
+CHECKPOINTS, MODEL, STATE, EXTRA = "checkpoints", "model", "state", "extra"
+EXTRA_FILE = "metadata"  # Orbax's name for what `extra` holds
+TRAINABLE, METRICS, ROUTING = "trainable.txt", "metrics.jsonl", "routing.jsonl"
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints a folder holds, in order; none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
+def run_step(path: Path) -> tuple[Path, int] | None:
+    """(a run's folder, a step) that a path names: RUN, its newest, or RUN/checkpoints/STEP; None
+    where it is no run's.
+
+    Raises:
+      InputError: the run has no checkpoint yet.
+    """
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal():
+        return path.parent.parent, int(path.name)
+    if not (path / CHECKPOINTS).is_dir() or not (path / MODEL / CONFIG).is_file():
+        return None
+    if not (there := steps(path / CHECKPOINTS)):
+        raise InputError(f"{path}: this run has no checkpoint yet; let it train on")
+    return path, there[-1]
+
+
+def model_files(path: Path) -> Path:
+    """Where a MODEL folder has config.json and its tokenizer: a checkpoint of a run in its own
+    model/ (RUN/model before there were these, or before the first step); any other folder itself.
+    """
+    run = path.parent.parent if path.parent.name == CHECKPOINTS else path
+    if not (run / CHECKPOINTS).is_dir():
+        return path
+    there = [int(path.name)] if run != path and path.name.isdecimal() else steps(run / CHECKPOINTS)
+    own = run / CHECKPOINTS / str(there[-1]) / MODEL if there else run / MODEL
+    found = own if (own / CONFIG).is_file() else run / MODEL
+    return found if (found / CONFIG).is_file() else path
+
+
+def run_files(run: Path) -> list[str]:
+    """The files of a run that decide its function, beside the checkpoints: what its XXH128SUMS
+    covers."""
+    inside = [path for path in (run / MODEL).rglob("*") if not path.is_dir() or path.is_symlink()]
+    own = [run / CONFIG] if (run / CONFIG).exists() else []
+    return sorted(os.path.relpath(path, run) for path in (*own, *inside))
+
+
+def training_settings(run: Path, step: int) -> dict[str, Any]:
+    """The training configuration that a checkpoint was made with: its own copy; the run's, where a
+    checkpoint holds none.
+
+    Raises:
+      InputError: it is missing or damaged.
+    """
+    path = run / CHECKPOINTS / str(step) / EXTRA / EXTRA_FILE
+    own = path.is_file()
+    path = path if own else run / CONFIG
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        settings = found["config"] if own else found
+        if isinstance(settings, dict):
+            return settings
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise InputError(f"{path}: is missing or damaged; it says how step {step} was trained")
