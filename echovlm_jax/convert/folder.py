@@ -20,6 +20,7 @@ import numpy as np
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import store, table
+from echovlm_jax.convert.quantized import refuse_quantized, refuse_quantized_tensors
 from echovlm_jax.convert.run import Run, run_step
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
@@ -83,6 +84,21 @@ def read_config(folder: Path) -> ModelConfig:
     return from_hf(sources.read_json(path), source=str(path))
 
 
+def open_checkpoint(
+    path: str | os.PathLike[str], *, once: bool = False
+) -> tuple[sources.Source, ModelConfig]:
+    """Opens a folder in Hugging Face form, as `source.open_source` does, with its configuration.
+
+    Raises:
+      InputError: as there; its configuration is not one; its weights are quantized.
+    """
+    where = Path(path)
+    refuse_quantized(where.parent if where.is_file() else where)
+    source = sources.open_source(where, once=once)
+    refuse_quantized_tensors(source)
+    return source, read_config(source.folder)
+
+
 class _Converted:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -128,8 +144,7 @@ def _names(report: dict[str, Any], key: str, path: Path) -> dict[str, str]:
 class _HuggingFace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_config(folder)
-        self._source = sources.open_source(folder)
+        self._source, self.config = open_checkpoint(folder)
         self._slots = table.slots(self.config)
         shapes = {name: tensor.shape for name, tensor in self._source.tensors.items()}
         match = table.match(self._slots, shapes, str(folder))

@@ -103,7 +103,7 @@ def _check_agree(
     newer: bool,
 ) -> None:
     said, weights = settings.path, settings.path.with_name(WEIGHTS)
-    above = set()
+    above, anything = set(), False
     for name, slot in slots.items():
         module = (table.newer_name(name) if newer else name).rpartition(".")[0]
         above |= {module[:i] for i, letter in enumerate(module) if letter == "."}
@@ -116,6 +116,7 @@ def _check_agree(
                 f"{weights}: has an update of {quoted(module)}, which target_modules and the"
                 f" settings beside it in {CONFIG} don't name; save the adapter again"
             )
+        anything = anything or wanted
         optional = settings.all_linear() and name == HEAD  # PEFT asks the model's class
         if wanted and not updated and name.endswith(".weight") and not optional:
             raise InputError(
@@ -123,6 +124,8 @@ def _check_agree(
                 " save the adapter again"
             )
         _check_whole(settings, module, name, parts)
+    if not anything:
+        raise InputError(f"{said}: target_modules names no module of this model")
     for module in sorted(above):
         if settings.targets(module, linear=False):
             raise InputError(f"{said}: target_modules names {quoted(module)}, which is no layer")
