@@ -145,8 +145,9 @@ def from_hf(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """Reads the content of a Hugging Face config.json.
 
     Accepts the flat form (released checkpoints) and the nested `text_config` form (newer
-    exporters). The rope type is not believed: `default` and `mrope` both mean M-RoPE wherever
-    `mrope_section` is given, as in the released file.
+    exporters); of a key in both, text_config's value counts, unless it is null. The rope type is
+    not believed: `default` and `mrope` both mean M-RoPE wherever `mrope_section` is given, as in
+    the released file.
 
     Args:
       raw: the parsed JSON object.
@@ -164,7 +165,8 @@ def from_hf(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
 def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(raw, Mapping):
         raise InputError(f"expected a JSON object, found {type(raw).__name__}")
-    nested = _mapping(raw, "text_config", {})
+    raw = _said(raw)
+    nested = _said(_mapping(raw, "text_config", {}))
     text = {**raw, **nested}
     _refuse_unsupported(text)
     fields = {
@@ -179,8 +181,11 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
                 f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
             )
         head_dim = hidden // heads
-    rope = _mapping(text, "rope_parameters", None) or _mapping(text, "rope_scaling", None)
-    if rope is None or "mrope_section" not in rope:
+    rope: dict[str, Any] = {}
+    for part in (raw, nested):
+        for key in ("rope_scaling", "rope_parameters"):
+            rope |= _said(_mapping(part, key, {}))
+    if "mrope_section" not in rope:
         raise InputError("rope_scaling.mrope_section is missing; Qwen2-VL files say [16, 24, 24]")
     section = rope["mrope_section"]
     if not isinstance(section, list | tuple):
@@ -192,7 +197,7 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             )
     theta = rope.get("rope_theta", text.get("rope_theta", 1e6))
     tied = bool(raw.get("tie_word_embeddings", nested.get("tie_word_embeddings", False)))
-    vision = _mapping(raw, "vision_config", {})
+    vision = _said(_mapping(raw, "vision_config", {}))
     act = vision.get("hidden_act", "quick_gelu")
     if act != "quick_gelu":
         raise InputError(
@@ -208,18 +213,14 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             mrope_section=tuple(section),
             tie_word_embeddings=tied,
         ),
-        vision=VisionConfig(**{k: vision[k] for k in _VISION_KEYS if vision.get(k) is not None}),
+        vision=VisionConfig(**{k: vision[k] for k in _VISION_KEYS if k in vision}),
         moe=_moe_from_hf(text),
-        **{
-            key: _token_id(text.get(key, raw.get(key)))
-            for key in _TOKEN_KEYS
-            if text.get(key, raw.get(key)) is not None
-        },
+        **{key: _token_id(text[key]) for key in _TOKEN_KEYS if key in text},
     )
 
 
 def _moe_from_hf(text: Mapping[str, Any]) -> MoEConfig | None:
-    if text.get("num_experts") is None:
+    if text.get("num_experts", 0) == 0:
         return None
     return MoEConfig(
         **{ours: _take(text, theirs, _MOE_DEFAULTS.get(ours)) for ours, theirs in _MOE_KEYS.items()}
@@ -252,6 +253,11 @@ def to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
         **dataclasses.asdict(vision),
     }
     return out
+
+
+def _said(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says: a null says nothing, here as anywhere, and hides no value elsewhere."""
+    return {key: value for key, value in raw.items() if value is not None}
 
 
 def _mapping(raw: Mapping[str, Any], key: str, default: Any) -> Any:

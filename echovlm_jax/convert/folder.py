@@ -22,6 +22,7 @@ import numpy as np
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import store, table
+from echovlm_jax.convert.quantized import refuse_quantized, refuse_quantized_tensors
 from echovlm_jax.convert.reader import AGAIN, Reader
 from echovlm_jax.convert.run import open_run
 from echovlm_jax.convert.table import quoted
@@ -87,6 +88,21 @@ def read_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise InputError(f"{path}: is missing; copy the checkpoint's own {CONFIG} there")
     return from_hf(sources.read_json(path), source=str(path))
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], *, once: bool = False
+) -> tuple[sources.Source, ModelConfig]:
+    """Opens a folder in Hugging Face form, as `source.open_source` does, with its configuration.
+
+    Raises:
+      InputError: as there; its configuration is not one; its weights are quantized.
+    """
+    where = Path(path)
+    refuse_quantized(where.parent if where.is_file() else where)
+    source = sources.open_source(where, once=once)
+    refuse_quantized_tensors(source)
+    return source, read_config(source.folder)
 
 
 class _Converted:
@@ -185,8 +201,7 @@ def _say(line: str) -> None:
 class _HuggingFace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_config(folder)
-        self._source = sources.open_source(folder)
+        self._source, self.config = open_checkpoint(folder)
         self._slots = table.slots(self.config)
         shapes = {name: tensor.shape for name, tensor in self._source.tensors.items()}
         match = table.match(self._slots, shapes, str(folder))

@@ -194,8 +194,7 @@ def _make_plan(
     dtype: np.dtype | None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> Plan:
-    source = sources.open_source(src, once=True)
-    model = folder.read_config(source.folder)
+    source, model = folder.open_checkpoint(src, once=True)
     slots = table.slots(model)
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     match = table.match(slots, shapes, str(source.folder))

@@ -9,6 +9,7 @@ https://huggingface.co/docs/peft
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -23,18 +24,21 @@ import numpy as np
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.convert import folder, safetensors, store, table, to_torch
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert.run import Run, open_run
-from echovlm_jax.convert.table import quoted
-from echovlm_jax.errors import InputError
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-# What a LoRA adapter of PEFT's may ask for beyond W + scale · B A, and this doesn't compute.
-_OTHER = (
-    *("use_dora", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters"),
-    *("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
-    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+from echovlm_jax.convert.peft_config import read_settings
+from echovlm_jax.convert.peft_tensors import (
+    BASE,
+    CONFIG,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    PREFIX,
+    WEIGHTS,
+    WHOLE,
+    A,
+    B,
+    place_tensors,
 )
+from echovlm_jax.convert.run import Run, open_run
+from echovlm_jax.errors import InputError
 
 
 class Update(NamedTuple):
@@ -66,7 +70,7 @@ class Adapter(NamedTuple):
         """The base's values of a tensor from `start` on, counted flat, with the adapter's: in
         float32 where there is an update. `row` is how many values an output has."""
         if tensor := self.full.get(name):
-            return tensor.read(start, start + values.size)
+            values = tensor.read(start, start + values.size)
         if not (update := self.updates.get(name)):
             return values
         first, last = start // row, -(-(start + values.size) // row)
@@ -81,45 +85,26 @@ def open_adapter(path: str | os.PathLike[str], config: ModelConfig) -> Adapter:
     """Opens an adapter of a model of this configuration; its tensors are read when asked for.
 
     Raises:
-      InputError: no adapter there, one of another kind or model, or damaged data.
+      InputError: no adapter there, one of another kind or model, one whose settings and tensors
+        don't say the same, or damaged data.
     """
     where = Path(path)
     if not (where / CONFIG).is_file():
         raise InputError(f"{where}: has no {CONFIG}; give the folder of a PEFT adapter")
     if not (where / WEIGHTS).is_file():
         raise InputError(f"{where}: has no {WEIGHTS}; save the adapter as safetensors")
-    told = sources.read_json(where / CONFIG)
-    _check_kind(told, where / CONFIG)
+    settings = read_settings(where / CONFIG)
     source = sources.open_source(where / WEIGHTS, once=False)
-    slots = table.slots(config)
-    halves: dict[str, dict[str, sources.Tensor]] = {}
-    modules: dict[str, str] = {}
+    updates: dict[str, Update] = {}
     full: dict[str, sources.Tensor] = {}
-    for key, tensor in source.tensors.items():
-        module, half = next(
-            ((key.removesuffix(end), end) for end in (_A, _B) if key.endswith(end)), (key, "")
-        )
-        own = module.removeprefix(_PREFIX) + (".weight" if half else "")
-        name = table.released_name(own)
-        if not key.startswith(_PREFIX) or name not in slots:
-            raise InputError(
-                f"{where / WEIGHTS}: {quoted(key)} has no place in this model; is the adapter of"
-                " another one?"
-            )
-        if half:
-            halves.setdefault(name, {})[half] = tensor
-            modules[name] = own.removesuffix(".weight")
-        else:
-            full[name] = tensor
-        _check_tensor(where / WEIGHTS, key, tensor, slots[name], half)
-    updates = {}
-    for name, pair in halves.items():
-        if len(pair) < 2 or pair[_A].shape[0] != pair[_B].shape[1]:
-            raise InputError(
-                f"{where / WEIGHTS}: of {quoted(name)} lora_A and lora_B don't fit each other; save"
-                " the adapter again"
-            )
-        updates[name] = Update(pair[_A], pair[_B], _scale(told, modules[name], pair[_A].shape[0]))
+    for name, (module, parts) in place_tensors(source, settings, config).items():
+        low, high = parts.get(A), parts.get(B)
+        if tall := parts.get(EMBEDDING_B):
+            low, high = _transposed(tall), _transposed(parts[EMBEDDING_A])
+        if low and high:
+            updates[name] = Update(low, high, settings.scale(module))
+        if whole := parts.get(WHOLE) or parts.get(BASE):
+            full[name] = whole
     content = hashlib.sha256((where / CONFIG).read_bytes()).hexdigest()
     return Adapter(updates, full, f"{content} {source.fingerprint()}")
 
@@ -135,7 +120,10 @@ def adapter_updates(adapter: Adapter, config: ModelConfig) -> tuple[Any, float]:
     if not adapter.updates:
         return {}, 1.0
     rank = max(update.rank for update in adapter.updates.values())
-    scale = next(iter(adapter.updates.values())).scale
+    if table.EMBEDDING in adapter.updates:
+        raise InputError("an update of embed_tokens can only be merged; convert with --adapter")
+    # An alpha may be 0, and nothing is divided by that.
+    scale = next((one.scale for one in adapter.updates.values() if one.scale), 1.0)
     slots, shapes = table.slots(config), table.leaf_shapes(config)
     made: dict[str, np.ndarray] = {}
     for name, update in adapter.updates.items():
@@ -210,17 +198,17 @@ def _pairs(run: Run) -> dict[str, _Entry]:
         if slot.path in run.updated:
             lead = tuple(slice(i, i + 1) for i in slot.index)
             rank = run.update_shape(slot.path, "a")[len(lead)]
-            key = _PREFIX + slot.name.removesuffix(".weight")
+            key = PREFIX + slot.name.removesuffix(".weight")
             # Beside a convolution PEFT has convolutions, the second one of a single point.
             high = (slot.shape[0], rank, *(1 for _ in slot.shape[2:]))
-            out[key + _A] = ((rank, *slot.shape[1:]), np.dtype(np.float32), slot.path, lead, "a")
-            out[key + _B] = (high, np.dtype(np.float32), slot.path, lead, "b")
+            out[key + A] = ((rank, *slot.shape[1:]), np.dtype(np.float32), slot.path, lead, "a")
+            out[key + B] = (high, np.dtype(np.float32), slot.path, lead, "b")
     return out
 
 
 def _full(run: Run) -> dict[str, _Entry]:
     return {
-        _PREFIX + slot.name: (
+        PREFIX + slot.name: (
             slot.shape,
             run.dtypes[slot.path],
             slot.path,
@@ -240,6 +228,7 @@ def _config(run: Run) -> dict[str, Any]:
         for rule in table.RULES
         if rule.path in run.updated
     ]
+    tied = run.config.text.tie_word_embeddings
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -254,6 +243,8 @@ def _config(run: Run) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "use_rslora": False,
         "init_lora_weights": True,
+        # Without it PEFT takes a tied embedding for itself and leaves lm_head as it was.
+        "ensure_weight_tying": tied and "text/embed/embedding" in run.trained,
     }
 
 
@@ -287,53 +278,17 @@ def _modules(run: Run) -> list[str]:
     return sorted(short)
 
 
-def _check_kind(told: Any, path: Path) -> None:
-    """Refuses a configuration of anything but plain LoRA."""
-    if not isinstance(told, dict) or told.get("peft_type") != "LORA":
-        kind = told.get("peft_type") if isinstance(told, dict) else told
-        raise InputError(f"{path}: peft_type is {quoted(kind)}; only LORA is read")
-    if told.get("bias", "none") != "none":
-        raise InputError(f"{path}: bias is {quoted(told['bias'])}; only none is read")
-    for key in _OTHER:
-        if told.get(key):
-            raise InputError(f"{path}: {key} is set, which is not read; merge the adapter in PEFT")
+def _transposed(tensor: sources.Tensor) -> sources.Tensor:
+    """The halves beside an embedding lie the other way round."""
+    rows, columns = tensor.shape
 
+    @functools.cache
+    def values() -> np.ndarray:
+        return tensor.read(0, rows * columns).reshape(rows, columns).T.reshape(-1)
 
-def _check_tensor(
-    path: Path, key: str, tensor: sources.Tensor, slot: table.Slot, half: str
-) -> None:
-    shape, wanted = tensor.shape, slot.shape
-    if half:
-        rank = shape[0 if half == _A else 1] if len(shape) > 1 else 0
-        ones = (1,) * (len(wanted) - 2)
-        wanted = (rank, *wanted[1:]) if half == _A else (wanted[0], rank, *ones)
-    if shape != wanted or not math.prod(shape):
-        raise InputError(
-            f"{path}: {quoted(key)} has shape {list(shape)}, expected {list(wanted)}; is the"
-            " adapter of another model?"
-        )
-    if tensor.dtype.name not in folder.WEIGHT_DTYPES:
-        raise InputError(
-            f"{path}: {quoted(key)} has the dtype {tensor.dtype.name}; weights must be one of"
-            f" {', '.join(folder.WEIGHT_DTYPES)}"
-        )
-
-
-def _scale(told: dict[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or what the configuration says of one module or of both."""
-    alpha = told.get("lora_alpha", 8)  # PEFT's own default
-    patterns = told.get("alpha_pattern") or {}
-    try:
-        for pattern, own in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = own
-                break
-        scale = float(alpha) / (math.sqrt(rank) if told.get("use_rslora") else rank)
-    except (TypeError, ValueError, AttributeError, re.error):
-        scale = math.nan
-    if not math.isfinite(scale):
-        raise InputError(f"{CONFIG}: lora_alpha or alpha_pattern is no number for {quoted(module)}")
-    return scale
+    return sources.Tensor(
+        (columns, rows), tensor.dtype, tensor.order, lambda start, stop: values()[start:stop]
+    )
 
 
 def _outputs(slot: table.Slot) -> int:

@@ -94,7 +94,7 @@ RULES: tuple[Rule, ...] = (
 _PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 # Tables of rotary frequencies that some exporters store: computed from the config, never loaded.
 _BUFFER = re.compile(r"(^|\.)rotary(_pos)?_emb\.(original_)?inv_freq$")
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,14 @@ def released_name(name: str) -> str:
     return name
 
 
+def newer_name(name: str) -> str:
+    """`released_name`'s way back: a released name as newer exporters write it."""
+    for new, old in _PREFIXES:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
 def match(wanted: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]], where: str) -> Match:
     """Pairs a checkpoint's tensors with the slots that the configuration asks for.
 
@@ -222,8 +230,8 @@ def match(wanted: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]], whe
             found[released] = name
         elif _BUFFER.search(released):
             ignored.append(name)
-        elif released == _HEAD and _EMBEDDING in wanted:
-            duplicates[name] = _EMBEDDING
+        elif released == HEAD and EMBEDDING in wanted:
+            duplicates[name] = EMBEDDING
         else:
             unexpected.append(name)
     missing = [name for name in wanted if name not in found]
@@ -237,7 +245,7 @@ def match(wanted: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]], whe
             f"{where}: unexpected {_listed(unexpected)}; config.json has no place for it: use the"
             " checkpoint's own config.json"
         )
-    for released, name in [*found.items(), *((_EMBEDDING, name) for name in duplicates)]:
+    for released, name in [*found.items(), *((EMBEDDING, name) for name in duplicates)]:
         expected, actual = wanted[released].shape, tuple(shapes[name])
         if expected != actual:
             raise InputError(

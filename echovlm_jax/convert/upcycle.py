@@ -159,7 +159,7 @@ def _read_dense(src: Path) -> tuple[dict[str, Any], ModelConfig]:
             f"{src}: has {config.moe.num_experts} experts a layer and is an EchoVLM already; train"
             " from it as it is, or give a dense Qwen2-VL"
         )
-    if (kind := raw.get("model_type", "qwen2_vl")) != "qwen2_vl":
+    if (kind := raw.get("model_type") or "qwen2_vl") != "qwen2_vl":
         raise InputError(
             f"{src / folder.CONFIG}: model_type {table.quoted(kind)} is not qwen2_vl; give a"
             " Qwen2-VL"
@@ -199,13 +199,14 @@ def _make_plan(
     seed: int,
     dtype: np.dtype | None,
 ) -> Plan:
-    source = sources.open_source(src, once=True)
+    source, _ = folder.open_checkpoint(src, once=True)
     dense, slots = table.slots(after.replace(moe=None)), table.slots(after)
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     match = table.match(dense, shapes, str(source.folder))
     folder.check_duplicates(source, match)
     text = raw.get("text_config")
-    std = (text if isinstance(text, dict) else raw).get("initializer_range", 0.02)
+    said = [part.get("initializer_range") for part in (text, raw) if isinstance(part, Mapping)]
+    std = next((value for value in said if value is not None), 0.02)
     if isinstance(std, bool) or not isinstance(std, int | float) or not 0 < std < math.inf:
         raise InputError(
             f"{source.folder / folder.CONFIG}: initializer_range must be a number above 0, found"

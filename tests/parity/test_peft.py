@@ -219,9 +219,9 @@ def test_what_cannot_be_an_adapter_is_refused(base, run, tmp_path):
     told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     for key, value, said in (
         ("peft_type", "IA3", "only LORA is read"),
-        ("use_dora", True, "use_dora is set, which is not read"),
+        ("use_dora", True, "use_dora is True, which is not read"),
         ("bias", "all", "only none is read"),
-        ("lora_alpha", "x", "lora_alpha or alpha_pattern is no number"),
+        ("lora_alpha", "x", "lora_alpha is no number: x"),
     ):
         changed = json.dumps({**told, key: value})
         (tmp_path / "adapter" / "adapter_config.json").write_text(changed)
