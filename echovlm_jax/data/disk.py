@@ -11,7 +11,7 @@ from pathlib import Path
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import shown
 
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+_FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up"}
 _LEAST_FREE = 2**20  # bytes: with less, a library's failed write is taken for a full disk
 
 
@@ -35,10 +35,10 @@ def writing(path: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]
             missing = needed()
         except OSError:
             missing = 0
-        more = f", about {_size(missing)} more needed" if missing > 0 else ""
+        more = f", about {_size(missing)} more are needed" if missing > 0 else ""
         raise InputError(
             f"{shown(path)}: {_FULL[error.errno]} ({_size(free_bytes(path))} free{more});"
-            " free some space and run the same command again, or name a folder on another disk"
+            " make room and run the same command again, or name a folder on another disk"
         ) from None
 
 

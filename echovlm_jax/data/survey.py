@@ -28,7 +28,7 @@ from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.sources import ROW, Sources, digest_of, read_entry
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom_identity import Identity, dicom_identity
-from echovlm_jax.processing.files import file_kind
+from echovlm_jax.processing.files import file_kind, shown
 from echovlm_jax.processing.images import decode_image
 
 SURVEY, FOUND = "survey.json", "survey.bin"
@@ -46,6 +46,7 @@ LOOK = np.dtype(
 )
 _TIES = ("file", "pixels", "dicom_patient", "dicom_study")
 _SIDE = 16  # of the perceptual hash: 256 bits
+_NOW, _EARLIER = ".now", ".earlier"  # looks of this run, and of one before it that was killed
 
 
 class Seen(NamedTuple):
@@ -67,9 +68,12 @@ def prepare(work: Path, found: Sources, plan: dict[str, Any], records: int) -> r
     found.rows.tofile(work / FOUND)
     jobs = range(-(-len(found.rows) // records))
     (work / SURVEY).write_text(json.dumps({**plan, "records": records}), "utf-8")
+    names = {_name(number, plan) for number in jobs}
     for path in work.glob("look-*"):
-        if path.name not in {_name(number, plan) for number in jobs}:
+        if path.with_suffix("").name not in names:
             path.unlink()
+        elif path.suffix == _NOW:
+            path.replace(path.with_suffix(_EARLIER))
     return jobs
 
 
@@ -79,8 +83,8 @@ def look(work: str, number: int, *, salt: bytes) -> int:
     plan = json.loads((folder / SURVEY).read_bytes())
     start = number * plan["records"]
     rows = np.memmap(folder / FOUND, ROW, mode="r")[start : start + plan["records"]]
-    path = folder / _name(number, plan)
-    seen = _Pictures(plan, salt, _earlier(path))
+    path = folder / (_name(number, plan) + _NOW)
+    seen = _Pictures(plan, salt, _read(path.with_suffix(_EARLIER)))
     looks = []
     with contextlib.ExitStack() as stack:
         files: dict[int, IO[bytes]] = {}
@@ -106,9 +110,9 @@ def gather(work: Path, jobs: range, plan: dict[str, Any], count: int) -> Seen:
     pictures = np.full(count, np.void(_short(b"")))  # of no picture, where there is none
     ties, rows, hashes, size = [], [], [], 0
     for number in jobs:
-        looks = _earlier(work / _name(number, plan))
+        looks = _read(work / (_name(number, plan) + _NOW))
         if looks is None:
-            raise InputError(f"survey job {number} is missing; run the same command again")
+            raise InputError(f"{shown(work)}: look {number} is missing; run the same command again")
         starts = np.flatnonzero(np.diff(looks["row"], prepend=-1))
         stops = [*starts[1:], len(looks)]
         for start, stop in zip(starts, stops, strict=False):  # no start, no record
@@ -228,10 +232,10 @@ def _short(data: bytes) -> bytes:
 
 
 def _name(number: int, plan: dict[str, Any]) -> str:
-    return f"look-{number:05d}-{plan['key']}.bin"
+    return f"look-{number:05d}-{plan['key']}"
 
 
-def _earlier(path: Path) -> np.ndarray | None:
+def _read(path: Path) -> np.ndarray | None:
     try:
         return np.fromfile(path, LOOK)
     except OSError:
