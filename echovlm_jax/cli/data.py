@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,15 @@ def _add_build(commands: Any) -> None:
             from echovlm_jax.data.beam import beam_runner
 
             runner = beam_runner(args.beam)
-        return build(
-            args.source,
-            args.images,
-            args.out,
-            _options(args, validation=args.validation, test=args.test),
-            workers=args.workers,
-            runner=runner,
+        return _warn(
+            build(
+                args.source,
+                args.images,
+                args.out,
+                _options(args, validation=args.validation, test=args.test),
+                workers=args.workers,
+                runner=runner,
+            )
         )
 
     command = add_command(
@@ -57,7 +60,10 @@ def _add_build(commands: Any) -> None:
         "listed, with the reason, in OUT/quarantine.jsonl",
         "echovlm data build --source thyroid.json breast.json --images pictures/ --out exams/\n"
         "  echovlm data build --source exams.json --images pictures/ --out exams/ "
-        "--beam=--runner=FlinkRunner --beam=--flink_master=host:8081",
+        "--beam=--runner=FlinkRunner --beam=--flink_master=host:8081\n"
+        "  echovlm data build --source BUS-BRA.json --images pictures/ --out breast/ "
+        "--group-pattern '(bus_\\d+)'",
+        show=_show_counts,
     )
     _add_inputs(command)
     command.add_argument(
@@ -84,7 +90,7 @@ def _add_validate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         from echovlm_jax.data.build import validate
 
-        return validate(args.source, args.images, _options(args), workers=args.workers)
+        return _warn(validate(args.source, args.images, _options(args), workers=args.workers))
 
     command = add_command(
         commands,
@@ -93,6 +99,7 @@ def _add_validate(commands: Any) -> None:
         "check records and their images as `data build` does, without writing; exit code 1 if any "
         "would be left out",
         "echovlm data validate --source thyroid.json --images pictures/",
+        show=_show_counts,
     )
     _add_inputs(command)
 
@@ -122,6 +129,12 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
         "the source's name tells",
     )
     command.add_argument(
+        "--group-pattern",
+        metavar="REGEX",
+        help="its first group names the patient, in a record's id or else in its images' paths; "
+        "one patient is never in two splits",
+    )
+    command.add_argument(
         "--num-frames",
         type=int,
         default=16,
@@ -143,7 +156,23 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
 def _options(args: argparse.Namespace, **shares: float) -> Any:
     from echovlm_jax.data.build import Options
 
-    return Options(num_frames=args.num_frames, crop=args.crop, organs=args.organs, **shares)
+    return Options(
+        num_frames=args.num_frames,
+        crop=args.crop,
+        organs=args.organs,
+        group_pattern=args.group_pattern,
+        **shares,
+    )
+
+
+def _warn(result: Result) -> Result:
+    for line in result["warnings"]:
+        print(f"echovlm: warning: {line}", file=sys.stderr)
+    return result
+
+
+def _show_counts(result: Result, args: argparse.Namespace) -> None:
+    show({key: value for key, value in result.items() if key != "warnings"}, args)
 
 
 def _add_stats(commands: Any) -> None:

@@ -7,10 +7,13 @@ was given, so these have to be the same on every worker: a shared or mounted fil
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from echovlm_jax.data.build import Runner
+from echovlm_jax.data.dealing import Runner
+from echovlm_jax.data.disk import writing
 from echovlm_jax.errors import InputError
 
 
@@ -32,13 +35,21 @@ def beam_runner(options: Sequence[str]) -> Runner:
             PipelineOptions,
         )
 
-        with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-            _ = (
-                pipeline
-                | "Parts" >> beam.Create(list(numbers))
-                | "Spread" >> beam.Reshuffle()  # else one worker would get them all
-                | "Write" >> beam.Map(_call, job, work)
-            )
+        try:
+            with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+                _ = (
+                    pipeline
+                    | "Parts" >> beam.Create(list(numbers))
+                    | "Spread" >> beam.Reshuffle()  # else one worker would get them all
+                    | "Write" >> beam.Map(_call, job, work)
+                )
+        except InputError as error:  # in a runner that lets it through, words of its own follow
+            raise InputError(str(error).split("\n")[0].split(" [while running")[0]) from None
+        except Exception as error:  # a runner's own error quotes the worker's traceback
+            found = re.search(r"\bInputError: ([^\n]+)", str(error))
+            if found is None:
+                raise
+            raise InputError(found[1].split(" [while running")[0]) from None
         # Results stay with the workers: what they wrote says that it is done.
         yield from ()
 
@@ -46,4 +57,5 @@ def beam_runner(options: Sequence[str]) -> Runner:
 
 
 def _call(number: int, job: Callable[[str, int], Any], work: str) -> None:
-    job(work, number)
+    with writing(Path(work)):  # whatever runner it is, an InputError's words are found again
+        job(work, number)

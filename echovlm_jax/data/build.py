@@ -1,8 +1,8 @@
 """`data build` and `data validate`: official JSON and image files to a dataset's folder.
 
 Works in OUT.partial beside the target, part by part, and renames at the end. After a kill the same
-call goes on: parts that are complete stay, unless they left records out (the reason may have been
-mended meanwhile).
+call goes on: parts that are complete stay, unless they were made of other records, pictures or
+options, or left records out (the reason may have been mended meanwhile).
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from echovlm_jax.data import folder, organs, parts
+from echovlm_jax.data import dealing, folder, organs, parts, survey
+from echovlm_jax.data.dealing import Runner
+from echovlm_jax.data.disk import writing
+from echovlm_jax.data.groups import SPLITS
 from echovlm_jax.data.parts import Done, Part
-from echovlm_jax.data.sources import SPLITS, Sources, read_sources
+from echovlm_jax.data.sources import Sources, changed, compile_pattern, digest_of, read_sources
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import shown
 from echovlm_jax.progress import progress
 
 LOCK, MADE = "lock", "dataset"
-SHARD_RECORDS = 256  # at least; a large dataset has larger shards, rather than more than MAX_SHARDS
-MAX_SHARDS = 256  # each process that reads keeps them all open
+SHARD_RECORDS = 256  # at least: see `dealing.MAX_SHARDS`
 _EXAMPLES = 20  # quarantined records that `validate` shows
 
 
@@ -48,6 +50,8 @@ class Options(NamedTuple):
       num_frames: a DICOM loop is sampled to so many frames.
       crop: cut DICOM frames to their ultrasound regions.
       organs: a file {source: organ}, for records that don't say their own.
+      group_pattern: a regular expression whose first group names the patient, in a record's id or
+        else in its images' paths.
     """
 
     validation: float = 0.05
@@ -55,12 +59,10 @@ class Options(NamedTuple):
     num_frames: int = 16
     crop: bool = False
     organs: Path | None = None
+    group_pattern: str | None = None
 
 
 DEFAULTS = Options()
-
-# Runs a function (work folder, number) -> result for each number; yields results as they come.
-Runner = Callable[[Callable[[str, int], Any], str, Sequence[int]], Iterator[Any]]
 
 
 def build(
@@ -83,29 +85,32 @@ def build(
 
     Returns:
       records, kept, quarantined {reason: count}: records = kept + the sum of the counts; splits
-      and organs {name: records kept}, bytes, out.
+      and organs {name: records kept}, bytes, out; groups, ungrouped, unnamed, largest_group as
+      `groups.group` counts them; near_duplicates, as there; warnings, lines for people.
 
     Raises:
       InputError: a source is no JSON list, a folder is missing, OUT exists, or nothing was kept.
     """
     target = Path(os.path.abspath(out))
     _check_new(target)
-    found, plan = _prepare(sources, images, options)
+    salt, shares = survey.new_salt(), (options.validation, options.test)
+    found, plan = _prepare(sources, images, options, salt)
     work = target.with_name(f"{target.name}.partial")
-    with _work_folder(work):
-        _refuse_other_work(work, plan)
-        _save_plan(work, plan, found.rows)
-        _drop_parts_with_losses(work, plan)
-        run = runner or (lambda *job: in_processes(*job, workers=workers))
+    run = runner or (lambda *job: in_processes(*job, workers=workers))
+    needed = [len(found.rows) * survey.LOOK.itemsize]  # bytes, at least
+    with _work_folder(work), writing(work, lambda: needed[0] - _bytes_in(work)):
+        counts, needed[0] = dealing.deal(work, found, plan, shares, salt, run, SHARD_RECORDS)
+        _drop_useless(work, plan)
         with progress(len(found.rows), "record", "build") as tick:
             for count in run(parts.write_part, str(work), range(len(plan["parts"]))):
                 tick(count)
-        result = _finish(work, plan)
+        result = _finish(work, plan, counts)
+        _check_unchanged(found)
         _check_new(target)
         os.replace(work / MADE, target)
         _sync(target.parent)
         shutil.rmtree(work)
-    return {**result, "out": str(target)}
+    return {**result, "out": str(target), "warnings": dealing.warnings(result, found)}
 
 
 def validate(
@@ -118,13 +123,16 @@ def validate(
     """What `build` would keep and leave out, without writing a dataset.
 
     Returns:
-      records, kept, quarantined as `build`; examples, the first records left out; ok, whether none
-      is.
+      records, kept, quarantined, groups and so on to warnings as `build`; examples, the first
+      records left out; ok, whether none is.
     """
-    found, plan = _prepare(sources, images, options)
+    salt, shares = survey.new_salt(), (options.validation, options.test)
+    found, plan = _prepare(sources, images, options, salt)
     counts, examples = Counter[str](), []
-    with tempfile.TemporaryDirectory() as temporary:
-        _save_plan(Path(temporary), plan, found.rows)
+    with tempfile.TemporaryDirectory() as temporary, writing(Path(temporary)):
+        work = Path(temporary)
+        run = lambda *job: in_processes(*job, workers=workers)  # noqa: E731
+        grouped, _ = dealing.deal(work, found, plan, shares, salt, run, SHARD_RECORDS)
         numbers = range(len(plan["parts"]))
         with progress(len(numbers), "part", "validate") as tick:
             for lines in in_processes(parts.check_part, temporary, numbers, workers=workers):
@@ -136,7 +144,9 @@ def validate(
         "records": len(found.rows),
         "kept": len(found.rows) - counts.total(),
         "quarantined": dict(sorted(counts.items())),
+        **grouped,
         "examples": examples,
+        "warnings": dealing.warnings({"records": len(found.rows), **grouped}, found),
     }
 
 
@@ -178,20 +188,20 @@ def _end_with_parent() -> None:
 
 
 def _prepare(
-    sources: Sequence[str | Path], images: str | Path, options: Options
+    sources: Sequence[str | Path], images: str | Path, options: Options, salt: bytes
 ) -> tuple[Sources, dict[str, Any]]:
-    """The rows, and the plan: all that the parts need to know."""
+    """The rows, and the plan: all that the jobs need to know, but the parts."""
     root = Path(images).resolve()
     if not root.is_dir():
         raise InputError(f"{shown(images)}: no such folder; give the one that image paths begin in")
     if options.num_frames < 1:
         raise InputError(f"num_frames must be at least 1, found {options.num_frames}")
-    found = read_sources(
-        [Path(path) for path in sources], validation=options.validation, test=options.test
-    )
+    validation, test = options.validation, options.test
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
+        raise InputError("the shares of validation and test must be at least 0, together below 1")
+    pattern = compile_pattern(options.group_pattern) if options.group_pattern is not None else None
+    found = read_sources([Path(path) for path in sources], pattern=pattern, salt=salt)
     given = organs.read_mapping(options.organs, found.stems) if options.organs else {}
-    rows = found.rows[np.argsort(found.rows["split"], kind="stable")]
-    size = max(SHARD_RECORDS, -(-len(rows) // MAX_SHARDS))
     plan = {
         "version": folder.VERSION,
         "files": [str(path) for path in found.files],
@@ -201,13 +211,23 @@ def _prepare(
         "organs": {stem: given.get(stem) or organs.organ_of_file(stem) for stem in found.stems},
         "num_frames": options.num_frames,
         "crop": options.crop,
-        "shares": [options.validation, options.test],
-        "parts": [list(part) for part in parts.cut(rows, size)],
+        "options": json.loads(json.dumps(options._asdict(), default=str)),
     }
-    return found._replace(rows=rows), plan
+    plan["key"] = folder.digest(json.dumps(plan, sort_keys=True).encode())
+    return found, plan
 
 
-def _finish(work: Path, plan: dict[str, Any]) -> dict[str, Any]:
+def _check_unchanged(found: Sources) -> None:
+    for path, digest in zip(found.files, found.digests, strict=True):
+        if digest_of(path) != digest:
+            raise changed(path)
+
+
+def _bytes_in(work: Path) -> int:
+    return sum(path.stat().st_size for path in work.glob("part-*"))
+
+
+def _finish(work: Path, plan: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
     """The parts put together, in work/dataset."""
     made = work / MADE
     shutil.rmtree(made, ignore_errors=True)
@@ -217,7 +237,7 @@ def _finish(work: Path, plan: dict[str, Any]) -> dict[str, Any]:
     for each in done:
         kept.update(each.organs)
         quarantined.update(each.quarantined)
-    records = plan["parts"][-1][-1]
+    records = Part(*plan["parts"][-1]).stop
     if kept.total() + quarantined.total() != records:
         raise AssertionError("the parts don't add up to the input")
     if not kept:
@@ -241,6 +261,7 @@ def _finish(work: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "splits": {split: len_of(entry) for split, entry in splits.items()},
         "organs": dict(sorted(kept.items())),
         "bytes": sum(shard["bytes"] for entry in splits.values() for shard in entry["shards"]),
+        **counts,
     }
     manifest = {"version": folder.VERSION, "organs": names, "splits": splits, "counts": result}
     (made / folder.MANIFEST).write_bytes(folder.manifest_bytes(manifest))
@@ -361,32 +382,17 @@ def _work_folder(work: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_other_work(work: Path, plan: dict[str, Any]) -> None:
-    """Begins anew where the folder holds parts of another build: they are ours, and of no use."""
-    try:
-        same = json.loads((work / parts.PLAN).read_bytes()) == plan
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        for path in work.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
-
-
-def _save_plan(work: Path, plan: dict[str, Any], rows: np.ndarray) -> None:
-    rows.tofile(work / parts.ROWS)
-    (work / parts.PLAN).write_text(json.dumps(plan), "utf-8")
-
-
-def _drop_parts_with_losses(work: Path, plan: dict[str, Any]) -> None:
+def _drop_useless(work: Path, plan: dict[str, Any]) -> None:
+    """Leaves only the parts that are of this plan and lost nothing."""
+    names = set()
     for values in plan["parts"]:
         part = Part(*values)
-        if (found := parts.read_done(work, part)) and found.quarantined:
-            (work / part.name("json")).unlink()
-    for path in work.glob("*.tmp"):
-        path.unlink()
+        found = parts.read_done(work, part)
+        if found is None or not found.quarantined:
+            names.update(part.name(ending) for ending in parts.ENDINGS)
+    for path in (*work.glob("part-*"), *work.glob("*.tmp")):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def _check_new(target: Path) -> None:

@@ -13,12 +13,11 @@ questions [{question, answer, options}]}].
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from echovlm_jax.data.json_list import DUPLICATE
@@ -112,16 +111,32 @@ def _id_text(value: Any) -> str | None:
     return None
 
 
-def group_texts(raw: Any) -> list[str]:
-    """What ties an entry to others that must be in the same split: its patient's, study's and
-    exam's id, and its images."""
+def group_ids(raw: Any) -> list[tuple[str, str]]:
+    """Of its patient, study and exam what an entry itself names: (key, id)."""
     if not isinstance(raw, dict):
         return []
-    stated = [(key, _id_text(raw.get(key))) for key in GROUPS]
-    out = [f"{key}\0{value}" for key, value in stated if value]
-    with contextlib.suppress(Refused):  # it will be refused when it is read
-        out += [f"image\0{PurePosixPath(path)}" for path in image_paths(raw)[:MAX_IMAGES]]
-    return out
+    stated = [(key, (_id_text(raw.get(key)) or "").strip()) for key in GROUPS]
+    return [(key, value) for key, value in stated if value]
+
+
+def pattern_groups(raw: Any, pattern: re.Pattern[str]) -> list[str]:
+    """What the pattern's first group finds in an entry's id; where it finds nothing, in the paths
+    of its images, each of which may name another patient."""
+    if not isinstance(raw, dict):
+        return []
+    id = _id_text(raw.get("id"))
+    if id and (found := _first_group(pattern, id)):
+        return [found]
+    try:
+        paths = image_paths(raw)[:MAX_IMAGES]
+    except Refused:  # it will be refused when it is read
+        return []
+    return sorted({found for path in paths if (found := _first_group(pattern, path))})
+
+
+def _first_group(pattern: re.Pattern[str], text: str) -> str:
+    match = pattern.search(text)
+    return (match[1] or "").strip() if match else ""
 
 
 def image_paths(raw: dict[str, Any]) -> tuple[str, ...]:

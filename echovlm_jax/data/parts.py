@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import uuid
@@ -20,31 +21,35 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from echovlm_jax.data import folder
-from echovlm_jax.data.json_list import parse_entry
+from echovlm_jax.data.disk import write_error
+from echovlm_jax.data.groups import SPLITS
 from echovlm_jax.data.media import read_medium
 from echovlm_jax.data.official import inside, read_record, record_id
 from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.record import Record
-from echovlm_jax.data.sources import ROW, SPLITS
-from echovlm_jax.errors import InputError
+from echovlm_jax.data.sources import ROW, changed, read_entry
+from echovlm_jax.data.survey import pictures_digest
 from echovlm_jax.processing.files import shown
 
 PLAN, ROWS = "plan.json", "rows.bin"
+ENDINGS = ("array_record", "jsonl", "quarantine", "json")
 MAX_FRAMES = 4096  # of all media of an exam together
 MAX_EXAM_BYTES = 2**30  # protocol buffers end at 2 GiB
 _WRITER = "group_size:1,uncompressed"  # random access; pictures don't shrink again
 
 
 class Part(NamedTuple):
-    """Records start … stop of the rows, all of one split."""
+    """Records start … stop of the rows, all of one split. `key` is a digest of all that its result
+    depends on: the records, their pictures and the options."""
 
     number: int
     split: str
     start: int
     stop: int
+    key: str
 
     def name(self, ending: str) -> str:
-        return f"part-{self.number:05d}.{ending}"
+        return f"part-{self.number:05d}-{self.key}.{ending}"
 
 
 class Done(NamedTuple):
@@ -56,13 +61,16 @@ class Done(NamedTuple):
     quarantined: dict[str, int]
 
 
-def cut(rows: np.ndarray, records: int) -> list[Part]:
-    """The parts of rows that are sorted by split: at most `records` each."""
+def cut(rows: np.ndarray, records: int, key: str) -> list[Part]:
+    """The parts of rows that are sorted by split: at most `records` each. `key` is of what all of
+    them depend on."""
     parts: list[Part] = []
     for n, split in enumerate(SPLITS):
         start, stop = np.searchsorted(rows["split"], [n, n + 1])
         for first in range(int(start), int(stop), records):
-            parts.append(Part(len(parts), split, first, min(first + records, int(stop))))
+            last = min(first + records, int(stop))
+            digest = hashlib.blake2b(rows[first:last].tobytes(), digest_size=16, key=key.encode())
+            parts.append(Part(len(parts), split, first, last, digest.hexdigest()))
     return parts
 
 
@@ -119,7 +127,8 @@ def _write(work: Path, plan: dict[str, Any], part: Part) -> None:
             example = features.encode_example(folder.example_of(record, images))
             # serialize_example would leave the order of the keys, so the bytes, to chance.
             stored = serializer.get_tf_example(example).SerializeToString(deterministic=True)
-            shard.write(stored)
+            with _array_record_writes(work):
+                shard.write(stored)
             lines.write(_json_line(folder.line_of(record, stored)))
             organs[record.organ] += 1
     done = {
@@ -142,14 +151,14 @@ def _results(
             source, number = int(row["source"]), int(row["number"])
             if source not in files:
                 files[source] = stack.enter_context(open(plan["files"][source], "rb"))
-            raw = _entry(files[source], plan["files"][source], row)
+            raw = read_entry(files[source], plan["files"][source], row)
             stem = plan["stems"][source]
             id = record_id(raw, number)
             try:
                 if row["twice"]:
                     raise Refused("duplicate id", f"an earlier record has the id {id}; rename one")
                 group = str(row["group"]) if row["group"] >= 0 else ""
-                yield _make(raw, plan, f"{stem}/{id}", stem, group)
+                yield _make(raw, plan, f"{stem}/{id}", stem, group, row["pictures"].tobytes())
             except Refused as refused:
                 yield {
                     "id": _printable(id),
@@ -161,7 +170,7 @@ def _results(
 
 
 def _make(
-    raw: Any, plan: dict[str, Any], id: str, stem: str, group: str
+    raw: Any, plan: dict[str, Any], id: str, stem: str, group: str, pictures: bytes
 ) -> tuple[Record, list[bytes]]:
     """One record, with its pictures. Raises Refused."""
     root = Path(plan["images"])
@@ -181,21 +190,14 @@ def _make(
             raise Refused("too many images", f"more than {MAX_FRAMES} frames in one exam")
         if size > MAX_EXAM_BYTES:
             raise Refused("image too large", f"an exam of more than {MAX_EXAM_BYTES} bytes")
+    # After they were read, so that a picture which is replaced at any time is noticed.
+    if pictures_digest(files) != pictures:
+        raise changed(root)
     return _with_media(record, media), images
 
 
 def _with_media(record: Record, media: list[Any]) -> Record:
     return Record(**{**vars(record), "media": tuple(media)})
-
-
-def _entry(file: IO[bytes], path: str, row: Any) -> Any:
-    file.seek(int(row["offset"]))
-    try:
-        return parse_entry(file.read(int(row["size"])))
-    except ValueError:
-        raise InputError(
-            f"{shown(path)}: has changed while the dataset was built; start again"
-        ) from None
 
 
 @functools.cache
@@ -215,10 +217,8 @@ def _shard(path: Path) -> Iterator[Any]:
     writer = ArrayRecordWriter(str(temporary), _WRITER)
     try:
         yield writer
-        try:
+        with _array_record_writes(path):
             writer.close()
-        except RuntimeError:  # its only word for a full disk
-            raise OSError(f"{shown(temporary)} can't be written") from None
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -227,6 +227,14 @@ def _shard(path: Path) -> Iterator[Any]:
             with contextlib.suppress(RuntimeError):
                 writer.close()
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _array_record_writes(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError:  # its only word for a full disk
+        raise write_error(path) from None
 
 
 @contextlib.contextmanager

@@ -7,16 +7,18 @@ by record, when the dataset is written.
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from echovlm_jax.data.json_list import read_entries
-from echovlm_jax.data.keys import mix, text_key, uniform
-from echovlm_jax.data.official import group_texts, record_id
+from echovlm_jax.data.groups import NUMBERS, TIE, key_of
+from echovlm_jax.data.json_list import parse_entry, read_entries
+from echovlm_jax.data.keys import text_key
+from echovlm_jax.data.official import group_ids, pattern_groups, record_id
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import open_file, shown
 from echovlm_jax.progress import progress
@@ -29,30 +31,31 @@ ROW = np.dtype(
         ("size", "<i8"),
         ("group", "<i8"),  # the same for all records that belong together; −1: alone
         ("split", "<i1"),  # index into SPLITS
+        ("pictures", "V16"),  # a digest of its pictures' bytes
         ("twice", "?"),  # its id is that of an earlier record of the file
     ]
 )
-SPLITS = ("train", "validation", "test")
-_SALT = 0x5EED  # so that a split does not lean on other uses of the same hashes
 
 
 class Sources(NamedTuple):
     files: tuple[Path, ...]
     stems: tuple[str, ...]
     digests: tuple[str, ...]  # of the files' bytes
-    rows: np.ndarray  # ROW [N], file by file
+    rows: np.ndarray  # ROW [N], file by file, without what the pictures tell
+    keys: np.ndarray  # uint64 [N], of each record's own id
+    ties: np.ndarray  # TIE: what the records themselves say of who belongs together
+    unmatched: tuple[int, str]  # records that the pattern does not match, and the first one's id
 
 
-def read_sources(files: Sequence[Path], *, validation: float = 0.0, test: float = 0.0) -> Sources:
+def read_sources(
+    files: Sequence[Path], *, pattern: re.Pattern[str] | None = None, salt: bytes = b""
+) -> Sources:
     """Reads every file once.
-
-    A record's split follows from its ids alone: the patient's where it names one, and so on through
-    all records that share a patient, study, exam or image with it; a record that shares nothing
-    goes by its own id.
 
     Args:
       files: official JSON; their stems name the sources, so no two may have the same.
-      validation, test: about this share of the groups goes to each.
+      pattern: its first group names the patient, in a record's id or else in its images' paths.
+      salt: for the keys of `ties`.
 
     Raises:
       InputError: a file is no JSON list, two files have one name, or there is no record at all.
@@ -63,25 +66,31 @@ def read_sources(files: Sequence[Path], *, validation: float = 0.0, test: float 
         raise InputError(
             f"two sources are named {shown(min(twice))!r}, and ids begin with the name; rename one"
         )
-    if not (validation >= 0 and test >= 0 and validation + test < 1):
-        raise InputError("the shares of validation and test must be at least 0, together below 1")
     columns: dict[str, array[int]] = {name: array("q") for name in ("source", "number", "offset")}
     columns["size"] = array("q")
-    keys, edges = array("Q"), (array("q"), array("Q"))
-    digests = []
+    keys, tied, kinds, values = array("Q"), array("q"), array("b"), array("Q")
+    digests, unmatched, example = [], 0, ""
     total = sum(_size(path) for path in files)
     with progress(total, "B", "read") as tick:
         for n, (path, stem) in enumerate(zip(files, stems, strict=True)):
-            digests.append(_digest(path))
+            digests.append(digest_of(path))
             for number, entry in enumerate(read_entries(path)):
                 row = len(keys)
-                values = (n, number, entry.offset, entry.size)
-                for column, value in zip(columns.values(), values, strict=True):
+                place = (n, number, entry.offset, entry.size)
+                for column, value in zip(columns.values(), place, strict=True):
                     column.append(value)
                 keys.append(text_key(f"{stem}/{record_id(entry.value, number)}"))
-                for text in group_texts(entry.value):
-                    edges[0].append(row)
-                    edges[1].append(text_key(text))
+                found = group_ids(entry.value)
+                if pattern is not None:
+                    matched = pattern_groups(entry.value, pattern)
+                    found += [("pattern", value) for value in matched]
+                    if not matched:
+                        example = example if unmatched else record_id(entry.value, number)
+                        unmatched += 1
+                for kind, value in found:
+                    tied.append(row)
+                    kinds.append(NUMBERS[kind])
+                    values.append(key_of(kind, value, salt))
                 tick(entry.size)
     if not keys:
         raise InputError(f"{', '.join(map(shown, files))}: no record in them; check the paths")
@@ -89,41 +98,43 @@ def read_sources(files: Sequence[Path], *, validation: float = 0.0, test: float 
     for name, column in columns.items():
         rows[name] = column
     own = np.array(keys, np.uint64)
-    _mark(rows, own, np.array(edges[0], np.int64), np.array(edges[1], np.uint64))
-    rows["split"] = _split(rows["group"], own, validation, test)
-    return Sources(files, stems, tuple(digests), rows)
-
-
-def _mark(rows: np.ndarray, own: np.ndarray, members: np.ndarray, keys: np.ndarray) -> None:
-    """Sets `twice` and `group`, given each row's own key and (row, key) of what ties rows."""
     _, first = np.unique(own, return_index=True)
     rows["twice"] = True
     rows["twice"][first] = False
-    group = np.arange(len(rows))
-    if len(keys):
-        _, number = np.unique(keys, return_inverse=True)
-        while True:  # as often as the longest chain of ties is long
-            lowest = np.full(int(number.max()) + 1, len(rows))
-            np.minimum.at(lowest, number, group[members])
-            after = group.copy()
-            np.minimum.at(after, members, lowest[number])
-            after = after[after]
-            if np.array_equal(after, group):
-                break
-            group = after
-    _, place, counts = np.unique(group, return_inverse=True, return_counts=True)
-    rows["group"] = np.where(counts[place] > 1, group, -1)
+    ties = np.zeros(len(tied), TIE)
+    ties["row"], ties["kind"], ties["key"] = tied, kinds, values
+    return Sources(files, stems, tuple(digests), rows, own, ties, (unmatched, example))
 
 
-def _split(group: np.ndarray, own: np.ndarray, validation: float, test: float) -> np.ndarray:
-    """Each row's split: by its group's lowest key, so that the order of the records is nothing."""
-    key = own.copy()
-    tied = group >= 0
-    lowest = np.full(len(own), np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(lowest, group[tied], own[tied])
-    key[tied] = lowest[group[tied]]
-    draw = uniform(mix(key, _SALT))
-    return np.where(draw < test, 2, np.where(draw < test + validation, 1, 0)).astype(np.int8)
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """A --group-pattern. Raises InputError where it is no regular expression, or has no group."""
+    try:
+        pattern = re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(
+            f"--group-pattern {shown(text)}: is no regular expression ({error}); mend it"
+        ) from None
+    if not pattern.groups:
+        raise InputError(
+            f"--group-pattern {shown(text)}: has no group; put what names the patient into"
+            r" parentheses, as in 'bus_(\d+)'"
+        )
+    return pattern
+
+
+def read_entry(file: IO[bytes], path: str, row: Any) -> Any:
+    """The entry of a row, from its open source."""
+    file.seek(int(row["offset"]))
+    try:
+        return parse_entry(file.read(int(row["size"])))
+    except ValueError:
+        raise changed(Path(path)) from None
+
+
+def changed(path: Path) -> InputError:
+    return InputError(
+        f"{shown(path)}: has changed while the dataset was built; run the same command again"
+    )
 
 
 def _size(path: Path) -> int:
@@ -135,7 +146,8 @@ def _size(path: Path) -> int:
         ) from None
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal. Raises InputError or OSError."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         while data := file.read(2**20):

@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from echovlm_jax.config import PRESETS, ModelConfig, from_hf, preset
+from echovlm_jax.data.disk import writing
 from echovlm_jax.data.encode import neutral
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.chat import load_chat_template, qwen2_vl_prompt
@@ -275,10 +276,14 @@ def _lines(texts: Sequence[str], most: int) -> Iterator[str]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with writing(path, lambda: len(data)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

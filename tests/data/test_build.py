@@ -15,9 +15,10 @@ from echovlm_jax.data import build as building
 from echovlm_jax.data import folder, parts
 from echovlm_jax.data.build import Options, build, validate
 from echovlm_jax.data.dataset import open_dataset
-from echovlm_jax.data.official import group_texts
+from echovlm_jax.data.groups import SPLITS, group
+from echovlm_jax.data.official import group_ids
 from echovlm_jax.data.quarantine import REASONS
-from echovlm_jax.data.sources import SPLITS, read_sources
+from echovlm_jax.data.sources import read_sources
 from echovlm_jax.errors import InputError
 from tests.data.sources import encoded, record, write
 
@@ -83,13 +84,11 @@ def test_tfds_reads_it_without_tensorflow(tmp_path):
 def test_no_group_is_in_two_splits(tmp_path):
     ids = [{"patient_id": f"p{n // 3}"} if n % 2 else {"exam_id": n // 4} for n in range(600)]
     records = [record(n, **ids[n]) for n in range(600)]
-    for n in range(500, 600):  # these share an image with another record
-        records[n]["image"] = [f"{n - 100}_0.png"]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(records))
-    found = read_sources([path], validation=0.2, test=0.2)
-    split = {n: int(row["split"]) for n, row in enumerate(found.rows)}
-    for kind in ("patient_id", "exam_id", "image"):
+    found = read_sources([path])
+    split = dict(enumerate(group(found.keys, found.ties, validation=0.2, test=0.2).split.tolist()))
+    for kind in ("patient_id", "exam_id"):
         of: dict[str, set[int]] = {}
         for n, entry in enumerate(records):
             if kind in entry:
@@ -99,16 +98,17 @@ def test_no_group_is_in_two_splits(tmp_path):
     assert all(shares[n] > 50 for n in range(3))
     # Which records come in which order changes nothing.
     path.write_text(json.dumps(records[::-1]))
-    other = read_sources([path], validation=0.2, test=0.2).rows["split"][::-1]
-    assert other.tolist() == list(split.values())
+    other = read_sources([path])
+    turned = group(other.keys, other.ties, validation=0.2, test=0.2).split[::-1]
+    assert turned.tolist() == list(split.values())
 
 
 @pytest.mark.parametrize(
     "number", [10**24, 3.0, "p"], ids=["many digits", "a table's float", "text"]
 )
 def test_a_patient_is_one_however_the_number_is_written(number):
-    (same,) = {tuple(group_texts({"patient_id": n})) for n in (number, number)}
-    assert same and same != tuple(group_texts({"patient_id": number * 2}))
+    (same,) = {tuple(group_ids({"patient_id": n})) for n in (number, number)}
+    assert same and same != tuple(group_ids({"patient_id": number * 2}))
 
 
 def test_alone_records_have_no_group_and_ids_stay_out_of_it(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from echovlm_jax.data.json_list import MAX_ENTRY, parse_entry, read_entries
-from echovlm_jax.data.official import group_texts, inside, read_record, record_id
+from echovlm_jax.data.official import group_ids, inside, read_record, record_id
 from echovlm_jax.data.organs import organ_name, organ_of_file, read_mapping
 from echovlm_jax.data.quarantine import REASONS, Refused
 from echovlm_jax.errors import InputError
@@ -122,8 +122,8 @@ def test_numbers_are_ids_however_long_and_a_tables_gap_is_none(tmp_path):
     path = _file(tmp_path, b'[{"id": 123456789012345678901234, "patient_id": NaN}]')
     raw = next(read_entries(path)).value
     assert record_id(raw, 0) == "123456789012345678901234"
-    assert group_texts(raw) == []
-    assert group_texts({"patient_id": 7.0}) == group_texts({"patient_id": 7}) != []
+    assert group_ids(raw) == []
+    assert group_ids({"patient_id": 7.0}) == group_ids({"patient_id": 7}) != []
 
 
 def test_an_options_answer_must_be_one_of_them():

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from echovlm_jax.data.disk import writing
 from echovlm_jax.data.keys import mix, text_key
 from echovlm_jax.data.phantom.exam import DIAGNOSES, make_exam
 from echovlm_jax.data.phantom.render import render
 from echovlm_jax.data.phantom.words import DIAGNOSES as NAMES
 from echovlm_jax.data.record import ORGANS
-from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import shown
 
 _TILE = (156, 132)  # px, width and height
 _STRIP = 13  # px for a name above each
@@ -45,11 +44,11 @@ def contact_sheet(path: str | Path, seed: int = 0) -> dict[str, Any]:
     picture = Image.fromarray(steps.astype(np.uint8)).quantize(_LEVELS)
     part = path.with_name(path.name + ".part")
     try:
-        picture.save(part, "png", optimize=True)
-        part.replace(path)
-    except OSError as error:
+        with writing(path):
+            picture.save(part, "png", optimize=True)
+            part.replace(path)
+    finally:
         part.unlink(missing_ok=True)
-        raise InputError(f"{shown(path)}: can't be written ({error.strerror})") from None
     return {"path": str(path), "width": width, "height": height, "bytes": path.stat().st_size}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,6 +21,7 @@ from pydicom.filewriter import dcmwrite
 from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage
 
+from echovlm_jax.data.disk import writing
 from echovlm_jax.data.keys import mix, text_key
 from echovlm_jax.data.phantom.dataset import organ_of
 from echovlm_jax.data.phantom.exam import MOST_VIEWS, Exam, make_exam
@@ -84,7 +86,7 @@ def write_exams(
     base = int(mix(text_key("phantom/files"), seed))
     organs = organ_of(base, np.arange(exams), balanced)
     counts = {"images": 0, "loops": 0}
-    entries = []
+    entries, planned = [], 0
     options = {"cine": cine, "cine_frames": cine_frames, "views": views}
     jobs = []
     for i, organ in enumerate(organs):
@@ -94,9 +96,11 @@ def write_exams(
         counts["loops"] += sum(file.endswith(".dcm") for file in files)
         counts["images"] += sum(file.endswith(".png") for file in files)
         entries.append(_entry(jobs[-1][0], exam, files, language))
+        planned += len(files)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_all_or_nothing(out))
         tick = stack.enter_context(progress(exams, "exam", "phantom"))
-        write = partial(_write_views, out)
+        write = partial(_write_views, out, planned)
         if workers > 1:
             pool = Workers(write, workers, {}, lambda job, _: job[0])
             stack.callback(pool.close)
@@ -107,10 +111,11 @@ def write_exams(
             for job in jobs:
                 write(job)
                 tick(1)
-    # Last, so that a folder with it is whole.
-    text = "[\n" + ",\n".join(json.dumps(e, ensure_ascii=False) for e in entries) + "\n]\n"
-    with _whole_file(out / "phantom.json") as file:
-        file.write(text.encode())
+        # Last, so that a folder with it is whole.
+        text = "[\n" + ",\n".join(json.dumps(e, ensure_ascii=False) for e in entries) + "\n]\n"
+        data, source = text.encode(), out / "phantom.json"
+        with writing(source, lambda: len(data)), _whole_file(source) as file:
+            file.write(data)
     found = np.bincount(organs, minlength=len(ORGANS)).tolist()
     return {
         "out": str(out),
@@ -162,13 +167,14 @@ def _files(name: str, exam: Exam) -> list[str]:
     return [f"images/{name}-{n}.{kind}" for n, kind in enumerate(kinds)]
 
 
-def _write_views(out: Path, job: tuple[str, Exam], *_: Any) -> None:
-    """Draws an exam's images; also what a worker process does."""
+def _write_views(out: Path, planned: int, job: tuple[str, Exam], *_: Any) -> None:
+    """Draws an exam's images; also what a worker process does. `planned`: images of all exams."""
     exam = job[1]
     for view, file in zip(exam.views, _files(*job), strict=True):
         pixels = render(exam, view)[..., 0]  # grey
         data = _dicom(pixels, view.key) if view.frames else _png(pixels)
-        with _whole_file(out / file) as stream:
+        path = out / file
+        with writing(path, partial(_left, path.parent, planned)), _whole_file(path) as stream:
             stream.write(data)
 
 
@@ -215,9 +221,32 @@ def _dicom(frames: np.ndarray, key: int) -> bytes:
 def _whole_file(path: Path) -> Iterator[Any]:
     """A file that has its name once it is all there."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        yield file
-        file.flush()
-        if path.suffix == ".json":  # one that stands for all the others
-            os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            if path.suffix == ".json":  # one that stands for all the others
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _all_or_nothing(out: Path) -> Iterator[None]:
+    """Leaves nothing of ours in a folder whose exams could not all be written."""
+    try:
+        yield
+    except BaseException:
+        (out / "phantom.json").unlink(missing_ok=True)
+        shutil.rmtree(out / "images", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            out.rmdir()
+        raise
+
+
+def _left(images: Path, planned: int) -> int:
+    """About how many bytes are still to be written, as large as the images so far."""
+    sizes = [path.stat().st_size for path in images.iterdir() if path.suffix != ".part"]
+    return (planned - len(sizes)) * (sum(sizes) // max(1, len(sizes)))
