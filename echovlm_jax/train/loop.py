@@ -22,6 +22,8 @@ from jax.experimental import multihost_utils
 from echovlm_jax.checkpoint import open_checkpoints
 from echovlm_jax.data import global_arrays, make_batches
 from echovlm_jax.data.dataset import split_names
+from echovlm_jax.data.review import ALLOWED, losses, review, table
+from echovlm_jax.data.settings import Settings
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 from echovlm_jax.train.config_file import check_config, differences
@@ -58,11 +60,13 @@ def train(
 
     Returns:
       final_step, final_loss (of the last step logged; None where no step was left), workdir,
-      stopped (whether before `config.steps`), skipped (steps without an update).
+      stopped (whether before `config.steps`), skipped (steps without an update), and what
+      `data.review.counted` says of the data: tasks, by_organ, images_shrunk, …
 
     Raises:
       InputError: a value of the configuration can't be; the folder is of another configuration;
-        the data can't be read; or ten steps in a row had no finite loss and gradient.
+        the data can't be read, or more samples than `allow_dropped` don't fit a row; or ten steps
+        in a row had no finite loss and gradient.
     """
     check_config(config)
     folder = Path(workdir)
@@ -71,12 +75,13 @@ def train(
     start = starting_point(config.model)
     split_names(config.data)  # it is there: said before weights are read
     program = make_program(config, model=start.config)
-    _keep_table(program, folder)
-
     settings = config.copy_and_resolve_references()
     if not settings.get("data_cache"):
         with settings.unlocked():
             settings.data_cache = str(folder / PLANS)
+    seen = _review(settings)  # before anything is written
+    _keep_table(program, folder)
+
     checkpoints = open_checkpoints(
         folder / CHECKPOINTS,
         keep=config.checkpoint_keep,
@@ -140,6 +145,7 @@ def train(
         "stopped": step < config.steps,
         "skipped": log.skipped,
         "saved_step": saved,
+        **seen,
     }
 
 
@@ -159,6 +165,17 @@ def _refuse_another(config: Config, folder: Path) -> None:
             f"{path}: this run was begun with another configuration ({'; '.join(changed)});"
             " name another folder, or go on with --change-config"
         )
+
+
+def _review(config: Config) -> dict[str, Any]:
+    """Tells what the first epoch shows and what it leaves out, by task and organ; counts of it.
+
+    Raises InputError where the configuration doesn't allow as much to be left out.
+    """
+    settings, allowed = Settings.from_config(config), config.get("allow_dropped")
+    seen = review(settings, ALLOWED if allowed is None else allowed)
+    _say(table(seen, settings))
+    return seen
 
 
 def _keep_table(program: Program, folder: Path) -> None:
@@ -211,6 +228,9 @@ def _evaluation(config: Config, program: Program) -> Any:
         settings.mix_temperature = 1.0
         if "organ_weights" in settings:
             del settings.organ_weights
+    with contextlib.suppress(InputError):  # what is wrong with the split is said when it is used
+        seen = review(Settings.from_config(settings), 1.0)
+        _say(f"the split {VALIDATION}: {losses(seen)}")
     compiled = None
     if VALIDATION not in split_names(config.data):
         _say(f"{config.data} has no split {VALIDATION}: nothing is evaluated on the way")
