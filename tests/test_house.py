@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "generate": {"config", "mesh", "model", "ops", "processing", "progress"},
     "load": _LOAD,
     "evaluate": {"config", "data", "generate", "load", "processing", "progress"},
-    "plan": {"config", "chips", "flops", "mesh", "model", "train", "generate", "progress"},
+    "plan": {"config", "chips", "data", "flops", "mesh", "model", "train", "generate", "progress"},
     # The package's front door, and the commands that go the whole way.
     "": {"load"},
     "demo": ANYTHING,

@@ -28,8 +28,8 @@ from echovlm_jax.data.examples import (
 )
 from echovlm_jax.data.fit import Need
 from echovlm_jax.data.keys import mix, number
-from echovlm_jax.data.mixing import epoch_draws, ratios
-from echovlm_jax.data.packing import Rows, pack
+from echovlm_jax.data.mixing import Draws, epoch_draws, ratios
+from echovlm_jax.data.packing import WINDOW, Rows, pack
 from echovlm_jax.data.record import LANGUAGES, Turn
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.data.tasks import TASKS
@@ -149,6 +149,16 @@ def plan_epoch(
     return planned
 
 
+def plan_beginning(source: Source) -> Epoch:
+    """The plan of the first samples of the first epoch, as many as are packed together: how full
+    rows get, without measuring all of the data.
+
+    Raises:
+      InputError: as `plan_epoch`.
+    """
+    return _plan(source, 0, WINDOW)
+
+
 def mend(settings: Settings, needs: np.ndarray) -> str:
     """The keys to raise, and to what, so that samples with these needs fit as they are.
 
@@ -166,7 +176,7 @@ def mend(settings: Settings, needs: np.ndarray) -> str:
     return " ".join(changes)
 
 
-def _plan(source: Source, epoch: int) -> Epoch:
+def _plan(source: Source, epoch: int, most: int | None = None) -> Epoch:
     settings, dataset = source.settings, source.dataset
     counts = [len(peers) for peers in source.peers]
     ratio = ratios(
@@ -176,6 +186,7 @@ def _plan(source: Source, epoch: int) -> Epoch:
         weights=dict(settings.organ_weights) if settings.organ_weights else None,
     )
     draws = epoch_draws(dataset.organs, ratio, seed=settings.seed, epoch=epoch)
+    draws = Draws(*(column[:most] for column in draws))
     keys = mix(settings.seed, _SAMPLE, epoch, draws.record, draws.repeat)
     made = measure(source, draws.record, keys)
     kept = made["reason"] < 0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from echovlm_jax.data.examples import ALONE, REASONS, Source, open_source
-from echovlm_jax.data.plan import Epoch, mend, plan_epoch
+from echovlm_jax.data.plan import Epoch, mend, plan_beginning, plan_epoch
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.errors import InputError
@@ -36,6 +36,17 @@ def review(settings: Settings, allowed: float = ALLOWED) -> dict[str, Any]:
     """
     source = open_source(settings)
     return counted(source, plan_epoch(source, 0, partial(_check, source, allowed)))
+
+
+def expected_filling(settings: Settings) -> dict[str, float]:
+    """The share of the rows' tokens and patches that is used, by an epoch's first samples.
+
+    Raises:
+      InputError: the data can't be used.
+    """
+    source = open_source(settings)
+    begun = plan_beginning(source)
+    return filled(begun.tokens, begun.patches, len(begun.offsets) - 1, settings)
 
 
 def counted(source: Source, epoch: Epoch) -> dict[str, Any]:
