@@ -61,6 +61,8 @@ _TEXT_RECIPE = tuple(
     if not rule.pattern.startswith("vision/")
 )
 _NO_TASK = {f"task_weights.{task}": 0.0 for task in TASKS}
+# An English report takes 150 tokens of the demo's tokenizer: small rows, so short steps.
+ROWS: Mapping[str, int] = {"global_batch_size": 4, "seq_len": 256, "max_patches": 256}
 # What differs from configs/phantom.py in each stage.
 STAGES: Mapping[str, Mapping[str, Any]] = {
     # Which picture goes with which word. Nothing is pretrained, so nothing is left as it is. An
@@ -81,6 +83,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     "instruction": {
         "stage_rules": (("text/(embed|lm_head)/.*", "full"), *_TEXT_RECIPE),
         "steps": 400,
+        **ROWS,
         **_NO_TASK,
         "task_weights.report": 1.0,
         "task_weights.diagnosis": 1.0,

@@ -5,7 +5,8 @@ Two counts, in floating-point operations of matrix products (a multiply-add is t
 `model_flops` is the useful work, the numerator of model FLOPs utilisation as PaLM (arXiv
 2204.02311, appendix B) counts it: every weight product and the attention scores; causal attention
 half of its square; the experts that a token goes to, not those that run; nothing that is computed
-twice. The backward pass costs what the trained parameters need: where all train, twice the forward.
+twice. Padding counts like a full row's work; `Flops.used` is what is left without it. The backward
+pass costs what the trained parameters need: where all train, twice the forward.
 
 `executed_flops` is what a program does with a given dispatch and attention: unused experts, the
 masked half of the scores, products that rematerialisation repeats. It is the one to compare with a
@@ -121,6 +122,15 @@ class Flops(NamedTuple):
     @property
     def total(self) -> float:
         return self.forward + self.backward
+
+    def used(self, tokens: float, patches: float) -> float:
+        """The part of the total that is no padding, where rows are packed.
+
+        Args:
+          tokens, patches: the shares of the rows' places that hold something.
+        """
+        vision = sum(t.forward + t.backward for t in self.terms if t.name.startswith("vision "))
+        return (self.total - vision) * tokens + vision * patches
 
     def __str__(self) -> str:
         """A table: part, forward, backward and share."""

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "generate": {"config", "mesh", "model", "ops", "processing", "storage", "progress"},
     "load": _LOAD,
     "evaluate": {"config", "data", "generate", "load", "processing", "storage", "progress"},
-    "plan": {"config", "chips", "flops", "mesh", "model", "train", "generate", "progress"},
+    "plan": {"config", "chips", "data", "flops", "mesh", "model", "train", "generate", "progress"},
     # The package's front door, and the commands that go the whole way.
     "": {"load"},
     "demo": ANYTHING,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.data.tasks import TASKS
-from echovlm_jax.demo import EVALUATION, EXAMS, demo_config, make_data, train_whole
+from echovlm_jax.demo import EVALUATION, EXAMS, ROWS, demo_config, make_data, train_whole
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.compare import compare
 from echovlm_jax.evaluate.harness import evaluate
@@ -107,7 +107,7 @@ def bench_phantom(
     for seed in range(seeds):
         for arm, results in zip((study.before, study.after), found, strict=True):
             run = folder / f"{what}-{arm.name.replace(' ', '-')}-{seed}"
-            own = {"seed": seed, "steps": steps, "data": str(trained / "data")}
+            own = {**ROWS, "seed": seed, "steps": steps, "data": str(trained / "data")}
             own |= {"tokenizer": str(tested / "tokenizer"), **_TASKS, **arm.changes}
             train_whole(demo_config(arm.config, own), run)
             results.append(run.with_name(f"{run.name}-results"))

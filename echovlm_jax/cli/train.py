@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from echovlm_jax.cli.frame import Result, add_command
+from echovlm_jax.cli.printing import show
 from echovlm_jax.memory import keep_freed_memory
+
+_SHOWN = (
+    *("drawn", "dropped", "tasks", "by_organ", "images_shrunk"),
+    *("useful_patches", "packing_efficiency"),
+)
 
 
 def add_train(commands: Any) -> None:
@@ -32,6 +38,7 @@ def add_train(commands: Any) -> None:
         "echovlm train --config configs/alignment.py --workdir run/\n"
         "  echovlm train --config configs/full_finetune.py --workdir run/ --config.model=tiny "
         "--config.steps=20 --config.global_batch_size=1",
+        show=_show_train,
     )
     command.add_argument(
         "--config", type=Path, required=True, metavar="F.py", help="a file as in configs/"
@@ -51,6 +58,11 @@ def add_train(commands: Any) -> None:
         help="write a profile of the steps from A to before B, for TensorBoard",
     )
     command.set_defaults(overrides=[])
+
+
+def _show_train(result: Result, args: argparse.Namespace) -> None:
+    """What the data's table has not shown before the first step."""
+    show({key: value for key, value in result.items() if key not in _SHOWN}, args)
 
 
 def _steps(text: str) -> tuple[int, int]:

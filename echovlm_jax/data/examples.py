@@ -16,11 +16,11 @@ import numpy as np
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.dataset import Dataset, open_dataset
 from echovlm_jax.data.encode import text_tokens
-from echovlm_jax.data.fit import Grid, fit
+from echovlm_jax.data.fit import Grid, Need, fit, needed, whole
 from echovlm_jax.data.keys import mix
 from echovlm_jax.data.record import Record, Turn
 from echovlm_jax.data.settings import Settings
-from echovlm_jax.data.tasks import TASKS, compose, mix_for
+from echovlm_jax.data.tasks import TASKS, Composed, Unmade, compose, mix_for
 from echovlm_jax.data.tokenizer import tokenizer_for
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.images import ImageConfig
@@ -50,18 +50,33 @@ class Example(NamedTuple):
     vision: tuple[tuple[str, int], ...]  # of each medium: "image" or "video", and its tokens
     tokens: int  # all of them, also those that stand for patches
     patches: int
+    shrunk: int  # media that are smaller, or have fewer frames, than max_image_patches lets them
 
 
 class NoExample(InputError):
-    """Nothing can be made of a record. `reason` is one of REASONS."""
+    """Nothing can be made of a record with a key.
 
-    def __init__(self, reason: str, record: Record, detail: str) -> None:
+    Attributes:
+      reason: one of REASONS.
+      task: the one that was drawn, of tasks.TASKS; None where the record has texts for none.
+      need: the budgets that it would fit; None where they are not what is wrong.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        record: Record,
+        detail: str,
+        task: str | None = None,
+        need: Need | None = None,
+    ) -> None:
         super().__init__(f"record {record.id}: {reason}: {detail}")
-        self.reason = reason
+        self.reason, self.task, self.need = reason, task, need
 
 
 TOO_LONG, NOTHING, SIDES = "too long", "nothing to teach", "image sizes"
-REASONS = (TOO_LONG, NOTHING, SIDES)
+ALONE = "nothing to choose from"  # no other exam has a text that differs
+REASONS = (TOO_LONG, NOTHING, SIDES, ALONE)
 
 
 def open_source(settings: Settings) -> Source:
@@ -77,30 +92,56 @@ def example(source: Source, number: int, key: int) -> Example:
     """The sample that a key makes of a record; the same one every time.
 
     Raises:
-      NoExample: its texts hold nothing to teach, it is too long for a row, or an image's sides
-        can't be made into patches.
+      NoExample: its texts hold nothing to teach, the drawn task can't be made of it, it is too long
+        for a row, or an image's sides can't be made into patches.
+      InputError: the dataset is damaged.
+    """
+    return measured(source, number, conversation(source, number, key))
+
+
+def conversation(source: Source, number: int, key: int) -> Composed:
+    """What a key makes of a record's texts: of the task that is drawn, or nothing.
+
+    Raises:
+      NoExample: its texts hold nothing to teach, or the drawn task can't be made of it.
       InputError: the dataset is damaged.
     """
     record = source.dataset.record(number)
     try:
         other = partial(_other, source.dataset, source.peers, number)
-        composed = compose(record, key, source.tasks, other)
+        return compose(record, key, source.tasks, other, redraw=False)
+    except Unmade as error:
+        detail = f"no other exam has a text for {error.task} that differs"
+        raise NoExample(ALONE, record, detail, error.task) from None
     except InputError as error:
         raise NoExample(NOTHING, record, str(error)) from None
+
+
+def measured(source: Source, number: int, composed: Composed) -> Example:
+    """The sample of a record with this conversation: how large it is.
+
+    Raises:
+      NoExample: it is too long for a row, or an image's sides can't be made into patches.
+      InputError: the dataset is damaged.
+    """
+    record = source.dataset.record(number)
     kinds = ["video" if medium.frames else "image" for medium in record.media]
     text = text_tokens(source.tokenizer, composed.turns, len(kinds))
     settings = source.settings
     limits = (settings.seq_len, settings.max_patches, settings.max_image_patches)
     try:
         grids = fit(record.media, text, *limits, source.images)
+        full = whole(record.media, settings.max_image_patches, source.images)
     except InputError as error:
-        raise NoExample(SIDES, record, str(error)) from None
-    if grids is None:
+        raise NoExample(SIDES, record, str(error), composed.task) from None
+    if grids is None or full is None:
         raise NoExample(
             TOO_LONG,
             record,
             f"its text takes {text} of seq_len {settings.seq_len} tokens, and beside it, or into"
             f" max_patches {settings.max_patches}, its {len(kinds)} media don't fit",
+            composed.task,
+            needed(record.media, text, settings.max_image_patches, source.images),
         )
     unit = source.images.merge_size**2
     vision = tuple((kind, g.patches // unit) for kind, g in zip(kinds, grids, strict=True))
@@ -113,6 +154,7 @@ def example(source: Source, number: int, key: int) -> Example:
         vision=vision,
         tokens=text + sum(n for _, n in vision),
         patches=sum(grid.patches for grid in grids),
+        shrunk=sum(a.patches < b.patches for a, b in zip(grids, full, strict=True)),
     )
 
 

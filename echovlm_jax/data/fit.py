@@ -19,6 +19,8 @@ from echovlm_jax.data.record import Medium
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.images import ImageConfig, smart_resize, to_patches
 
+NO_LIMIT = 2**40
+
 
 class Grid(NamedTuple):
     """What becomes of one image or loop: t · h · w patches."""
@@ -32,6 +34,14 @@ class Grid(NamedTuple):
     @property
     def patches(self) -> int:
         return self.t * self.h * self.w
+
+
+class Need(NamedTuple):
+    """The least budgets that an exam fits into as it is, with no image smaller for the row."""
+
+    seq_len: int
+    max_patches: int
+    max_image_patches: int
 
 
 def fit(
@@ -85,6 +95,39 @@ def fit(
         found = tried(frames, middle * block)
         grids, low, high = (grids, low, middle) if found is None else (found, middle, high)
     return grids
+
+
+def whole(
+    media: Sequence[Medium], max_image_patches: int, config: ImageConfig
+) -> tuple[Grid, ...] | None:
+    """The sizes that media get where a row has room for anything, or None where one of them has
+    more patches than an image may have, however small it gets.
+
+    Raises:
+      InputError: as `fit`.
+    """
+    return fit(media, 0, NO_LIMIT, NO_LIMIT, max_image_patches, config)
+
+
+def needed(
+    media: Sequence[Medium], text_tokens: int, max_image_patches: int, config: ImageConfig
+) -> Need:
+    """What seq_len, max_patches and max_image_patches have to be for an exam to keep its sizes.
+
+    Raises:
+      InputError: as `fit`.
+    """
+    low, most = max_image_patches - 1, max_image_patches
+    grids = whole(media, most, config)
+    while grids is None:
+        low, most = most, 2 * most
+        grids = whole(media, most, config)
+    while most - low > 1:
+        middle = (low + most) // 2
+        found = whole(media, middle, config)
+        grids, low, most = (grids, middle, most) if found is None else (found, low, middle)
+    patches = sum(grid.patches for grid in grids)
+    return Need(text_tokens + patches // config.merge_size**2, patches, most)
 
 
 @lru_cache(maxsize=2**16)

@@ -17,19 +17,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from echovlm_jax.data import plan_cache
-from echovlm_jax.data.examples import REASONS, Example, NoExample, Source, example, open_source
+from echovlm_jax.data.examples import (
+    REASONS,
+    Example,
+    NoExample,
+    Source,
+    conversation,
+    measured,
+    open_source,
+)
+from echovlm_jax.data.fit import Need
 from echovlm_jax.data.keys import mix, number
-from echovlm_jax.data.mixing import epoch_draws, ratios
-from echovlm_jax.data.packing import Rows, pack
+from echovlm_jax.data.mixing import Draws, epoch_draws, ratios
+from echovlm_jax.data.packing import WINDOW, Rows, pack
 from echovlm_jax.data.record import LANGUAGES, Turn
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.data.workers import Workers
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing.files import shown
 
 _SAMPLE, _ROWS = 3, 4  # what a key is for; mixing has 1 and 2
 _CHUNK = 1024  # samples that a worker measures at a time
-_TRIES = 4  # keys tried for a sample, until it is unlike the exam's other samples and fits
+_TRIES = 16  # keys tried for a sample, until its words are unlike the exam's other samples'
+_STEP = 128  # budgets that are advised are multiples of it: attention's blocks are
 _SWAPS = 1000  # rows tried for one that holds an exam a second time in its batch
 
 
@@ -44,10 +55,13 @@ class Epoch(NamedTuple):
     patches: np.ndarray  # int32 [M]
     task: np.ndarray  # int8 [M], of tasks.TASKS
     language: np.ndarray  # int8 [M], of record.LANGUAGES
+    shrunk: np.ndarray  # int32 [M]: media made smaller so that the sample fits a row
     samples: np.ndarray  # int32 [M]
     offsets: np.ndarray  # int64 [rows + 1], rows a multiple of the global batch size
     lost_record: np.ndarray  # int32 [K]
     lost_reason: np.ndarray  # int8 [K], of examples.REASONS
+    lost_task: np.ndarray  # int8 [K], of tasks.TASKS; -1: none was drawn
+    lost_need: np.ndarray  # int64 [K, 3]: budgets that it would fit, as fit.Need; 0: of no avail
     clashes: np.ndarray  # int64 []: samples whose exam their batch holds already
 
     @property
@@ -109,8 +123,13 @@ class Plan:
         ]
 
 
-def plan_epoch(source: Source, epoch: int) -> Epoch:
+def plan_epoch(
+    source: Source, epoch: int, check: Callable[[Epoch], None] = lambda planned: None
+) -> Epoch:
     """Plans one epoch, or reads its plan from the cache.
+
+    Args:
+      check: called with the plan; what it raises leaves nothing in the cache.
 
     Raises:
       InputError: the mixture doesn't fit the data, nothing of the data fits a row, or the cache
@@ -118,16 +137,46 @@ def plan_epoch(source: Source, epoch: int) -> Epoch:
     """
     settings = source.settings
     if settings.cache is None:
-        return _plan(source, epoch)
+        planned = _plan(source, epoch)
+        check(planned)
+        return planned
     name = f"{plan_cache.fingerprint(source)}-{epoch}"
     found = plan_cache.read(settings.cache, name, Epoch._fields)
+    planned = _plan(source, epoch) if found is None else Epoch(**found)
+    check(planned)
     if found is None:
-        found = _plan(source, epoch)._asdict()
-        plan_cache.write(settings.cache, name, found)
-    return Epoch(**found)
+        plan_cache.write(settings.cache, name, planned._asdict())
+    return planned
 
 
-def _plan(source: Source, epoch: int) -> Epoch:
+def plan_beginning(source: Source) -> Epoch:
+    """The plan of the first samples of the first epoch, as many as are packed together: how full
+    rows get, without measuring all of the data.
+
+    Raises:
+      InputError: as `plan_epoch`.
+    """
+    return _plan(source, 0, WINDOW)
+
+
+def mend(settings: Settings, needs: np.ndarray) -> str:
+    """The keys to raise, and to what, so that samples with these needs fit as they are.
+
+    Args:
+      needs: int [K, 3], as `Epoch.lost_need`.
+
+    Returns:
+      "--config.seq_len=1280 --config.max_patches=640"; empty where no budget is what is wrong.
+    """
+    changes = []
+    for key, least in zip(Need._fields, needs.max(axis=0, initial=0).tolist(), strict=True):
+        if least > getattr(settings, key):
+            step = 1 if key == "max_image_patches" else _STEP
+            changes.append(f"--config.{key}={-(-least // step) * step}")
+    return " ".join(changes)
+
+
+def _plan(source: Source, epoch: int, most: int | None = None) -> Epoch:
     settings, dataset = source.settings, source.dataset
     counts = [len(peers) for peers in source.peers]
     ratio = ratios(
@@ -137,15 +186,17 @@ def _plan(source: Source, epoch: int) -> Epoch:
         weights=dict(settings.organ_weights) if settings.organ_weights else None,
     )
     draws = epoch_draws(dataset.organs, ratio, seed=settings.seed, epoch=epoch)
+    draws = Draws(*(column[:most] for column in draws))
     keys = mix(settings.seed, _SAMPLE, epoch, draws.record, draws.repeat)
     made = measure(source, draws.record, keys)
     kept = made["reason"] < 0
     if not kept.any():
         counted = Counter(REASONS[i] for i in made["reason"])
+        budgets = mend(settings, made["need"])
         raise InputError(
-            f"data {settings.data}: none of its {len(kept)} samples can be used"
-            f" ({', '.join(f'{reason}: {n}' for reason, n in counted.items())}); raise"
-            f" max_patches {settings.max_patches} and seq_len {settings.seq_len}, or mend the data"
+            f"data {shown(settings.data)}: none of its {len(kept)} samples can be used"
+            f" ({', '.join(f'{reason}: {n}' for reason, n in counted.items())});"
+            f" {f'give rows room with {budgets}' if budgets else 'mend the data'}"
         )
     record, tokens, patches = (a[kept] for a in (draws.record, made["tokens"], made["patches"]))
     rows = pack(
@@ -165,10 +216,13 @@ def _plan(source: Source, epoch: int) -> Epoch:
         patches=patches,
         task=made["task"][kept],
         language=made["language"][kept],
+        shrunk=made["shrunk"][kept],
         samples=rows.samples,
         offsets=rows.offsets,
         lost_record=draws.record[~kept],
         lost_reason=made["reason"][~kept],
+        lost_task=made["task"][~kept],
+        lost_need=made["need"][~kept],
         clashes=np.asarray(clashes, np.int64),
     )
 
@@ -180,7 +234,8 @@ def measure(source: Source, records: np.ndarray, keys: np.ndarray) -> dict[str, 
       records: int [M], numbers in the dataset; keys: uint64 [M], the ones to try first.
 
     Returns:
-      key uint64, tokens, patches int32, task, language, reason int8 (−1: none), [M] each.
+      key uint64; tokens, patches, shrunk int32; task, language, reason int8 (−1: none), [M] each;
+      need int64 [M, 3], of those that are too long. A sample without a task has task −1.
     """
     # An exam's samples next to each other, so that whoever makes one knows the others.
     order = np.lexsort((np.arange(len(records)), records))
@@ -208,15 +263,24 @@ _COLUMNS: Mapping[str, Any] = {
     "patches": np.int32,
     "task": np.int8,
     "language": np.int8,
+    "shrunk": np.int32,
     "reason": np.int8,
 }
+_NEED = len(Need._fields)
+
+
+def _columns(count: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each array that measuring fills."""
+    return {name: ((count,), dtype) for name, dtype in _COLUMNS.items()} | {
+        "need": ((count, _NEED), np.int64)
+    }
 
 
 def _measure_in_workers(
     source: Source, jobs: Sequence[tuple[np.ndarray, np.ndarray]], count: int
 ) -> list[dict[str, np.ndarray]]:
     capacity = max(len(records) for records, _ in jobs)
-    layout = {name: ((capacity,), dtype) for name, dtype in _COLUMNS.items()}
+    layout = _columns(capacity)
 
     def name(job: tuple[np.ndarray, np.ndarray], part: int) -> str:
         records, _ = job
@@ -251,7 +315,7 @@ def _measure_chunk(
     source: Source, records: np.ndarray, keys: np.ndarray, note: Any
 ) -> dict[str, np.ndarray]:
     """`measure` of samples that are sorted by record. `note` hears which one is begun."""
-    out = {name: np.zeros(len(records), dtype) for name, dtype in _COLUMNS.items()}
+    out = {name: np.zeros(*of) for name, of in _columns(len(records)).items()}
     seen: set[tuple[Turn, ...]] = set()  # of this record's samples so far
     for i, (record, first) in enumerate(zip(records.tolist(), keys.tolist(), strict=True)):
         note(i)
@@ -260,10 +324,12 @@ def _measure_chunk(
         key, found = _choose(source, record, first, seen)
         if isinstance(found, NoExample):
             out["reason"][i] = REASONS.index(found.reason)
+            out["task"][i] = -1 if found.task is None else TASKS.index(found.task)
+            out["need"][i] = found.need or 0
             continue
         seen.add(found.turns)
         task, language = TASKS.index(found.task), LANGUAGES.index(found.language)
-        row = (key, found.tokens, found.patches, task, language, -1)
+        row = (key, found.tokens, found.patches, task, language, found.shrunk, -1)
         for name, value in zip(_COLUMNS, row, strict=True):
             out[name][i] = value
     return out
@@ -272,23 +338,27 @@ def _measure_chunk(
 def _choose(
     source: Source, record: int, first: int, seen: Container[tuple[Turn, ...]]
 ) -> tuple[int, Example | NoExample]:
-    """A key, `first` where that will do, and what it makes: a sample that fits a row and that was
-    not `seen`; or else one that fits; or else why none does."""
-    failure, repeated = None, None
-    for attempt in range(_TRIES):
-        key = first if attempt == 0 else number(first, attempt)
+    """A key and what it makes: `first`'s sample, or the reason why there is none.
+
+    Where that was `seen` already, a key that sets the same task in other words is looked for.
+    Never one that sets another task: those that fit would stand in for those that don't, and
+    nobody would know.
+    """
+    try:
+        made = measured(source, record, conversation(source, record, first))
+    except NoExample as error:
+        return first, error
+    if made.turns not in seen:
+        return first, made
+    for attempt in range(1, _TRIES):
+        key = number(first, attempt)
         try:
-            made = example(source, record, key)
-        except NoExample as error:
-            failure = failure or error  # another task's conversation may be shorter
+            found = conversation(source, record, key)
+            if found.task == made.task and found.turns not in seen:
+                return key, measured(source, record, found)
+        except NoExample:
             continue
-        if made.turns not in seen:
-            return key, made
-        repeated = repeated or (key, made)
-    if repeated:
-        return repeated
-    assert failure is not None
-    return first, failure
+    return first, made
 
 
 def spread_repeats(rows: Rows, record: np.ndarray, batch_size: int) -> tuple[Rows, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from echovlm_jax.data.examples import Source, open_source
-from echovlm_jax.data.fit import fit
+from echovlm_jax.data.fit import NO_LIMIT, fit
 from echovlm_jax.data.packing import WINDOW, pack
 from echovlm_jax.data.plan import Epoch, plan_epoch
 from echovlm_jax.data.record import LANGUAGES
+from echovlm_jax.data.review import counted, filled, rows_of
 from echovlm_jax.data.settings import Settings
-from echovlm_jax.data.tasks import TASKS
 
 # Patches a row has room for, over what the tokens of a full row would bring on average. Rows differ
 # in how much of them is images: with little room patches run out before tokens do, a lot of room
@@ -26,7 +25,6 @@ _SPARE = (1.04, 1.08, 1.12, 1.2, 1.3, 1.5)
 _PATCHES_COUNT = 0.25
 _SAMPLES = 2 * WINDOW  # that suggestions are tried on
 _STEP = 128  # what a suggested number of patches is a multiple of: attention's blocks are
-_NO_LIMIT = 2**40
 
 
 def stats(
@@ -41,10 +39,11 @@ def stats(
         the model's own tokenizer makes.
 
     Returns:
-      plain data for JSON. `by_organ`, `tasks` and `languages`: shares that the run sees, and of
-      each organ its exams, how often one comes up in an epoch, its lengths, and how full rows of
-      it alone would be. `packing_efficiency`: the share of all rows' tokens and patches that is
-      used. `suggested`: patches a row for these tokens a row, and what they would give.
+      plain data for JSON. `tasks`, `by_organ`, `images_shrunk`, `dropped`, `useful_patches` and
+      `packing_efficiency`: as `review.counted`; of each organ also its exams, its share, how often
+      one comes up in an epoch, its lengths, and how full rows of it alone would be. `samples` and
+      `languages`: what is trained on. `suggested`: patches a row for these tokens a row, and what
+      they would give.
 
     Raises:
       InputError: the dataset is damaged, the mixture doesn't fit it, or no sample fits a row.
@@ -65,12 +64,10 @@ def stats(
 def stats_of(source: Source) -> dict[str, Any]:
     """`stats` of a dataset that is open."""
     settings, epoch = source.settings, plan_epoch(source, 0)
-    budgets = settings.seq_len, settings.max_patches
-    rows = len(epoch.offsets) - 1
-    return {
+    rows, seen = len(epoch.offsets) - 1, counted(source, epoch)
+    return seen | {
         "records": len(source.dataset),
         "samples": len(epoch.record),
-        "dropped": epoch.dropped,
         "rows": rows,
         "steps_per_epoch": rows // settings.global_batch_size,
         "samples_per_row": len(epoch.record) / rows,
@@ -78,28 +75,24 @@ def stats_of(source: Source) -> dict[str, Any]:
         "max_patches": settings.max_patches,
         "tokens": _spread(epoch.tokens),
         "patches": _spread(epoch.patches),
-        "packing_efficiency": _efficiency(epoch.tokens, epoch.patches, rows, *budgets),
         "same_exam_in_a_batch": int(epoch.clashes),
-        "by_organ": _by_organ(source, epoch),
-        "tasks": _shares(epoch.task, TASKS),
+        "by_organ": _by_organ(source, epoch, seen["by_organ"]),
         "languages": _shares(epoch.language, LANGUAGES),
         "suggested": _suggested(source, epoch),
     }
 
 
-def _by_organ(source: Source, epoch: Epoch) -> dict[str, Any]:
+def _by_organ(source: Source, epoch: Epoch, seen: Mapping[str, Any]) -> dict[str, Any]:
     settings, out = source.settings, {}
     organs = source.dataset.organs[epoch.record]
-    lost = np.bincount(source.dataset.organs[epoch.lost_record], minlength=len(source.peers))
     for i, name in enumerate(source.dataset.organ_names):
         at = np.flatnonzero(organs == i)
         tokens, patches = epoch.tokens[at], epoch.patches[at]
-        out[name] = {
+        out[name] = seen[name] | {
             "records": len(source.peers[i]),
             "samples": len(at),
-            "dropped": int(lost[i]),
             "share": len(at) / len(organs),
-            "repeats": (len(at) + int(lost[i])) / max(1, len(source.peers[i])),
+            "repeats": seen[name]["drawn"] / max(1, len(source.peers[i])),
         }
         if len(at):
             budgets = settings.seq_len, settings.max_patches
@@ -107,7 +100,7 @@ def _by_organ(source: Source, epoch: Epoch) -> dict[str, Any]:
             out[name] |= {
                 "tokens": _spread(tokens),
                 "patches": _spread(patches),
-                "packing_efficiency": _efficiency(tokens, patches, rows, *budgets),
+                "packing_efficiency": filled(tokens, patches, rows, settings),
             }
     return out
 
@@ -126,15 +119,6 @@ def _spread(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _efficiency(
-    tokens: np.ndarray, patches: np.ndarray, rows: int, seq_len: int, max_patches: int
-) -> dict[str, float]:
-    return {
-        "tokens": int(tokens.sum()) / (rows * seq_len),
-        "patches": int(patches.sum()) / max(1, rows * max_patches),
-    }
-
-
 def _shares(values: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     counts = np.bincount(values, minlength=len(names))
     return {name: int(n) / len(values) for name, n in zip(names, counts, strict=True) if n}
@@ -146,7 +130,7 @@ def _suggested(source: Source, epoch: Epoch) -> dict[str, Any]:
     unit = images.merge_size**2
     text = (epoch.tokens - epoch.patches // unit)[:_SAMPLES]
     natural = np.empty(len(text), np.int64)
-    limits = (settings.seq_len, _NO_LIMIT, settings.max_image_patches)
+    limits = (settings.seq_len, NO_LIMIT, settings.max_image_patches)
     for i, tokens in enumerate(text.tolist()):
         media = source.dataset.record(int(epoch.record[i])).media
         natural[i] = sum(grid.patches for grid in fit(media, tokens, *limits, images) or ())
@@ -156,7 +140,8 @@ def _suggested(source: Source, epoch: Epoch) -> dict[str, Any]:
     for spare in _SPARE:
         budget = -(-max(int(np.ceil(mean * spare)), most) // _STEP) * _STEP
         rows = len(pack(tokens, natural, settings.seq_len, budget, key=0).offsets) - 1
-        tried.append((budget, _efficiency(tokens, natural, rows, settings.seq_len, budget)))
+        wider = dataclasses.replace(settings, max_patches=budget)
+        tried.append((budget, filled(tokens, natural, rows, wider)))
     budget, used = max(tried, key=lambda one: one[1]["tokens"] + _PATCHES_COUNT * one[1]["patches"])
     return {"max_patches": budget, "packing_efficiency": used}
 
@@ -168,24 +153,27 @@ def describe(found: Mapping[str, Any]) -> str:
     lines = [
         f"{found['records']:,} exams; an epoch shows {found['samples']:,} samples in"
         f" {found['rows']:,} rows, {found['steps_per_epoch']:,} steps",
-        f"left out: {dropped or 'none'}; in a batch that has the exam already:"
+        f"left out: {dropped or 'none'}; images made smaller to fit a row:"
+        f" {found['images_shrunk']:,}; in a batch that has the exam already:"
         f" {found['same_exam_in_a_batch']:,}",
         "",
-        f"{'organ':<16}{'exams':>10}{'samples':>10}{'share':>8}{'times':>7}"
-        f"{'tokens':>8}{'patches':>9}  rows of it alone, full to",
+        *rows_of("task", found["tasks"]),
+        "",
+        f"{'organ':<16}{'exams':>10}{'samples':>10}{'dropped':>9}{'shrunk':>8}{'share':>8}"
+        f"{'times':>7}"
+        f"{'tokens':>8}{'patches':>9}  alone, full to",
     ]
     for name, organ in found["by_organ"].items():
-        line = f"{name:<16}{organ['records']:>10,}{organ['samples']:>10,}{organ['share']:>8.1%}"
+        line = f"{name:<16}{organ['records']:>10,}{organ['samples']:>10,}"
+        line += f"{organ['dropped']:>9,}{organ['shrunk']:>8,}{organ['share']:>8.1%}"
         line += f"{organ['repeats']:>7.2f}"
         if organ["samples"]:
             alone = organ["packing_efficiency"]
             line += f"{organ['tokens']['mean']:>8.0f}{organ['patches']['mean']:>9.0f}"
             line += f"  {alone['tokens']:.1%} of tokens, {alone['patches']:.1%} of patches"
         lines.append(line)
-    for what in ("tasks", "languages"):
-        shares = sorted(found[what].items(), key=lambda item: -item[1])
-        listed = f"{what}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares)
-        lines += textwrap.wrap(listed, 100, subsequent_indent="  ")
+    shares = sorted(found["languages"].items(), key=lambda item: -item[1])
+    lines += ["languages: " + ", ".join(f"{name} {share:.1%}" for name, share in shares)]
     for what in ("tokens", "patches"):
         lines += ["", *_bars(f"{what} a sample", found[what])]
     lines += [

@@ -67,6 +67,14 @@ class Composed(NamedTuple):
     turns: tuple[Turn, ...]  # system?, then user and assistant by turns
 
 
+class Unmade(InputError):
+    """The drawn task can't be made of this exam with this key. `task` names it."""
+
+    def __init__(self, record: Record, task: str) -> None:
+        super().__init__(f"record {record.id!r}: no other exam has a text for {task} that differs")
+        self.task = task
+
+
 class _Draw(NamedTuple):
     """What a maker of conversations gets: the exam, its report in one language, and the key."""
 
@@ -97,7 +105,14 @@ def mix_for(stage: str, task_weights: Mapping[str, float] | None = None) -> dict
     return out
 
 
-def compose(record: Record, key: int, weights: Mapping[str, float], other: Other) -> Composed:
+def compose(
+    record: Record,
+    key: int,
+    weights: Mapping[str, float],
+    other: Other,
+    *,
+    redraw: bool = True,
+) -> Composed:
     """The conversation that the model learns from one exam, by key.
 
     The task is drawn by weight among those that the exam has texts for; where it has texts only
@@ -109,9 +124,13 @@ def compose(record: Record, key: int, weights: Mapping[str, float], other: Other
       weights: as from `mix_for`.
       other: the n-th (modulo their number) record of the same organ that is not this one, or
         None; where wrong options and statements come from. n is below 2**31.
+      redraw: whether another task takes the place of a choice or judgement for which none of the
+        other exams looked at has a text that differs. Of an organ's only exam it always does: such
+        an exam has no texts for these.
 
     Raises:
       InputError: the exam has no text to teach from.
+      Unmade: the drawn task can't be made, and may not be drawn again.
     """
     key = int(key)
     left = [task for task in TASKS if any(_possible(record, task))]
@@ -122,7 +141,10 @@ def compose(record: Record, key: int, weights: Mapping[str, float], other: Other
         for report in reports[at:] + reports[:at]:
             if composed := _make(task, _Draw(record, report, keys.number(key, 13), other)):
                 return composed
-        left.remove(task)  # a choice or judgement for which no other exam has a text that differs
+        # A choice or judgement for which no other exam has a text that differs.
+        if not redraw and other(0) is not None:
+            raise Unmade(record, task)
+        left.remove(task)
     raise InputError(f"record {record.id!r} has no text to learn from; give it a report or answers")
 
 

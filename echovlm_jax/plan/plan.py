@@ -12,6 +12,8 @@ import jax
 
 from echovlm_jax.chips import mfu_upper_bound, roofline, topology
 from echovlm_jax.config import ModelConfig, preset
+from echovlm_jax.data.review import expected_filling
+from echovlm_jax.data.settings import Settings
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import STEPS, Flops, Work, model_flops
 from echovlm_jax.generate.decode import lower_decode, lower_prefill
@@ -148,6 +150,7 @@ def plan(
     else:
         seconds = time.perf_counter() - started
         result |= _read(compiled, place, useful, seconds, config)
+        result |= _without_padding(result["mfu_upper_bound"], useful, config, step)
     return {**result, "ok": result["fits"], "report": report(result)}
 
 
@@ -198,6 +201,19 @@ def _read(
         ],
         "unknown_loops": list(module.unknown_loops),
     }
+
+
+def _without_padding(bound: float, counted: Flops, config: Config, step: str) -> dict[str, Any]:
+    """What of the MFU is useful work, where rows are as full as the configuration's data fills
+    them. A prompt has no padding. Unknown, with the reason, where the data can't be read here."""
+    if step != "train":
+        return {"useful_mfu_upper_bound": bound}
+    try:
+        share = expected_filling(Settings.from_config({**config.to_dict(), "data_workers": 0}))
+    except InputError as error:
+        return {"useful_mfu_upper_bound": None, "packing_efficiency": None, "unread": str(error)}
+    useful = counted.used(**share) / counted.total
+    return {"useful_mfu_upper_bound": bound * useful, "packing_efficiency": share}
 
 
 # XLA:TPU's refusals: "Used 17.31G of 15.75G hbm" and its largest allocations, one a paragraph; or,

@@ -54,11 +54,25 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         f"  MFU at most {r['mfu_upper_bound']:.1%} (limit: {r['limit']}; all overlap),"
         f" {r['mfu_without_overlap']:.1%} where the network waits for products"
     )
+    yield from _padding(r)
     if r["slices"] > 1:
         yield "  (the network between slices is slower than ici: its part is underestimated)"
     yield f"compiled in {r['compile_seconds']:.0f} s to {r['code_bytes'] / 2**20:.0f} MiB of code"
     if r["unknown_loops"]:
         yield f"loops whose turns are unknown, counted once: {', '.join(r['unknown_loops'])}"
+
+
+def _padding(r: Mapping[str, Any]) -> Iterator[str]:
+    if r["step"] != "train":
+        return
+    if r["useful_mfu_upper_bound"] is None:
+        yield f"  how much of it is padding is unknown: {r['unread']}"
+        return
+    full = r["packing_efficiency"]
+    yield (
+        f"  useful MFU at most {r['useful_mfu_upper_bound']:.1%}: the data fill rows to"
+        f" {full['tokens']:.1%} of tokens and {full['patches']:.1%} of patches"
+    )
 
 
 def _mends(r: Mapping[str, Any]) -> Iterator[str]:

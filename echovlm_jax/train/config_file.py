@@ -60,6 +60,7 @@ RULES: Mapping[str, Rule] = {
     "max_image_patches": _at_least(1),
     "mix_temperature": _ABOVE_0._replace(optional=True),
     **{f"task_weights.{task}": _NOT_NEGATIVE._replace(optional=True) for task in TASKS},
+    "allow_dropped": Rule(float, lambda value: 0 <= value <= 1, "a number from 0 to 1", True),
     "tokenizer": _NAMED._replace(optional=True),
     "data_workers": _at_least(0)._replace(optional=True),
     "data_cache": _NAMED._replace(optional=True),

@@ -18,7 +18,7 @@ from tensorboardX import SummaryWriter
 from echovlm_jax.chips import chip_of
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.errors import InputError
-from echovlm_jax.flops import Work, model_flops
+from echovlm_jax.flops import Flops, Work, model_flops
 from echovlm_jax.storage.files import write_text
 from echovlm_jax.storage.layout import METRICS, ROUTING
 from echovlm_jax.train.heatmap import heatmap
@@ -48,7 +48,8 @@ class Log:
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._flops = _step_flops(config, program)
         self._peak = _peak_flops(program)
-        self._steps = self._tokens = 0
+        self._places = config.global_batch_size * np.array([config.seq_len, config.max_patches])
+        self._steps, self._used = 0, np.zeros(2)  # of tokens and patches, since the last line
         self._since = time.perf_counter()
         self._folder = folder
         self._counts: np.ndarray | float = 0.0  # expert_counts since the last evaluation
@@ -134,7 +135,7 @@ class Log:
         self.last_loss = float(found["loss"])
         self._steps += 1
         found = self._mixture(found)
-        self._tokens += float(found["tokens"])
+        self._used += float(found["tokens"]), float(found["patches"])
         skipped = bool(found["skipped"])
         self.skipped += skipped
         self._in_a_row = self._in_a_row + 1 if skipped else 0
@@ -171,17 +172,21 @@ class Log:
         }
 
     def _pace(self) -> dict[str, float]:
-        """Since the last line: seconds a step, tokens and useful FLOPs a second."""
+        """Since the last line: seconds a step, tokens and model FLOPs a second; and their shares of
+        the devices' peak, with padding (`mfu`) and without (`useful_mfu`)."""
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         pace = {
             "step_seconds": seconds / self._steps,
-            "tokens_per_second": self._tokens / seconds,
-            "model_flops_per_second": self._flops * self._steps / seconds,
+            "tokens_per_second": self._used[0] / seconds,
+            "model_flops_per_second": self._flops.total * self._steps / seconds,
         }
         if self._peak:
             pace["mfu"] = pace["model_flops_per_second"] / self._peak
-        self._since, self._steps, self._tokens = now, 0, 0
+            share = self._used / np.maximum(self._places * self._steps, 1)
+            useful = self._flops.used(*share.tolist()) * self._steps / seconds
+            pace["useful_mfu"] = useful / self._peak
+        self._since, self._steps, self._used = now, 0, np.zeros(2)
         return pace
 
     def _show(self, step: int, line: Mapping[str, Any]) -> None:
@@ -190,7 +195,8 @@ class Log:
         words = [f"step {step}", f"loss {float(line['loss']):.4f}"]
         words += [f"gradient {float(line['grad_norm']):.3f}", f"rate {line['lr']:.2e}"]
         words += [f"{line['tokens_per_second']:.0f} tokens/s"]
-        words += [f"MFU {line['mfu']:.1%}"] if "mfu" in line else []
+        if "mfu" in line:
+            words += [f"MFU {line['mfu']:.1%}, useful {line['useful_mfu']:.1%}"]
         if line["skipped"]:
             words.append(f"NOT FINITE: batch {line['batch']} changed nothing")
         text = " · ".join(words)
@@ -237,8 +243,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _step_flops(config: Config, program: Program) -> float:
-    """Useful FLOPs of one step, as `plan` counts them."""
+def _step_flops(config: Config, program: Program) -> Flops:
+    """Model FLOPs of one step, as `plan` counts them."""
     work = Work(
         rows=config.global_batch_size,
         seq_len=config.seq_len,
@@ -247,7 +253,7 @@ def _step_flops(config: Config, program: Program) -> float:
         trains=program.how,
         lora_rank=config.lora.rank,
     )
-    return model_flops(program.model, work).total
+    return model_flops(program.model, work)
 
 
 def _peak_flops(program: Program) -> float | None:

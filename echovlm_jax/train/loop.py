@@ -24,6 +24,8 @@ from echovlm_jax.checkpoint import open_checkpoints
 from echovlm_jax.config import PRESETS
 from echovlm_jax.data import global_arrays, make_batches
 from echovlm_jax.data.dataset import split_names
+from echovlm_jax.data.review import ALLOWED, losses, review, table
+from echovlm_jax.data.settings import Settings
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests, files
@@ -66,11 +68,13 @@ def train(
 
     Returns:
       final_step, final_loss (of the last step logged; None where no step was left), workdir,
-      stopped (whether before `config.steps`), skipped (steps without an update).
+      stopped (whether before `config.steps`), skipped (steps without an update), and what
+      `data.review.counted` says of the data: tasks, by_organ, images_shrunk, …
 
     Raises:
       InputError: a value of the configuration can't be; the folder is of another configuration;
-        the data can't be read; or ten steps in a row had no finite loss and gradient.
+        the data can't be read, or more samples than `allow_dropped` don't fit a row; or ten steps
+        in a row had no finite loss and gradient.
     """
     check_config(config)
     folder = Path(workdir)
@@ -81,6 +85,7 @@ def train(
         start = starting_point(config.model)
     split_names(config.data)  # it is there: said before weights are read
     program = make_program(config, model=start.config)
+    seen = _review(_data_settings(config, folder, own=start.files == folder / MODEL))
     checkpoints = open_checkpoints(
         folder / CHECKPOINTS,
         keep=config.checkpoint_keep,
@@ -94,7 +99,7 @@ def train(
         _keep_table(program, folder)
         if start.files != folder / MODEL:
             stack.enter_context(_frozen_files(start, folder, config))
-        settings = _own_settings(config, folder)
+        settings = _data_settings(config, folder, own=True)
         newest = checkpoints.latest()
         if newest is None:
             first, state = (
@@ -151,6 +156,7 @@ def train(
         "stopped": step < config.steps,
         "skipped": log.skipped,
         "saved_step": saved,
+        **seen,
     }
 
 
@@ -219,17 +225,29 @@ def _frozen_files(start: Start, folder: Path, config: Config) -> Iterator[None]:
             shutil.rmtree(folder / MODEL, ignore_errors=True)
 
 
-def _own_settings(config: Config, folder: Path) -> Config:
-    """The configuration with the run's own copies in the place of folders outside it."""
+def _data_settings(config: Config, folder: Path, *, own: bool) -> Config:
+    """The configuration with the run's cache of plans and, with `own`, with the run's copies in the
+    place of folders outside it."""
     settings = config.copy_and_resolve_references()
     with settings.unlocked():
         if not settings.get("data_cache"):
             settings.data_cache = str(folder / PLANS)
-        if config.model not in PRESETS:
+        if own and config.model not in PRESETS:
             settings.model, settings.tokenizer = str(folder / MODEL), None
-        elif config.get("tokenizer"):
+        elif own and config.get("tokenizer"):
             settings.tokenizer = str(folder / MODEL)
     return settings
+
+
+def _review(config: Config) -> dict[str, Any]:
+    """Tells what the first epoch shows and what it leaves out, by task and organ; counts of it.
+
+    Raises InputError where the configuration doesn't allow as much to be left out.
+    """
+    settings, allowed = Settings.from_config(config), config.get("allow_dropped")
+    seen = review(settings, ALLOWED if allowed is None else allowed)
+    _say(table(seen, settings))
+    return seen
 
 
 def _keep_table(program: Program, folder: Path) -> None:
@@ -280,6 +298,9 @@ def _evaluation(config: Config, program: Program) -> Any:
         settings.mix_temperature = 1.0
         if "organ_weights" in settings:
             del settings.organ_weights
+    with contextlib.suppress(InputError):  # what is wrong with the split is said when it is used
+        seen = review(Settings.from_config(settings), 1.0)
+        _say(f"the split {VALIDATION}: {losses(seen)}")
     compiled = None
     if VALIDATION not in split_names(config.data):
         _say(f"{config.data} has no split {VALIDATION}: nothing is evaluated on the way")

@@ -173,6 +173,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "tokens": totals.tokens,
             "labels": totals.labels,
+            "patches": _patches(batch),
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
 
@@ -216,6 +217,13 @@ def totals_of(batch: Batch) -> Totals:
         labels=jnp.maximum(jnp.sum(wanted != IGNORE), 1).astype(jnp.float32),
         tokens=jnp.maximum(jnp.sum(batch["segment_ids"] != 0), 1).astype(jnp.float32),
     )
+
+
+def _patches(batch: Batch) -> jax.Array:
+    """How many patches are an image's, float32 []."""
+    segments = batch.get("patch_segment_ids")
+    used = 0 if segments is None else jnp.sum(jnp.asarray(segments) != 0)
+    return jnp.asarray(used, jnp.float32)
 
 
 def _variables(trainable: Any, frozen: Any, lora_scale: float) -> dict[str, Any]:

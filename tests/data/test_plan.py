@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections import Counter
 from itertools import pairwise
 
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from echovlm_jax.data import examples, plan_cache
 from echovlm_jax.data import plan as plan_module
 from echovlm_jax.data.encode import encode
-from echovlm_jax.data.examples import NOTHING, TOO_LONG, NoExample, example, open_source
+from echovlm_jax.data.examples import ALONE, NOTHING, TOO_LONG, NoExample, example, open_source
+from echovlm_jax.data.keys import mix
 from echovlm_jax.data.packing import Rows
-from echovlm_jax.data.plan import Epoch, Plan, plan_epoch, spread_repeats
+from echovlm_jax.data.plan import Epoch, Plan, mend, plan_epoch, spread_repeats
 from echovlm_jax.data.record import Medium, Record, Report, Turn
+from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.errors import InputError
 from tests.data import fakes
 from tests.data.exams import SETTINGS, MemoryDataset, exam, exams, source
@@ -38,7 +41,10 @@ def same(one, other):
 
 
 def digest(epoch):
-    return hashlib.sha256(b"".join(array.tobytes() for array in epoch)).hexdigest()[:16]
+    """Of what decides the rows; the other fields tell about them."""
+    tells = ("shrunk", "lost_task", "lost_need")
+    decides = [getattr(epoch, field) for field in Epoch._fields if field not in tells]
+    return hashlib.sha256(b"".join(array.tobytes() for array in decides)).hexdigest()[:16]
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +102,14 @@ def test_repeats_of_an_exam_differ_and_are_not_in_one_batch(mixed):
         assert len(asked) == len(keys)
 
 
-def test_repeats_try_for_other_words():
-    """A conversation given leaves no choice, a caption does: half of 20 samples would be alike."""
+def drawn_tasks(made, epochs=1):
+    """Each sample's task as its first key draws it, whatever room a row has."""
+    roomy = made._replace(settings=dataclasses.replace(made.settings, seq_len=10**6))
+    return Counter(TASKS[t] for e in range(epochs) for t in plan_epoch(roomy, e).task)
+
+
+def test_repeats_try_for_other_words_of_the_same_task():
+    """A conversation given leaves no choice, a caption does."""
     rare = dataclasses.replace(
         exam(0, "heart"), turns=(Turn("user", "What is it?"), Turn("assistant", "A heart."))
     )
@@ -107,7 +119,11 @@ def test_repeats_try_for_other_words():
     epoch = plan_epoch(made, 0)
     keys = epoch.key[epoch.record == 0]
     assert len(keys) in (19, 20)
-    assert len({example(made, 0, int(key)).turns for key in keys}) >= 16
+    built = [example(made, 0, int(key)) for key in keys]
+    captions = [one.turns for one in built if one.task == "caption"]
+    assert len(set(captions)) == len(captions) >= 5
+    first = mix(made.settings.seed, 3, 0, epoch.record, epoch.repeat)[epoch.record == 0]
+    assert [one.task for one in built] == [example(made, 0, int(key)).task for key in first]
 
 
 def test_epochs_and_seeds_differ_and_nothing_else_does(mixed):
@@ -154,19 +170,93 @@ def test_samples_that_fit_no_row_are_counted_with_their_reason():
         example(made, 3, 0)
 
 
-def test_an_exam_too_long_for_one_task_is_shown_with_another():
-    """Its findings and report are too long for a row, its caption and label are not."""
+WITHOUT_CHOICES = tuple((task, 0) for task in ("choice", "choice_restate", "judge"))
+
+
+def test_a_task_that_does_not_fit_is_lost_and_no_other_takes_its_place():
+    """Findings and report are too long for a row, caption and label are not."""
     report = dataclasses.replace(
         exam(0).reports[0], findings="echo " * 300, impression="wall " * 300
     )
     records = [dataclasses.replace(exam(i, media=[]), reports=(report,)) for i in range(40)]
-    made = with_settings(MemoryDataset(records), task_weights=(("choice", 0), ("judge", 0)))
+    made = with_settings(MemoryDataset(records), task_weights=WITHOUT_CHOICES)
     epoch = plan_epoch(made, 0)
-    tasks = {
-        example(made, int(r), int(k)).task for r, k in zip(epoch.record, epoch.key, strict=True)
-    }
-    assert tasks <= {"caption", "diagnosis", "choice_restate"}
-    assert len(epoch.record) >= 30  # each has four tries
+    trained = Counter(TASKS[t] for t in epoch.task)
+    lost = Counter(TASKS[t] for t in epoch.lost_task)
+    assert trained + lost == drawn_tasks(made)
+    assert set(trained) <= {"caption", "diagnosis"} and {"report", "findings"} <= set(lost)
+    assert not set(trained) & set(lost) and epoch.dropped[TOO_LONG] >= 20
+
+
+def test_a_choice_without_other_texts_is_lost_and_counted():
+    """All exams are alike: nothing differs that a choice could be made of."""
+    records = [dataclasses.replace(exam(0, media=[]), id=str(i)) for i in range(60)]
+    made = with_settings(MemoryDataset(records))
+    epoch = plan_epoch(made, 0)
+    lost = {TASKS[t] for t in epoch.lost_task}
+    assert epoch.dropped == {ALONE: len(epoch.lost_task)} and lost == {
+        "choice", "choice_restate", "judge"
+    }  # fmt: skip
+    assert {TASKS[t] for t in epoch.task}.isdisjoint(lost)
+
+
+def test_an_organs_only_exam_has_no_choices_to_lose():
+    made = with_settings(MemoryDataset([exam(0, "heart"), exam(1, "liver"), exam(2, "breast")]))
+    made = made._replace(tasks={"choice": 10.0, "judge": 10.0, "caption": 0.1})
+    epoch = plan_epoch(made, 0)
+    assert not epoch.dropped and {TASKS[t] for t in epoch.task} == {"caption"}
+
+
+def long_ones(count=30, media=2):
+    """Exams of which every third has long findings, and of which all have large images."""
+    return [
+        dataclasses.replace(
+            exam(i, media=[Medium(0, 224, 224)] * media),
+            reports=(
+                Report(
+                    "en", findings=f"{i} echo" * (150 if i % 3 == 0 else 9), caption=f"flow {i}"
+                ),
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seq_len": 300},
+        {"seq_len": 700, "max_patches": 0},
+        {"max_patches": 8},
+        {"max_image_patches": 1},
+        {"seq_len": 60, "max_patches": 4, "max_image_patches": 3},
+    ],
+)
+def test_the_advised_budgets_lose_and_shrink_nothing(changes):
+    made = with_settings(MemoryDataset(long_ones()), **changes)
+    try:
+        needs = plan_epoch(made, 0).lost_need
+    except InputError as error:  # not one sample fits
+        advice = str(error)
+        assert "none of its 30 samples can be used" in advice
+    else:
+        advice = mend(made.settings, needs)
+    advised = {k: int(v) for k, v in re.findall(r"--config\.(\w+)=(\d+)", advice)}
+    assert advised and all(getattr(made.settings, key) < value for key, value in advised.items())
+    wider = {**changes, **advised}
+    after = plan_epoch(with_settings(MemoryDataset(long_ones()), **wider), 0)
+    assert not after.dropped and len(after.record) == 30
+    if set(changes) == set(advised):
+        assert not after.shrunk.any()
+
+
+def test_images_made_smaller_for_a_row_are_counted():
+    media = [Medium(0, 224, 224), Medium(0, 56, 56), Medium(8, 112, 112)]  # 256, 16, 4 × 64
+    made = with_settings(MemoryDataset([exam(i, media=media) for i in range(8)]), max_patches=400)
+    assert set(plan_epoch(made, 0).shrunk) == {1}  # the loop's frames are fewer, and that is enough
+    tight = with_settings(made.dataset, max_patches=100)
+    assert set(plan_epoch(tight, 0).shrunk) == {2}
+    assert not plan_epoch(with_settings(made.dataset, max_patches=528), 0).shrunk.any()
 
 
 def test_data_of_which_nothing_fits_is_refused():
@@ -222,6 +312,22 @@ def test_worker_processes_measure_the_same(monkeypatch):
     together = plan_epoch(open_source(dataclasses.replace(settings, workers=2)), 0)
     same(alone, together)
     assert not called
+
+
+def test_what_is_refused_is_not_cached(tmp_path):
+    made = with_settings(exams(liver=9), cache=tmp_path / "plans")
+
+    def refuse(epoch):
+        assert len(epoch.record) == 9
+        raise InputError("no")
+
+    for _ in range(2):
+        with pytest.raises(InputError, match="no"):
+            plan_epoch(made, 0, refuse)
+    assert not (tmp_path / "plans").exists()
+    plan_epoch(made, 0)
+    with pytest.raises(InputError, match="no"):  # one that was cached is checked too
+        plan_epoch(made, 0, refuse)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other", "older"])
