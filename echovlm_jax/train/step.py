@@ -16,7 +16,7 @@ from echovlm_jax.model import Compute, EchoVLM
 from echovlm_jax.ops import Array
 from echovlm_jax.train.lora import scaled, with_dropout
 from echovlm_jax.train.loss import IGNORE, balancing_losses, token_losses
-from echovlm_jax.train.optimizer import global_norm, in_float32
+from echovlm_jax.train.optimizer import global_norm, in_float32, updates_made
 from echovlm_jax.train.stages import merge
 from echovlm_jax.train.telemetry import mixture_sums, z_loss
 
@@ -42,7 +42,7 @@ BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
 class TrainState(NamedTuple):
     """All that a run needs to go on, besides its position in the data."""
 
-    step: Any  # [] int32, updates made
+    step: Any  # [] int32, steps made, those left out too
     trainable: Any  # {"params": …, "lora": …}: own gradients and optimizer state
     frozen: Any  # the rest of "params": own neither
     opt_state: Any
@@ -174,6 +174,7 @@ def make_train_step(
             "tokens": totals.tokens,
             "labels": totals.labels,
             "skipped": 1.0 - finite.astype(jnp.float32),
+            **updates_made(state.opt_state),  # before this one
         }
 
         def update(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
