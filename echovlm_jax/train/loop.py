@@ -283,7 +283,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _catch_up(folder: Path, step: int, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the evaluation after `step` finds, where a kill cut it off; {} where there is none to do.
+    """What the evaluation after `step` finds, where a kill cut it off; {} where none did.
 
     It is tried once more, and no more often: one that takes the process down must not do so at
     every start.

@@ -83,8 +83,8 @@ def updates_made(opt_state: Any) -> dict[str, Any]:
     def scheduled(state: Any) -> bool:
         return isinstance(state, optax.ScaleByScheduleState)
 
-    states = jax.tree.leaves(opt_state, is_leaf=scheduled)
-    return {"updates": state.count for state in states if scheduled(state)}
+    states = filter(scheduled, jax.tree.leaves(opt_state, is_leaf=scheduled))
+    return next(({"updates": state.count} for state in states), {})
 
 
 def _clip_by_global_norm(most: float) -> optax.GradientTransformationExtraArgs:

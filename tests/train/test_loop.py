@@ -166,6 +166,11 @@ def test_a_run_is_a_model(undisturbed, tmp_path):
     export(undisturbed, tmp_path / "torch")
     again = load_model(tmp_path / "torch")
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    large = np.zeros((768, 1024, 3), np.uint8)
+    for asked in (model, again):  # of 64 patches at most, as in training
+        assert asked.prepare([large], "?", max_new_tokens=1)["image_grid_thw"].tolist() == [
+            [1, 6, 8]
+        ]
     with pytest.raises(InputError, match=r"checkpoints/2/.*|is broken"):
         damaged = tmp_path / "run"
         shutil.copytree(undisturbed, damaged)
