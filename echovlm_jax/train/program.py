@@ -159,6 +159,7 @@ def make_program(
         lora_dropout=config.lora.dropout,
         seed=config.seed,
         z_weight=config.get("router_z_weight") or 0.0,
+        balance_over=config.get("balance_over") or "batch",
     )
     jitted = jax.jit(
         step,
