@@ -81,6 +81,7 @@ RULES: Mapping[str, Rule] = {
     "capacity_factor": _ABOVE_0._replace(optional=True),
     "dtype": _DTYPE,
     "param_dtype": _DTYPE,
+    "grad_sum_dtype": _DTYPE._replace(optional=True),
     "remat": _one_of(tuple(REMAT)),
     "optimization_level": _one_of(("O0", "O1", "O2", "O3"), optional=True),
     **{f"mesh.{axis}": _AXIS for axis in AXES},

@@ -63,7 +63,8 @@ def token_losses(
 
         def step(running: _Running, chunk: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
             number, weight = chunk
-            weight = all_gather(weight.astype(hidden.dtype), embed_axes, 1)
+            kinds = {"dtype": hidden.dtype, "sum_dtype": layout.sums(hidden.dtype)}
+            weight = all_gather(weight, embed_axes, 1, **kinds)
             x = wide.astype(hidden.dtype)
             logits = einsum("BTD,VD->BTV", x, weight, out_dtype=jnp.float32)
             place = labels - (first + number * width)

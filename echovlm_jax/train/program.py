@@ -110,7 +110,7 @@ def make_program(
     if balance is not None and model.moe is not None:
         model = model.replace(moe={"router_aux_loss_coef": float(balance)})
     mesh = config_mesh(config, devices)
-    layout = activation_layout(mesh)
+    layout = activation_layout(mesh, sum_dtype=config.get("grad_sum_dtype") or "float32")
     compute = Compute(
         moe_dispatch=config.moe_dispatch,
         capacity_factor=config.get("capacity_factor"),

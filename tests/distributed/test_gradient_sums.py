@@ -51,7 +51,7 @@ def steps(pieces: np.ndarray, add: Add, sizes: tuple[int, ...]) -> np.ndarray:
 
 
 def row_gradients(trained: int = 30) -> dict[str, np.ndarray]:
-    """Of each array some numbers of each row's gradient: float32 [ROWS, KEPT], bfloat16's values."""
+    """Of each array some numbers of each row's gradient: bfloat16 values, [ROWS, KEPT]."""
     changes = {"data_workers": 0, "global_batch_size": 8, "dtype": "bfloat16", "steps": 100}
     config = load_config(own_config("phantom"), changes)
     program = make_program(config, jax.devices()[:1])
