@@ -39,7 +39,7 @@ def load_model(
     mesh: Mesh | None = None,
     dtype: Any = None,
     quantize: str | None = None,
-    num_frames: int = 16,
+    num_frames: int | None = None,
     crop: bool = False,
     max_pixels: int | None = None,
 ) -> Model:
@@ -52,7 +52,8 @@ def load_model(
       dtype: of parameters and computation: bfloat16, float32 or float16. By default as stored, but
         float32 on a CPU, where bfloat16 products take longer.
       quantize: None; nothing else is available yet.
-      num_frames: frames to take of a cine loop, evenly spaced.
+      num_frames: frames to take of a cine loop, evenly spaced; by default as
+        preprocessor_config.json says, or 16.
       max_pixels: larger images are made this small; by default as preprocessor_config.json says.
       crop: whether to cut DICOM frames to their ultrasound regions.
 

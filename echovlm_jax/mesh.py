@@ -223,14 +223,21 @@ def preset_sizes(topology: str) -> dict[str, int]:
     return dict(PRESETS[topology])
 
 
-def activation_layout(mesh: Mesh, rules: Mapping[str, Rule] = RULES) -> Layout:
+def activation_layout(
+    mesh: Mesh, rules: Mapping[str, Rule] = RULES, *, sum_dtype: str = "float32"
+) -> Layout:
     """The rules that split something on this mesh, for the model's activations.
+
+    Args:
+      mesh, rules: as of `param_shardings`.
+      sum_dtype: as of `Layout`.
 
     Raises:
       InputError: a rule names an axis that the mesh lacks.
     """
     targets = {axis: _live(axis, rules, mesh) for axis in rules}
-    return Layout(tuple((axis, target) for axis, target in targets.items() if target))
+    live = tuple((axis, target) for axis, target in targets.items() if target)
+    return Layout(live, sum_dtype)
 
 
 def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Mapping[str, Rule] = RULES) -> Any:

@@ -71,10 +71,16 @@ def add_generate(commands: Any) -> None:
     command.add_argument("--system", metavar="T", help="the system prompt")
     command.add_argument("--stream", action="store_true", help="print the answer as it comes")
     command.add_argument(
-        "--num-frames", type=int, metavar="N", help="frames to take of a cine loop (default: 16)"
+        "--num-frames",
+        type=int,
+        metavar="N",
+        help="frames to take of a cine loop; default: as in training, or 16",
     )
     command.add_argument(
-        "--max-pixels", type=int, metavar="N", help="larger images are made this small"
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="larger images are made this small; default: as in training",
     )
     command.add_argument(
         "--crop",

@@ -264,6 +264,7 @@ def _finish(work: Path, plan: dict[str, Any], counts: dict[str, Any]) -> dict[st
         **counts,
     }
     manifest = {"version": folder.VERSION, "organs": names, "splits": splits, "counts": result}
+    manifest["num_frames"] = plan["num_frames"]
     (made / folder.MANIFEST).write_bytes(folder.manifest_bytes(manifest))
     _write_tfds(made, splits)
     for path in made.iterdir():

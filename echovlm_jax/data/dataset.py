@@ -28,11 +28,13 @@ class Dataset(Protocol):
       fingerprint: hexadecimal; differs where any content differs.
       organs: int16 [N], each record's index into `organ_names`.
       organ_names: in the order of their indices.
+      num_frames: the most that a loop was sampled to; None where that isn't known.
     """
 
     fingerprint: str
     organs: np.ndarray
     organ_names: tuple[str, ...]
+    num_frames: int | None
 
     def __len__(self) -> int: ...
 
@@ -89,6 +91,7 @@ class FolderDataset:
         entry = splits[self._split]
         self.fingerprint: str = entry["fingerprint"]
         self.organ_names: tuple[str, ...] = tuple(manifest["organs"])
+        self.num_frames: int | None = manifest.get("num_frames")
         self._shards: list[dict[str, Any]] = entry["shards"]
         self._index = folder.read_index(self._root / folder.index_name(self._split), entry)
         self.organs = np.ascontiguousarray(self._index["organ"][:-1])

@@ -16,7 +16,7 @@ import numpy as np
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.dataset import Dataset, open_dataset
 from echovlm_jax.data.encode import text_tokens
-from echovlm_jax.data.fit import Grid, Need, fit, needed, whole
+from echovlm_jax.data.fit import Grid, Need, fit, needed, training_images, whole
 from echovlm_jax.data.keys import mix
 from echovlm_jax.data.record import Record, Turn
 from echovlm_jax.data.settings import Settings
@@ -83,6 +83,7 @@ def open_source(settings: Settings) -> Source:
     """Opens the dataset and the tokenizer. Cheap: each worker does it for itself."""
     dataset = open_dataset(settings.data, settings.split)
     tokenizer, model, images = tokenizer_for(settings.model, settings.tokenizer)
+    images = training_images(images, settings.max_image_patches, settings.max_patches)
     weights = dict(settings.task_weights) if settings.task_weights else None
     tasks = mix_for(settings.stage, weights)
     return Source(settings, dataset, tokenizer, model, images, tasks, _peers(dataset))

@@ -17,7 +17,12 @@ import numpy as np
 
 from echovlm_jax.data.record import Medium
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.images import ImageConfig, smart_resize, to_patches
+from echovlm_jax.processing.images import (
+    MAX_RESIZED_PIXELS,
+    ImageConfig,
+    smart_resize,
+    to_patches,
+)
 
 NO_LIMIT = 2**40
 
@@ -42,6 +47,24 @@ class Need(NamedTuple):
     seq_len: int
     max_patches: int
     max_image_patches: int
+
+
+def training_images(config: ImageConfig, max_image_patches: int, max_patches: int) -> ImageConfig:
+    """How training turns a picture into patches: the model's own way, at training's own limit.
+
+    A run states it in its preprocessor_config.json, so that its pictures have the same size
+    wherever it is asked. The limit takes the place of the model's, be that larger or smaller.
+
+    Args:
+      config: the model's.
+      max_image_patches: what an image, or one time step of a loop, may have.
+      max_patches: what a row holds; 0: no images.
+    """
+    most = min(max_image_patches, max_patches or max_image_patches) * config.patch_size**2
+    most = min(most, MAX_RESIZED_PIXELS)
+    # Pictures come from a dataset as RGB, whatever mode they were stored in.
+    least = min(config.min_pixels, most)
+    return dataclasses.replace(config, max_pixels=most, min_pixels=least, do_convert_rgb=True)
 
 
 def fit(

@@ -65,12 +65,7 @@ def tokenizer_for(
     """
     if model in PRESETS:
         config = preset(model)
-        vision = config.vision
-        images = ImageConfig(
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge_size=vision.spatial_merge_size,
-        )
+        images = images_of_preset(config)
         if tokenizer is None:
             return HubTokenizer(byte_tokenizer(config), f"bytes for {model}"), config, images
         folder = Path(tokenizer)
@@ -87,6 +82,16 @@ def tokenizer_for(
     _check_template(folder)
     _check_ids(found, config)
     return found, config, images
+
+
+def images_of_preset(config: ModelConfig) -> ImageConfig:
+    """How a model that has no folder turns pictures into patches: as Qwen2-VL does."""
+    vision = config.vision
+    return ImageConfig(
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+    )
 
 
 def _of_folder(folder: Path) -> tuple[ModelConfig, ImageConfig]:

@@ -18,7 +18,7 @@ import numpy as np
 from echovlm_jax.data.dataset import Dataset, open_dataset
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.answers import read_answer
-from echovlm_jax.evaluate.samples import Limits, Sample, inputs_of, make_samples
+from echovlm_jax.evaluate.samples import NO_LIMIT, Limits, Sample, inputs_of, make_samples
 from echovlm_jax.evaluate.summary import KINDS, NO_BERTSCORE, Line, summarise
 from echovlm_jax.load import load_model
 from echovlm_jax.processing.files import read_json_if_there, shown
@@ -31,7 +31,6 @@ SETTINGS, PREDICTIONS = "settings.json", "predictions.jsonl"
 METRICS, BERTSCORE = "metrics.json", "bertscore.json"
 # A label, a letter or a word: what comes after so many tokens is no part of the answer.
 SHORT = 64
-_MOST_PATCHES = 2**30  # no limit: the processor's own holds
 _MEDIA_BYTES = 2**28  # of decoded images kept for an exam's other questions
 _NAMES_ONLY = ("model", "data")  # settings that may differ: the fingerprints tell
 
@@ -72,7 +71,8 @@ def evaluate(
       language: ask in "zh" or "en" only; None = in each exam's own, by seed where it has both.
       batch_size: exams asked about at a time.
       max_new_tokens: of a report; other answers end at SHORT tokens at the latest.
-      max_image_patches: what an image may have; None = as in training, or as the processor says.
+      max_image_patches: what an image may have, more or less than the model's files say; None = as
+        they say: of a training run, as in training.
       bertscore: a local folder of a BERT-like model, for BERTScore.
       report: whether to write report.html.
       progress: called with the samples done and all of them.
@@ -87,6 +87,8 @@ def evaluate(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
+    if max_image_patches is not None and max_image_patches < 1:
+        raise InputError(f"max_image_patches must be at least 1, found {max_image_patches}")
     out = Path(out)
     dataset = open_dataset(data, split)
     asked = {"kinds": tuple(tasks), "limit": limit, "images": images, "seed": seed}
@@ -242,10 +244,10 @@ def _limits(model: Any, folder: Path, new: int, max_image_patches: int | None) -
         )
     step = run_step(folder)
     run = training_settings(*step) if step else {}
-    of_run = run.get("max_image_patches", _MOST_PATCHES)
+    of_run = run.get("max_image_patches", NO_LIMIT)
     return Limits(
         seq_len=min(room, int(run.get("seq_len", room))),
-        max_patches=int(run.get("max_patches", _MOST_PATCHES)),
+        max_patches=int(run.get("max_patches", NO_LIMIT)),
         max_image_patches=int(of_run if max_image_patches is None else max_image_patches),
     )
 

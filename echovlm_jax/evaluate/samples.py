@@ -11,7 +11,7 @@ import numpy as np
 from echovlm_jax.data import keys
 from echovlm_jax.data.dataset import Dataset
 from echovlm_jax.data.encode import IGNORED, encode
-from echovlm_jax.data.fit import Grid, cut, fit
+from echovlm_jax.data.fit import Grid, cut, fit, training_images
 from echovlm_jax.data.record import LANGUAGES, Record, Turn
 from echovlm_jax.data.tasks import compose
 from echovlm_jax.errors import InputError
@@ -51,8 +51,15 @@ class Sample(NamedTuple):
         return self.turns[-1].text
 
 
+NO_LIMIT = 2**30  # patches
+
+
 class Limits(NamedTuple):
-    """How large an exam may get, as in training (`data.fit`)."""
+    """How large an exam may get, as in training (`data.fit`).
+
+    A max_image_patches below NO_LIMIT takes the place of the processor's own limit, as it does in
+    training.
+    """
 
     seq_len: int
     max_patches: int
@@ -201,6 +208,8 @@ def inputs_of(
     """
     processor = model.processor
     config, unit = processor.image_config, processor.image_config.merge_size**2
+    if limits.max_image_patches < NO_LIMIT:
+        config = training_images(config, limits.max_image_patches, limits.max_patches)
     sizes = () if shown is None else shown.media
     kinds = ["video" if medium.frames else "image" for medium in sizes]
     bare = _prompt(model, sample, [(kind, 1) for kind in kinds])

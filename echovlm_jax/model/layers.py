@@ -15,7 +15,7 @@ from echovlm_jax.model.compute import PRODUCT, REMAT, Compute
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.dropout import dropout
-from echovlm_jax.ops.einsum import einsum
+from echovlm_jax.ops.einsum import add_bias, einsum
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.norms import layer_norm, rms_norm
 
@@ -68,7 +68,7 @@ class Linear(nn.Module):
         out = [i for i, letter in enumerate(letters) if letter in result]
         shape, axes = zip(*[(self.shape[i], self.axes[i]) for i in out], strict=True)
         bias = self.param("bias", partitioned(nn.initializers.zeros, axes), shape)
-        return y + bias.astype(y.dtype)
+        return add_bias(y, bias, self.layout)
 
 
 class RMSNorm(nn.Module):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from echovlm_jax.ops import Array
 
@@ -18,25 +19,48 @@ from echovlm_jax.ops import Array
 RING = 8
 
 
-def all_gather(x: Array, mesh_axes: tuple[str, ...], dim: int) -> jax.Array:
-    """The pieces of all devices along mesh_axes, joined along `dim`; its gradient is
-    `reduce_scatter`."""
-    return cast(jax.Array, _all_gather(x, mesh_axes, dim))
+def all_gather(
+    x: Array,
+    mesh_axes: tuple[str, ...],
+    dim: int,
+    *,
+    dtype: DTypeLike | None = None,
+    sum_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """The pieces of all devices along mesh_axes, joined along `dim`.
+
+    Its gradient is `reduce_scatter`, in x's dtype.
+
+    Args:
+      x: this device's piece.
+      mesh_axes: none at all: only `dtype` changes.
+      dim: of the pieces.
+      dtype: what travels and is returned; x's by default.
+      sum_dtype: what the gradient is added up in; its own by default.
+    """
+    x = jnp.asarray(x)
+    kinds = (jnp.dtype(dtype or x.dtype), jnp.dtype(sum_dtype or dtype or x.dtype), x.dtype)
+    return cast(jax.Array, _all_gather(x, mesh_axes, dim, kinds))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _all_gather(x: Array, mesh_axes: tuple[str, ...], dim: int) -> jax.Array:
-    return jax.lax.all_gather(x, mesh_axes, axis=dim, tiled=True) if mesh_axes else jnp.asarray(x)
+# The kinds: of the result, of the gradient's sum, of x.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _all_gather(x: Array, mesh_axes: tuple[str, ...], dim: int, kinds: tuple[Any, ...]) -> Any:
+    x = jnp.asarray(x, kinds[0])
+    return jax.lax.all_gather(x, mesh_axes, axis=dim, tiled=True) if mesh_axes else x
 
 
-def _all_gather_fwd(x: Array, mesh_axes: tuple[str, ...], dim: int) -> tuple[jax.Array, None]:
-    return _all_gather(x, mesh_axes, dim), None
+def _all_gather_fwd(
+    x: Array, mesh_axes: tuple[str, ...], dim: int, kinds: tuple[Any, ...]
+) -> tuple[jax.Array, None]:
+    return _all_gather(x, mesh_axes, dim, kinds), None
 
 
 def _all_gather_bwd(
-    mesh_axes: tuple[str, ...], dim: int, _: None, gradient: Array
+    mesh_axes: tuple[str, ...], dim: int, kinds: tuple[Any, ...], _: None, gradient: Array
 ) -> tuple[jax.Array]:
-    return (reduce_scatter(gradient, mesh_axes, dim),)
+    _, wide, own = kinds
+    return (reduce_scatter(gradient.astype(wide), mesh_axes, dim).astype(own),)
 
 
 _all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)

@@ -32,7 +32,8 @@ def einsum(
 
     Where the weight is split over devices that have rows of their own (ZeRO, arXiv 1910.02054), it
     is gathered in x's dtype for this one product, and its gradient is reduced and scattered at
-    once: it is never whole for longer, and no device holds the whole sum.
+    once: it is never whole for longer, and no device holds the whole sum. A gradient is added up
+    over devices in the layout's sum_dtype.
 
     Args:
       spec: an einsum of two operands, in the axis alphabet of `ops`; x has the batch first and the
@@ -48,29 +49,34 @@ def einsum(
     out_dtype = out_dtype or x.dtype
     shared = set(layout.mesh_axes("batch"))
     if axes is None or not any(shared & set(layout.mesh_axes(axis)) for axis in axes):
-        return _product(x, weight, spec, jnp.dtype(out_dtype))
+        return _product(x, weight, spec, jnp.dtype(out_dtype), layout.sums(x.dtype))
     return _gathered(x, weight, spec, axes, layout, jnp.dtype(out_dtype))
 
 
 # Whoever keeps what the backward pass reads keeps x and the weight as they came: x once for all its
 # products, and no copy of the weight, cast or reshaped, for each layer of a loop.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: Array, weight: Array, spec: str, out_dtype: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x: Array, weight: Array, spec: str, out_dtype: Any, sums: Any) -> jax.Array:
     return _compute(spec, x, weight, out_dtype)
 
 
 def _product_fwd(
-    x: Array, weight: Array, spec: str, out_dtype: Any
+    x: Array, weight: Array, spec: str, out_dtype: Any, sums: Any
 ) -> tuple[jax.Array, tuple[Array, Array]]:
-    return _product(x, weight, spec, out_dtype), (x, weight)
+    return _product(x, weight, spec, out_dtype, sums), (x, weight)
 
 
 def _product_bwd(
-    spec: str, out_dtype: Any, saved: tuple[Array, Array], gradient: Array
+    spec: str, out_dtype: Any, sums: Any, saved: tuple[Array, Array], gradient: Array
 ) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     # Transposed, not differentiated: `jax.vjp` would compute the product once more.
     (dx,) = jax.linear_transpose(lambda x: _compute(spec, x, weight, out_dtype), x)(gradient)
+    if _mesh_size() > 1 and jnp.promote_types(x.dtype, weight.dtype) == sums != x.dtype:
+        # Where the compiler puts a sum over devices, it is one of this product's dtype.
+        inputs, letters, result = re.split(",|->", spec)
+        dw = jnp.einsum(f"{inputs},{result}->{letters}", x, gradient, preferred_element_type=sums)
+        return dx, dw.astype(weight.dtype)
     (dw,) = jax.linear_transpose(lambda w: _compute(spec, x, w, out_dtype), weight)(gradient)
     return dx, dw
 
@@ -82,7 +88,7 @@ def _compute(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Ar
     weight = jnp.asarray(weight, x.dtype)
     inputs, letters, result = re.split(",|->", spec)
     rows = inputs[:2]
-    if rows != result[:2] or set(rows) & set(letters) or jax.sharding.get_abstract_mesh().size > 1:
+    if rows != result[:2] or set(rows) & set(letters) or _mesh_size() > 1:
         return jnp.einsum(spec, x, weight, preferred_element_type=out_dtype)
     # Without a mesh of several devices in the context, axes that lie side by side in both of their
     # operands are one: XLA:CPU copies an operand, transposed, for a sum over two axes (batch and
@@ -91,6 +97,10 @@ def _compute(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Ar
     y = jnp.einsum(merged, *operands, preferred_element_type=out_dtype)
     sizes = dict(zip(inputs + letters, x.shape + weight.shape, strict=True))
     return y.reshape([sizes[name] for name in result])
+
+
+def _mesh_size() -> int:
+    return jax.sharding.get_abstract_mesh().size
 
 
 def _merged(spec: str, x: Array, weight: Array) -> tuple[str, list[jax.Array]]:
@@ -146,7 +156,10 @@ def _gathered_bwd(
 
     def local(x: Array, gradient: Array) -> jax.Array:
         dw = jnp.einsum(
-            f"{inputs},{result}->{letters}", x, gradient, preferred_element_type=x.dtype
+            f"{inputs},{result}->{letters}",
+            x,
+            gradient,
+            preferred_element_type=layout.sums(x.dtype),
         )
         for dim, target in enumerate(targets):
             dw = reduce_scatter(dw, [m for m in target if m in batch], dim)
@@ -169,3 +182,24 @@ def _gathered_bwd(
 
 
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+def add_bias(y: Array, bias: Array, layout: Layout = Layout()) -> jax.Array:
+    """y + bias, in y's dtype, over y's last axes; the bias's gradient is a sum as a weight's is."""
+    y = jnp.asarray(y)
+    if layout.sums(y.dtype) == y.dtype:
+        return y + bias.astype(y.dtype)
+    return _biased(y, bias, layout.sums(y.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _biased(y: Array, bias: Array, sums: Any) -> jax.Array:
+    return y + bias.astype(y.dtype)
+
+
+def _biased_bwd(sums: Any, bias: Array, gradient: Array) -> tuple[jax.Array, jax.Array]:
+    over = tuple(range(gradient.ndim - bias.ndim))
+    return gradient, jnp.sum(gradient, axis=over, dtype=sums).astype(bias.dtype)
+
+
+_biased.defvjp(lambda y, bias, sums: (_biased(y, bias, sums), bias), _biased_bwd)

@@ -23,9 +23,14 @@ class Layout:
     """Rules (logical axis, mesh axes); an axis without a rule, or None, is whole everywhere.
 
     Hashable, so that it can be a static argument. `mesh.activation_layout` makes the project's.
+
+    Attributes:
+      sum_dtype: what gradients of weights are added up over devices in, where their products' dtype
+        is narrower.
     """
 
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    sum_dtype: str = "float32"
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes, of size above 1 in the context's mesh, that a logical axis is split over.
@@ -53,6 +58,10 @@ class Layout:
         if not self.rules or jax.sharding.get_abstract_mesh().empty:
             return jnp.asarray(x)
         return jax.lax.with_sharding_constraint(x, self.spec(*axes))
+
+    def sums(self, dtype: Any) -> jnp.dtype:
+        """The dtype of sums, over devices, of what was computed in `dtype`."""
+        return jnp.promote_types(dtype, self.sum_dtype)
 
     def shard_map(
         self,

@@ -101,6 +101,17 @@ class Module(NamedTuple):
         return dict(total)
 
     @property
+    def collective_dtypes(self) -> dict[str, dict[str, float]]:
+        """`collective_bytes` of each kind by the dtype of what travels, as HLO names it."""
+        total: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for collective in self.collectives:
+            whole = sum(shape.bytes for shape in collective.operands) or 1.0
+            for shape in collective.operands:
+                part = collective.wire_bytes * shape.bytes / whole
+                total[collective.kind][shape.dtype] += part * collective.count
+        return {kind: dict(dtypes) for kind, dtypes in total.items()}
+
+    @property
     def unknown_loops(self) -> tuple[str, ...]:
         """Loops whose turns can't be read; their bodies counted once."""
         return tuple(loop.name for loop in self.loops if loop.trips is None)

@@ -180,6 +180,10 @@ def _read(
         "collective_bytes_per_chip": {
             kind: size * per_chip for kind, size in module.collective_bytes.items()
         },
+        "collective_dtypes_per_chip": {
+            kind: {dtype: size * per_chip for dtype, size in dtypes.items()}
+            for kind, dtypes in module.collective_dtypes.items()
+        },
         "roofline_seconds": {
             "compute": bound.compute,
             "hbm": bound.hbm,

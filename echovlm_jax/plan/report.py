@@ -45,7 +45,9 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "received by a chip in a step (GB)"
     for kind, size in r["collective_bytes_per_chip"].items():
-        yield f"  {kind:<24}{size / 1e9:8.2f}"
+        parts = r["collective_dtypes_per_chip"][kind].items()
+        each = ", ".join(f"{dtype} {part / 1e9:.2f}" for dtype, part in parts)
+        yield f"  {kind:<24}{size / 1e9:8.2f}  ({each})"
     yield ""
     yield "roofline (seconds at peak rates)"
     for kind, seconds in r["roofline_seconds"].items():

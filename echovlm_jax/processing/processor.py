@@ -24,6 +24,13 @@ from echovlm_jax.processing.tokenizer import Tokenizer, load_tokenizer, special_
 from echovlm_jax.storage.layout import model_files
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+NUM_FRAMES = 16  # of a cine loop, where nothing says how many
+MAX_FRAMES = 2**16
+_JOINT, _IMAGE, _VIDEO = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 class Processor:
@@ -33,7 +40,8 @@ class Processor:
       path: a checkpoint folder with tokenizer files; config.json (token ids), the chat template
         and preprocessor_config.json are honoured where present.
       max_pixels: overrides the checkpoint's largest area of an image, in pixels.
-      num_frames: a longer DICOM loop is sampled to this many frames.
+      num_frames: a longer DICOM loop is sampled to this many frames; by default as the checkpoint
+        says, else NUM_FRAMES.
       crop: cut DICOM frames to their ultrasound regions.
 
     Raises:
@@ -45,7 +53,7 @@ class Processor:
         path: str | Path,
         *,
         max_pixels: int | None = None,
-        num_frames: int = 16,
+        num_frames: int | None = None,
         crop: bool = False,
     ) -> None:
         folder = Path(path)
@@ -55,7 +63,8 @@ class Processor:
         self.tokenizer = load_tokenizer(folder)
         self.template = load_chat_template(folder)
         self.image_config, self.video_config = pixel_configs(folder, max_pixels)
-        self.num_frames, self.crop = num_frames, crop
+        self.num_frames = _num_frames(folder) if num_frames is None else num_frames
+        self.crop = crop
         self.image_token_id = _one_token(self.tokenizer, IMAGE_TOKEN)
         self.video_token_id = _one_token(self.tokenizer, VIDEO_TOKEN)
         self.config = _model_config(folder)
@@ -230,18 +239,7 @@ def pixel_configs(folder: Path, max_pixels: int | None) -> tuple[ImageConfig, Im
 
     Raises InputError where a file is invalid, or max_pixels, which overrides the files', is.
     """
-    joint_path = folder / "processor_config.json"
-    joint = read_json_if_there(joint_path) or {}
-    raw = read_json_if_there(folder / "preprocessor_config.json")
-    source = shown(folder / "preprocessor_config.json")
-    if raw is None:
-        raw, source = joint.get("image_processor") or {}, shown(joint_path)
-    video_raw = read_json_if_there(folder / "video_preprocessor_config.json")
-    video_source = shown(folder / "video_preprocessor_config.json")
-    if video_raw is None:
-        video_raw, video_source = joint.get("video_processor"), shown(joint_path)
-    if video_raw is None:
-        video_raw, video_source = raw, source
+    (raw, source), (video_raw, video_source) = _pixel_files(folder)
     found = [image_config(raw, source), image_config(video_raw, video_source)]
     if max_pixels is not None:
         if not 1 <= max_pixels <= MAX_RESIZED_PIXELS:
@@ -251,6 +249,68 @@ def pixel_configs(folder: Path, max_pixels: int | None) -> tuple[ImageConfig, Im
             for c in found
         ]
     return found[0], found[1]
+
+
+def _pixel_files(folder: Path) -> tuple[tuple[dict[str, Any], str], tuple[dict[str, Any], str]]:
+    """What a folder says of images and of videos, and in which file."""
+    joint_path = folder / _JOINT
+    joint = read_json_if_there(joint_path) or {}
+    raw = read_json_if_there(folder / _IMAGE)
+    source = shown(folder / _IMAGE)
+    if raw is None:
+        raw, source = joint.get("image_processor") or {}, shown(joint_path)
+    video_raw = read_json_if_there(folder / _VIDEO)
+    video_source = shown(folder / _VIDEO)
+    if video_raw is None:
+        video_raw, video_source = joint.get("video_processor"), shown(joint_path)
+    if video_raw is None:
+        video_raw, video_source = raw, source
+    return (raw, source), (video_raw, video_source)
+
+
+def _num_frames(folder: Path) -> int:
+    """How many frames of a loop a folder says to take."""
+    _, (raw, source) = _pixel_files(folder)
+    found = raw.get("num_frames")
+    if found is None:
+        return NUM_FRAMES
+    if type(found) is not int or not 1 <= found <= MAX_FRAMES:
+        raise InputError(f"{source}: num_frames must be a whole number from 1 to {MAX_FRAMES}")
+    return found
+
+
+def stated_pixels(
+    folder: Path, images: ImageConfig, num_frames: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """A folder's files on images and videos, by name, made to say that both are as `images`.
+
+    All that hold such settings are among them: programs differ in which they read first.
+
+    Args:
+      num_frames: of a loop; None: what the files say of it stays.
+    """
+    said: dict[str, Any] = {
+        **dataclasses.asdict(images),
+        "size": {"shortest_edge": images.min_pixels, "longest_edge": images.max_pixels},
+    }
+    without: set[str] = set()
+    if num_frames is not None:
+        said["num_frames"] = num_frames
+        without = {"fps"}  # the other way to say how many; Hugging Face refuses the two together
+
+    def mended(raw: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in raw.items() if key not in without} | said
+
+    found = {_IMAGE: mended(read_json_if_there(folder / _IMAGE) or {})}
+    if (video := read_json_if_there(folder / _VIDEO)) is not None:
+        found[_VIDEO] = mended(video)
+    joint = read_json_if_there(folder / _JOINT) or {}
+    parts = {
+        part: mended(joint[part])
+        for part in ("image_processor", "video_processor")
+        if isinstance(joint.get(part), dict)
+    }
+    return found | ({_JOINT: joint | parts} if parts else {})
 
 
 def _model_config(folder: Path) -> model_config.ModelConfig | None:

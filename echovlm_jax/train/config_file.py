@@ -18,6 +18,7 @@ from echovlm_jax.mesh import AXES
 from echovlm_jax.model.compute import REMAT
 from echovlm_jax.ops.moe.dispatch import DISPATCHES
 from echovlm_jax.train.stages import STAGES, read_rules
+from echovlm_jax.train.step import BALANCES
 
 
 class Rule(NamedTuple):
@@ -76,10 +77,12 @@ RULES: Mapping[str, Rule] = {
     "lora.dropout": _BELOW_1,
     "moe_dispatch": _one_of(DISPATCHES),
     "balance_weight": _NOT_NEGATIVE._replace(optional=True),
+    "balance_over": _one_of(BALANCES, optional=True),
     "router_z_weight": _NOT_NEGATIVE._replace(optional=True),
     "capacity_factor": _ABOVE_0._replace(optional=True),
     "dtype": _DTYPE,
     "param_dtype": _DTYPE,
+    "grad_sum_dtype": _DTYPE._replace(optional=True),
     "remat": _one_of(tuple(REMAT)),
     "optimization_level": _one_of(("O0", "O1", "O2", "O3"), optional=True),
     **{f"mesh.{axis}": _AXIS for axis in AXES},

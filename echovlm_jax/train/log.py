@@ -26,6 +26,7 @@ from echovlm_jax.train.program import Config, Program
 from echovlm_jax.train.telemetry import KINDS
 
 ROUTING_PICTURE = "routing.png"
+EVALUATED = ("eval_loss", "eval_error")  # what an evaluation's line has one of
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient; then something is wrong
 
 
@@ -95,6 +96,8 @@ class Log:
         """What an evaluation after `step` updates found, and the routing since the last one."""
         if values:
             self.write(step, values)
+        if "eval_error" in values:
+            self._tell(f"step {step} · NOT EVALUATED: {values['eval_error']}")
         if self._board is None or np.ndim(self._counts) == 0:
             return
         counts, self._counts = np.asarray(self._counts), 0.0
@@ -140,7 +143,7 @@ class Log:
         self.skipped += skipped
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if skipped or (step + 1) % self._config.log_every == 0 or step + 1 == self._config.steps:
-            rate = float(np.asarray(self._program.schedule(step)))
+            rate = float(np.asarray(self._program.schedule(found.pop("updates"))))
             line = {**found, "lr": rate, "batch": step, **self._pace()}
             self.write(step + 1, line)
             self._show(step + 1, line)
@@ -199,7 +202,11 @@ class Log:
             words += [f"MFU {line['mfu']:.1%}, useful {line['useful_mfu']:.1%}"]
         if line["skipped"]:
             words.append(f"NOT FINITE: batch {line['batch']} changed nothing")
-        text = " · ".join(words)
+        self._tell(" · ".join(words))
+
+    def _tell(self, text: str) -> None:
+        if self._file is None:
+            return
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -230,6 +237,16 @@ def _reopen(path: Path, first: int) -> Any:
         return open(path, "a", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror})") from error
+
+
+def was_evaluated(folder: Path, step: int) -> bool:
+    """Whether a run's metrics tell of an evaluation after `step` updates, made or failed."""
+    path = folder / METRICS
+    found = path.read_text("utf-8").splitlines() if path.exists() else []
+    return any(
+        line["step"] == step and not line.keys().isdisjoint(EVALUATED)
+        for line in map(json.loads, found)
+    )
 
 
 def _plain(value: Any) -> Any:

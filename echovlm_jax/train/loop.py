@@ -8,16 +8,18 @@ number's.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from echovlm_jax.checkpoint import open_checkpoints
@@ -32,16 +34,17 @@ from echovlm_jax.storage import digests, files
 from echovlm_jax.storage.layout import CHECKPOINTS, CONFIG, MODEL, TRAINABLE, run_files, steps
 from echovlm_jax.storage.verify import run_problems
 from echovlm_jax.train.config_file import check_config, differences
-from echovlm_jax.train.log import Log
+from echovlm_jax.train.log import Log, was_evaluated
 from echovlm_jax.train.program import Config, Program, init_state, make_program
 from echovlm_jax.train.stages import training_table
 from echovlm_jax.train.start import Start, frozen_start, starting_point
 from echovlm_jax.train.step import TrainState
 
+EVALUATING = ".evaluating"  # the step whose evaluation is being made up for
 PROFILE, PLANS = "profile", "plans"
 VALIDATION = "validation"
 # What a run's model/ is made from. A run that has begun keeps that, unless one of these is changed.
-_MADE_FROM = ("model", "tokenizer", "max_image_patches")
+_MADE_FROM = ("model", "tokenizer", "max_image_patches", "max_patches")
 
 
 def train(
@@ -57,7 +60,8 @@ def train(
     configuration, tokenizer and template are kept in the folder, and all weights in the checkpoint.
 
     On SIGTERM, or a notice of preemption, the step in hand is finished and saved. `eval_loss` is
-    over the split `validation`, organs as often as they are there, however training mixes them.
+    over the split `validation`, organs as often as they are there, however training mixes them. It
+    comes after saving, and what fails in it is a line, `eval_error`: the run goes on.
 
     Args:
       config: as the files in configs/ return it.
@@ -119,9 +123,9 @@ def train(
         profiled = stack.enter_context(_profiler(folder, profile))
         log = stack.enter_context(Log(folder, config, program, first))
         tick = stack.enter_context(progress(config.steps - first, "step", "train"))
+        evaluate = _evaluation(settings, program)  # planned before minutes go into compiling
         _say(f"compiling for {program.mesh.size} devices")
         update = program.compile()
-        evaluate = _evaluation(settings, program)
         # Only now is the folder this configuration's: one that could not begin may be mended.
         _write(folder / CONFIG, config.to_json(indent=2) + "\n")
         if jax.process_index() == 0:
@@ -129,6 +133,9 @@ def train(
         _say(f"training from step {first} to {config.steps} in {folder}")
 
         step, saved = first, first
+        if first and (first % config.eval_every == 0 or first == config.steps):
+            with log.aside():
+                log.evaluated(first, _catch_up(folder, first, functools.partial(evaluate, state)))
         while step < config.steps:
             with profiled(step):
                 batch = global_arrays(next(batches), program.batch)
@@ -138,14 +145,14 @@ def train(
             tick(1)
             checkpoints.check()
             ending = step == config.steps or stop(step)
-            if ending or step % config.eval_every == 0:
-                with log.aside():
-                    log.evaluated(step, evaluate(state))
             if ending or step % config.checkpoint_every == 0:
                 with log.aside():
                     extra = {"config": json.loads(config.to_json())}
                     checkpoints.save(step, state, extra, model=folder / MODEL)
                 saved = step
+            if ending or step % config.eval_every == 0:  # after saving: it may take the run down
+                with log.aside():
+                    log.evaluated(step, evaluate(state))
             if ending:
                 break
         checkpoints.wait()
@@ -288,8 +295,12 @@ def _asked_to_stop() -> Iterator[Any]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _evaluation(config: Config, program: Program) -> Any:
-    """A function of the state: the loss over the first batches of the split VALIDATION."""
+def _evaluation(config: Config, program: Program) -> Callable[[TrainState], dict[str, Any]]:
+    """A function of the state: `eval_loss` over the first batches of the split VALIDATION.
+
+    It does not raise: what went wrong is its `eval_error`, and the run goes on. What is planned of
+    the split is planned here, so that one which can't be used is known before anything compiles.
+    """
     settings = config.copy_and_resolve_references()
     with settings.unlocked():
         settings.split = VALIDATION
@@ -306,15 +317,17 @@ def _evaluation(config: Config, program: Program) -> Any:
         _say(f"{config.data} has no split {VALIDATION}: nothing is evaluated on the way")
         return lambda state: {}
 
+    def read() -> Any:
+        return make_batches(
+            settings, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+
     def evaluate(state: TrainState) -> dict[str, float]:
         nonlocal compiled
         losses = labels = 0.0
-        batches = make_batches(
-            settings, process_index=jax.process_index(), process_count=jax.process_count()
-        )
-        with contextlib.closing(batches):  # type: ignore[type-var]
+        with contextlib.closing(_together(read)) as batches:
             for _ in range(config.get("eval_batches") or 4):
-                batch = global_arrays(next(batches), program.batch)
+                batch = global_arrays(_together(lambda: next(batches)), program.batch)
                 if compiled is None:
                     compiled = program.compile_eval()
                 found = jax.device_get(compiled(state.trainable, state.frozen, batch))
@@ -322,7 +335,61 @@ def _evaluation(config: Config, program: Program) -> Any:
                 labels += float(found["labels"])
         return {"eval_loss": losses / labels}
 
-    return evaluate
+    def attempt(state: TrainState) -> dict[str, Any]:
+        try:
+            return evaluate(state)
+        except Exception as error:  # the data, memory, a worker's death: the run is worth more
+            return {"eval_error": _in_a_line(error)}
+
+    try:
+        _together(read).close()
+    except Exception as error:
+        reason = _in_a_line(error)
+        _say(f"the split {VALIDATION} can't be evaluated, training goes on without: {reason}")
+        return lambda state: {"eval_error": reason}
+    return attempt
+
+
+def _together(make: Callable[[], Any]) -> Any:
+    """`make()`, which raises in all processes of the job where it does in one: nobody waits, in a
+    collective, for one that gave up."""
+    made, problem = None, None
+    try:
+        made = make()
+    except Exception as error:
+        problem = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.asarray(problem is not None))
+        if problem is None and np.any(failed):
+            problem = InputError(f"process {int(np.argmax(failed))} of the job could not read on")
+    if problem is not None:
+        raise problem
+    return made
+
+
+def _in_a_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def _catch_up(folder: Path, step: int, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the evaluation after `step` finds, where a kill cut it off; {} where none did.
+
+    It is tried once more, and no more often: one that takes the process down must not do so at
+    every start.
+    """
+    mark = folder / EVALUATING
+    todo = jax.process_index() == 0 and not was_evaluated(folder, step)
+    died = todo and mark.exists() and mark.read_text("utf-8") == str(step)
+    if jax.process_count() > 1:  # as the first process sees it
+        todo, died = multihost_utils.broadcast_one_to_all(np.array([todo, died])).tolist()
+    if not todo:
+        return {}
+    _write(mark, str(step))
+    found = {"eval_error": "the process died twice while evaluating"} if died else evaluate()
+    if jax.process_index() == 0:
+        mark.unlink(missing_ok=True)
+    return found
 
 
 @contextlib.contextmanager

@@ -63,7 +63,8 @@ def token_losses(
 
         def step(running: _Running, chunk: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
             number, weight = chunk
-            weight = all_gather(weight.astype(hidden.dtype), embed_axes, 1)
+            kinds = {"dtype": hidden.dtype, "sum_dtype": layout.sums(hidden.dtype)}
+            weight = all_gather(weight, embed_axes, 1, **kinds)
             x = wide.astype(hidden.dtype)
             logits = einsum("BTD,VD->BTV", x, weight, out_dtype=jnp.float32)
             place = labels - (first + number * width)
@@ -105,14 +106,37 @@ def _chunks(vocab: int, bytes_per_column: int, most: int) -> int:
     )
 
 
+def balancing_part(
+    router_logits: Float[Array, "L B T E"],
+    counted: Bool[Array, "B T"],
+    chosen: Float[Array, "E"],
+    tokens: Float[Array, ""],
+) -> Float[Array, ""]:
+    """A part's share of a whole batch's `load_balancing_loss`: over all parts they add up to it.
+
+    E · Σ_e f_e · P_e with f_e = chosen_e / (L · tokens), of the whole batch, and P_e the sum of the
+    part's probabilities over the same. f has no gradient, so that of the sum is the batch's too.
+
+    Args:
+      router_logits, counted: of the part, as of `load_balancing_loss`.
+      chosen: how often each expert was chosen in all layers, for all tokens of the batch.
+      tokens: of the batch.
+    """
+    layers, _, _, experts = router_logits.shape
+    probability = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
+    weight = counted.astype(jnp.float32)
+    total = jnp.einsum("LBTE,BT->E", probability, weight, precision="highest")
+    return experts * jnp.sum(chosen * total) / (layers * tokens) ** 2
+
+
 def balancing_losses(
     router_logits: Float[Array, "L B T E"], counted: Bool[Array, "B T"], *, top_k: int
 ) -> jax.Array:
     """`load_balancing_loss` of each row by itself; 0 for a row without tokens.
 
-    A row is a packed one of a few thousand tokens. Balancing each makes the loss of a batch the
-    same however its rows are spread over devices and accumulation steps, which a loss that
-    multiplies two means over the batch is not. Returns float32 [B].
+    A row is a packed one of a few thousand tokens. No part of a batch needs to know what others
+    chose, as `balancing_part` does; in exchange, a row of one organ has to be even by itself.
+    Returns float32 [B].
     """
     some = jnp.any(counted, axis=-1)
 

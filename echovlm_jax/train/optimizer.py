@@ -76,6 +76,17 @@ def make_optimizer(
     )
 
 
+def updates_made(opt_state: Any) -> dict[str, Any]:
+    """{"updates": []}, int32: where a schedule in the optimizer's state stands; {} without one.
+    Steps that were left out don't count."""
+
+    def scheduled(state: Any) -> bool:
+        return isinstance(state, optax.ScaleByScheduleState)
+
+    states = filter(scheduled, jax.tree.leaves(opt_state, is_leaf=scheduled))
+    return next(({"updates": state.count} for state in states), {})
+
+
 def _clip_by_global_norm(most: float) -> optax.GradientTransformationExtraArgs:
     """As optax's, with one number that all gradients are multiplied with. optax divides each of
     them, which XLA stores in between on a CPU: a division is too costly to repeat."""

@@ -107,7 +107,7 @@ def make_program(
     if balance is not None and model.moe is not None:
         model = model.replace(moe={"router_aux_loss_coef": float(balance)})
     mesh = config_mesh(config, devices)
-    layout = activation_layout(mesh)
+    layout = activation_layout(mesh, sum_dtype=config.get("grad_sum_dtype") or "float32")
     compute = Compute(
         moe_dispatch=config.moe_dispatch,
         capacity_factor=config.get("capacity_factor"),
@@ -156,6 +156,7 @@ def make_program(
         lora_dropout=config.lora.dropout,
         seed=config.seed,
         z_weight=config.get("router_z_weight") or 0.0,
+        balance_over=config.get("balance_over") or "batch",
     )
     jitted = jax.jit(
         step,

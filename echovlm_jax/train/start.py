@@ -11,9 +11,11 @@ import jax
 from echovlm_jax.config import PRESETS, ModelConfig, preset, to_hf
 from echovlm_jax.convert.folder import copy_side_files, open_model, read_config, write_json
 from echovlm_jax.convert.load import load_params
-from echovlm_jax.data.tokenizer import byte_tokenizer
+from echovlm_jax.data.dataset import open_dataset
+from echovlm_jax.data.fit import training_images
+from echovlm_jax.data.tokenizer import byte_tokenizer, images_of_preset
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.images import ImageConfig
+from echovlm_jax.processing.processor import pixel_configs, stated_pixels
 from echovlm_jax.train.program import Program
 from echovlm_jax.train.stages import merge
 
@@ -27,28 +29,23 @@ class Start(NamedTuple):
 
     def keep(self, folder: Path, config: Any) -> None:
         """Puts what a model has beside its weights into a run's folder, so that it is a model too:
-        config.json, the tokenizer that it is trained with, and for a new one how large its images
-        are."""
+        config.json, the tokenizer that it is trained with, and how its pictures become patches."""
         folder.mkdir(parents=True, exist_ok=True)
         described = to_hf(self.config, config.param_dtype)
         if self.files is None:
             write_json(folder / "config.json", described)
-            vision = self.config.vision
-            most = config.max_image_patches * vision.patch_size**2
-            images = {
-                "min_pixels": min(ImageConfig.min_pixels, most),
-                "max_pixels": most,
-                "patch_size": vision.patch_size,
-                "temporal_patch_size": vision.temporal_patch_size,
-                "merge_size": vision.spatial_merge_size,
-            }
-            write_json(folder / "preprocessor_config.json", images)
+            images = images_of_preset(self.config)
         else:
+            images, _ = pixel_configs(self.files, None)
             copy_side_files(self.files, folder)
         if config.get("tokenizer"):
             copy_side_files(Path(config.tokenizer), folder, config=described)
         elif self.files is None:
             byte_tokenizer(self.config).save(str(folder / "tokenizer.json"))
+        images = training_images(images, config.max_image_patches, config.max_patches)
+        frames = open_dataset(config.data, config.get("split") or "train").num_frames
+        for name, said in stated_pixels(folder, images, frames).items():
+            write_json(folder / name, said)
 
 
 def frozen_start(folder: Path) -> Start:

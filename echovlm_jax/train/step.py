@@ -15,14 +15,15 @@ from echovlm_jax.data.record import ORGANS
 from echovlm_jax.model import Compute, EchoVLM
 from echovlm_jax.ops import Array
 from echovlm_jax.train.lora import scaled, with_dropout
-from echovlm_jax.train.loss import IGNORE, balancing_losses, token_losses
-from echovlm_jax.train.optimizer import global_norm, in_float32
+from echovlm_jax.train.loss import IGNORE, balancing_losses, balancing_part, token_losses
+from echovlm_jax.train.optimizer import global_norm, in_float32, updates_made
 from echovlm_jax.train.stages import merge
 from echovlm_jax.train.telemetry import mixture_sums, z_loss
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, jax.Array]
 
+BALANCES = ("batch", "row")  # what the router's load is balanced over
 _DROPOUT = 1  # what a step's random numbers are for: a purpose has its own
 ORGAN_NUMBERS = len(ORGANS) + 1  # the last is for all others
 # The logical axes of a batch's arrays.
@@ -42,7 +43,7 @@ BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
 class TrainState(NamedTuple):
     """All that a run needs to go on, besides its position in the data."""
 
-    step: Any  # [] int32, updates made
+    step: Any  # [] int32, steps made, those left out too
     trainable: Any  # {"params": …, "lora": …}: own gradients and optimizer state
     frozen: Any  # the rest of "params": own neither
     opt_state: Any
@@ -53,6 +54,7 @@ class Totals(NamedTuple):
 
     labels: jax.Array  # labels that count
     tokens: jax.Array  # tokens that are not padding
+    chosen: jax.Array | None = None  # [E], how often each expert was; None: by the part itself
 
 
 def targets(labels: Array, segment_ids: Array) -> jax.Array:
@@ -71,10 +73,11 @@ def loss_and_metrics(
     compute: Compute,
     dtype: DTypeLike,
     z_weight: float = 0.0,
+    balance_over: str = "batch",
 ) -> tuple[jax.Array, Metrics]:
     """This batch's part of the global loss: parts add up to the loss over all of `totals`.
 
-    loss = Σ cross-entropy / totals.labels + coefficient · Σ_rows balancing · share of tokens
+    loss = Σ cross-entropy / totals.labels + coefficient · balancing
     + z_weight · Σ router z-loss / totals.tokens.
 
     Args:
@@ -83,6 +86,8 @@ def loss_and_metrics(
         optionally `organs` [B, T], each token's organ by number.
       totals: of the global batch.
       z_weight: of `telemetry.z_loss`.
+      balance_over: one of BALANCES. Of "batch", over all tokens of the global batch; "row", in
+        each row by itself, and the mean of that over the rows' tokens.
 
     Returns:
       The loss [] in float32, and parts of metrics that add up likewise.
@@ -98,17 +103,22 @@ def loss_and_metrics(
     loss, metrics = cross_entropy, {"ce_loss": cross_entropy}
     if config.moe is not None:
         counted = batch["segment_ids"] != 0
-        share = jnp.sum(counted, axis=-1) / totals.tokens
-        rows = balancing_losses(out.router_logits, counted, top_k=config.moe.top_k)
-        metrics["aux_loss"] = jnp.sum(rows * share)
+        mixture = mixture_sums(
+            out, batch, top_k=config.moe.top_k, organs=ORGAN_NUMBERS, layout=compute.layout
+        )
+        if balance_over == "row":
+            share = jnp.sum(counted, axis=-1) / totals.tokens
+            rows = balancing_losses(out.router_logits, counted, top_k=config.moe.top_k)
+            metrics["aux_loss"] = jnp.sum(rows * share)
+        else:
+            chosen = _chosen(mixture) if totals.chosen is None else totals.chosen
+            metrics["aux_loss"] = balancing_part(out.router_logits, counted, chosen, totals.tokens)
         metrics["dropped"] = jnp.sum(out.dropped).astype(jnp.float32)
         loss = loss + config.moe.router_aux_loss_coef * metrics["aux_loss"]
         if z_weight:
             metrics["z_loss"] = z_loss(out.router_logits, counted / totals.tokens)
             loss = loss + z_weight * metrics["z_loss"]
-        metrics |= mixture_sums(
-            out, batch, top_k=config.moe.top_k, organs=ORGAN_NUMBERS, layout=compute.layout
-        )
+        metrics |= mixture
     return loss, {"loss": loss, **metrics}
 
 
@@ -123,6 +133,7 @@ def make_train_step(
     lora_dropout: float = 0.0,
     seed: int = 0,
     z_weight: float = 0.0,
+    balance_over: str = "batch",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step for a model and a way to compute it; jit it with the state donated.
 
@@ -140,26 +151,49 @@ def make_train_step(
       seed: with a step's number and a part's it makes the keys of all that is random in them: a run
         that goes on draws what it would have drawn.
       z_weight: of the router's z-loss.
+      balance_over: of BALANCES, see `loss_and_metrics`. With grad_accum above 1 "batch" costs a
+        forward pass more: a part's loss needs to know how often each expert is chosen in the others
+        too. "row" does not.
     """
+    ahead = balance_over == "batch" and grad_accum > 1 and config.moe is not None
 
-    def loss_fn(trainable: Any, frozen: Any, key: Any, part: Batch, totals: Totals) -> Any:
+    def variables_of(trainable: Any, frozen: Any, key: Any) -> dict[str, Any]:
         variables = _variables(trainable, frozen, lora_scale)
         if "lora" in variables and lora_dropout:
             variables["lora"] = with_dropout(variables["lora"], key, lora_dropout)
+        return variables
+
+    def choices(trainable: Any, frozen: Any, key: Any, part: Batch) -> jax.Array:
+        """[E], how often each expert is chosen in a part."""
+        model, top_k = EchoVLM(config, dtype, compute=compute), config.moe and config.moe.top_k
+        out: Any = model.apply(variables_of(trainable, frozen, key), part)
+        return _chosen(
+            mixture_sums(out, part, top_k=top_k or 0, organs=ORGAN_NUMBERS, layout=compute.layout)
+        )
+
+    def loss_fn(trainable: Any, frozen: Any, key: Any, part: Batch, totals: Totals) -> Any:
         return loss_and_metrics(
-            variables,
+            variables_of(trainable, frozen, key),
             part,
             totals,
             config=config,
             compute=compute,
             dtype=dtype,
             z_weight=z_weight,
+            balance_over=balance_over,
         )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = {name: compute.layout.constrain(x, *BATCH_AXES[name]) for name, x in batch.items()}
         totals = totals_of(batch)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), _DROPOUT)
+        if ahead:
+
+            def chosen(part: Batch, number: Any) -> jax.Array:
+                own = jax.random.fold_in(key, number)
+                return choices(state.trainable, state.frozen, own, part)
+
+            totals = totals._replace(chosen=_accumulate(chosen, batch, grad_accum))
 
         def gradients(part: Batch, number: Any) -> tuple[Any, Metrics]:
             own = jax.random.fold_in(key, number)
@@ -175,6 +209,7 @@ def make_train_step(
             "labels": totals.labels,
             "patches": _patches(batch),
             "skipped": 1.0 - finite.astype(jnp.float32),
+            **updates_made(state.opt_state),  # before this one
         }
 
         def update(trainable: Any, opt_state: Any) -> tuple[Any, Any]:
@@ -233,13 +268,16 @@ def _variables(trainable: Any, frozen: Any, lora_scale: float) -> dict[str, Any]
     return variables
 
 
-def _accumulate(
-    gradients: Callable[[Batch, Any], tuple[Any, Metrics]], batch: Batch, parts: int
-) -> tuple[Any, Metrics]:
-    """The sum of `gradients`, of a part and its number, over equal parts of the batch's rows, in
+def _chosen(mixture: Mapping[str, jax.Array]) -> jax.Array:
+    """[E] of `mixture_sums`."""
+    return jnp.sum(mixture["expert_counts"], axis=(0, 1, 2))
+
+
+def _accumulate(function: Callable[[Batch, Any], Any], batch: Batch, parts: int) -> Any:
+    """The sum of `function`, of a part and its number, over equal parts of the batch's rows, in
     float32."""
     if parts == 1:
-        return gradients(batch, 0)
+        return function(batch, 0)
     # Row r goes to part r mod parts: every device splits its own rows, and none travels.
     split = {
         name: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
@@ -247,8 +285,8 @@ def _accumulate(
     }
 
     def add(total: Any, part: tuple[Batch, Any]) -> tuple[Any, None]:
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, gradients(*part)), None
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, function(*part)), None
 
-    shapes = jax.eval_shape(gradients, {name: x[0] for name, x in split.items()}, 0)
+    shapes = jax.eval_shape(function, {name: x[0] for name, x in split.items()}, 0)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
     return jax.lax.scan(add, start, (split, jnp.arange(parts)))[0]

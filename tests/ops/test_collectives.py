@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh
 from echovlm_jax.ops import collectives
 from echovlm_jax.ops.collectives import all_gather, reduce_scatter
-from echovlm_jax.ops.einsum import einsum
+from echovlm_jax.ops.einsum import add_bias, einsum
 
 MESHES = [(1, 8, 1, 1, 1), (2, 2, 2, 1, 1), (1, 2, 2, 2, 1), (2, 2, 1, 1, 2), (1, 1, 4, 2, 1)]
 
@@ -157,3 +157,33 @@ def test_without_a_layout_an_einsum_is_numpys():
     for name, (spec, *_) in PRODUCTS.items():
         x, w, _, y, *_ = expected(name)
         close(einsum(spec, x, w), y)
+
+
+@pytest.mark.parametrize("sum_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1, 1), (2, 4, 1, 1, 1)], ids=str)
+def test_gradients_are_added_up_in_the_dtype_that_is_set(sizes, sum_dtype):
+    """One device's gradient is 256 times each of the others', which bfloat16 would lose."""
+    mesh = mesh_of(sizes)
+    layout = activation_layout(mesh, sum_dtype=sum_dtype)
+    x = jnp.ones((8, 1, 8), jnp.bfloat16)
+    g = jnp.ones((8, 1, 16), jnp.bfloat16).at[0].set(256)
+    w, b = jnp.zeros((16, 8), jnp.float32), jnp.zeros(16, jnp.float32)
+
+    def run(x, w, b, g):
+        def layer(w, b):
+            y = einsum("BTD,FD->BTF", x, w, axes=("mlp", "embed"), layout=layout)
+            return add_bias(y, b, layout)
+
+        return jax.vjp(layer, w, b)[1](g)
+
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, layout.spec("mlp", "embed"))
+        rows = NamedSharding(mesh, layout.spec("batch", "length"))
+        x, g = (jax.device_put(array, rows) for array in (x, g))
+        dw, db = jax.jit(run)(x, jax.device_put(w, place), b, g)
+        text = jax.jit(run).lower(x, jax.device_put(w, place), b, g).as_text()
+    assert dw.dtype == db.dtype == jnp.float32
+    if sum_dtype == "float32":
+        assert (np.asarray(dw) == 263).all() and (np.asarray(db) == 263).all()
+    elif "reduce_scatter" in text:
+        assert (np.asarray(dw) != 263).any()

@@ -70,6 +70,13 @@ def test_every_collective_in_nested_loops():
         "collective-permute": 7 * size,
         "all-reduce": 35 * 2 * size * 15 / 16,
     }
+    by_dtype = tpu("collectives_v5e").collective_dtypes
+    assert {kind: set(found) for kind, found in by_dtype.items()} == {
+        kind: {"f32"} for kind in by_dtype
+    }
+    assert {kind: sum(found.values()) for kind, found in by_dtype.items()} == tpu(
+        "collectives_v5e"
+    ).collective_bytes
     kinds = {c.kind: c for c in tpu("collectives_v5e").collectives}
     assert kinds["collective-permute"].group_size == 12  # 3 of each 4 receive something
     assert kinds["all-reduce"].count == 35

@@ -1,5 +1,6 @@
 """The loop: a run is its folder, whatever happens to the process."""
 
+import contextlib
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from echovlm_jax.train import loop
 from echovlm_jax.train.config_file import check_config, load_config
 from echovlm_jax.train.loop import train
 from echovlm_jax.train.lora import scaled
+from echovlm_jax.train.optimizer import learning_rate
 from echovlm_jax.train.stages import merge
 from tests.distributed.train_steps import random_batch
 
@@ -164,6 +166,11 @@ def test_a_run_is_a_model(undisturbed, tmp_path):
     export(undisturbed, tmp_path / "torch")
     again = load_model(tmp_path / "torch")
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    large = np.zeros((768, 1024, 3), np.uint8)
+    for asked in (model, again):  # of 64 patches at most, as in training
+        assert asked.prepare([large], "?", max_new_tokens=1)["image_grid_thw"].tolist() == [
+            [1, 6, 8]
+        ]
     with pytest.raises(InputError, match=r"checkpoints/2/.*|is broken"):
         damaged = tmp_path / "run"
         shutil.copytree(undisturbed, damaged)
@@ -186,9 +193,8 @@ def test_evaluation_takes_organs_as_they_are(monkeypatch):
     monkeypatch.setattr(loop, "make_batches", stop)
     rare = {"mix_temperature": None, "organ_weights.vessel": 1.0, "organ_weights.liver": 0.0}
     config = load_config(CONFIG, {**SMALL, **rare})
-    with pytest.raises(InterruptedError):
-        loop._evaluation(config, None)(None)
-    [settings] = seen
+    assert "InterruptedError" in loop._evaluation(config, None)(None)["eval_error"]
+    [settings] = seen  # planned once, and not again
     assert (settings.split, settings.mix_temperature) == ("validation", 1.0)
     check_config(settings)  # one of the two ways to mix, not both
     assert config.organ_weights.vessel == 1.0  # training's are as they were
@@ -267,15 +273,90 @@ def test_what_is_not_finite_changes_nothing(model_folder, tmp_path, monkeypatch)
             yield batch
 
     monkeypatch.setattr(loop, "make_batches", damaged)
-    short = {"steps": 4, "checkpoint_every": 1, "checkpoint_keep": 9, "eval_every": 100}
+    short = {"steps": 5, "checkpoint_every": 1, "checkpoint_keep": 9, "eval_every": 100}
     result = train(config(model_folder, **short), tmp_path)
     assert result["skipped"] == 1
-    bad = lines(tmp_path)[3]
+    bad, after = lines(tmp_path)[3:5]
     assert bad["skipped"] == 1 and bad["batch"] == 3 and bad["loss"] is None
+    # The optimizer made three updates before either: its schedule stood still.
+    rate = float(learning_rate(1e-3, 5, config(model_folder).warmup_fraction)(3))
+    assert after["lr"] == bad["lr"] == pytest.approx(rate) and after["skipped"] == 0
     before, after = state(tmp_path, 3), state(tmp_path, 4)
     for name in before:
         if name not in ("['step']",):
             np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+
+
+def only_validation(whole, failing):
+    """`make_batches`, where `failing` runs before the split validation gives a batch."""
+
+    def read(batches):
+        with contextlib.closing(batches):
+            for batch in batches:
+                failing()
+                yield batch
+
+    def make(settings, **options):
+        batches = whole(settings, **options)
+        return batches if settings.get("split") != "validation" else read(batches)
+
+    return make
+
+
+def test_an_evaluation_that_fails_is_a_line(
+    undisturbed, model_folder, tmp_path, monkeypatch, capsys
+):
+    def fail():
+        raise RuntimeError("no memory\nleft")
+
+    monkeypatch.setattr(loop, "make_batches", only_validation(loop.make_batches, fail))
+    result = train(config(model_folder), tmp_path)
+    assert result["final_step"] == result["saved_step"] == SMALL["steps"]
+    told = lines(tmp_path)
+    error = "RuntimeError: no memory left"
+    assert [line for line in told if "eval_error" in line] == [
+        {"step": 4, "eval_error": error},
+        {"step": 6, "eval_error": error},
+    ]
+    wanted = [line for line in lines(undisturbed) if "loss" in line]
+    assert [line for line in told if "loss" in line] == wanted
+    assert f"step 4 · NOT EVALUATED: {error}\n" in capsys.readouterr().err
+
+
+def test_a_split_that_can_not_be_evaluated_is_told_before_compiling(monkeypatch, capsys):
+    def none(settings, **_):
+        raise InputError("none of its samples can be used")
+
+    monkeypatch.setattr(loop, "make_batches", none)
+    evaluate = loop._evaluation(load_config(CONFIG, SMALL), None)  # no program: nothing compiles
+    assert "can't be evaluated" in (told := capsys.readouterr().err) and told.count("\n") == 1
+    assert evaluate(None) == {"eval_error": "none of its samples can be used"}
+
+
+def test_a_kill_while_evaluating_costs_no_step(undisturbed, model_folder, tmp_path, monkeypatch):
+    def kill():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "make_batches", only_validation(loop.make_batches, kill))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(model_folder), tmp_path)
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+    monkeypatch.undo()
+    devices = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    train(config(model_folder), tmp_path)
+    assert_same_run(tmp_path, undisturbed)  # the evaluation was made up for
+
+
+def test_an_evaluation_that_kills_is_tried_twice(tmp_path):
+    def kill():
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        loop._catch_up(tmp_path, 4, kill)
+    assert "died twice" in loop._catch_up(tmp_path, 4, kill)["eval_error"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "eval_error": "x"}\n')
+    assert loop._catch_up(tmp_path, 4, kill) == {}
 
 
 @pytest.mark.slow

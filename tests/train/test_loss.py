@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh
 from echovlm_jax.ops.moe.dispatch import load_balancing_loss
-from echovlm_jax.train.loss import IGNORE, balancing_losses, token_losses
+from echovlm_jax.train.loss import IGNORE, balancing_losses, balancing_part, token_losses
 from echovlm_jax.train.step import targets
 
 WIDTH = 16
@@ -169,3 +169,27 @@ def test_the_balancing_loss_of_each_row_is_its_own():
     )
     whole = load_balancing_loss(logits[:, 2:], counted[2:], top_k=2)
     np.testing.assert_allclose(rows[2], whole, rtol=1e-6)
+
+
+def test_the_parts_of_a_batch_add_up_to_its_balancing_loss():
+    """The loss of all tokens at once, and its gradient, whatever the parts are."""
+    rng = np.random.default_rng(5)
+    logits = 2 * rng.normal(size=(3, 4, 6, 4)).astype(np.float32)
+    logits[:, 2] += np.float32([3, 0, 0, 0])  # a row of its own taste
+    counted = rng.random((4, 6)) < 0.7
+    best = np.argsort(-logits[:, counted].reshape(-1, 4), axis=-1)[:, :2]
+    chosen = np.bincount(best.ravel(), minlength=4).astype(np.float32)
+    tokens = np.float32(counted.sum())
+
+    def parts(logits):
+        halves = [(logits[:, rows], counted[rows]) for rows in (slice(0, 1), slice(1, 4))]
+        return sum(balancing_part(x, mask, chosen, tokens) for x, mask in halves)
+
+    def whole(logits):
+        return load_balancing_loss(logits, counted, top_k=2)
+
+    np.testing.assert_allclose(parts(logits), whole(logits), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(parts)(logits), jax.grad(whole)(logits), atol=1e-7)
+    rows = balancing_losses(logits, counted, top_k=2)
+    by_row = np.sum(rows * counted.sum(-1)) / tokens
+    assert abs(by_row - whole(logits)) > 1e-2  # another number than each row's by itself

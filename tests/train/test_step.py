@@ -114,17 +114,14 @@ def by_hand() -> dict[str, float]:
                 row = logits[b, t] - logits[b, t].max()
                 total += np.log(np.exp(row).sum()) - row[label]
                 labels += 1
-    balance = 0.0
-    for b in range(ROWS):
-        rows = np.exp(routers[:, b, batch["segment_ids"][b] != 0].reshape(-1, 4))
-        if len(rows):
-            rows /= rows.sum(axis=-1, keepdims=True)
-            best = np.argsort(-rows, axis=-1)[:, :2]
-            shares = np.array([(best == e).sum() / len(best) for e in range(4)])
-            tokens = (batch["segment_ids"][b] != 0).sum()
-            balance += tokens * 4 * (shares * rows.mean(axis=0)).sum()
-    tokens = (batch["segment_ids"] != 0).sum()
-    ce, aux = total / labels, balance / tokens
+    # Over all layers and tokens of the batch at once.
+    counted = batch["segment_ids"] != 0
+    rows = np.exp(routers[:, counted].reshape(-1, 4))
+    rows /= rows.sum(axis=-1, keepdims=True)
+    best = np.argsort(-rows, axis=-1)[:, :2]
+    shares = np.array([(best == e).sum() / len(best) for e in range(4)])
+    tokens = counted.sum()
+    ce, aux = total / labels, 4 * (shares * rows.mean(axis=0)).sum()
     return {"loss": ce + 0.5 * aux, "ce_loss": ce, "aux_loss": aux, "labels": labels,
             "tokens": tokens, "dropped": 0.0}  # fmt: skip
 

@@ -70,6 +70,7 @@ class PhantomDataset:
         self._split, self._key = split, text_key(f"phantom/{split}")
         self._cine, self._cine_frames = cine, cine_frames
         self.organ_names: tuple[str, ...] = ORGANS
+        self.num_frames: int | None = cine_frames
         self.organs = organ_of(self._key, np.arange(size), balanced)
         content = json.dumps([VERSION, split, size, balanced, cine, cine_frames])
         self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -102,7 +103,7 @@ def _layout_of_experts(layout: Layout) -> Layout:
     taken = layout.mesh_axes("expert")
     outer = tuple(axis for axis in layout.mesh_axes("batch") if axis not in taken)
     rest = tuple(rule for rule in layout.rules if rule[0] != "batch")
-    return Layout((("batch", outer), *rest)) if layout.rules else layout
+    return dataclasses.replace(layout, rules=(("batch", outer), *rest)) if layout.rules else layout
 
 
 def _group(x: Array, pieces: tuple[int, int], size: int) -> jax.Array:

@@ -41,11 +41,14 @@ def moe(
             _on_device,
             expert_axes=layout.mesh_axes("expert"),
             embed_axes=layout.mesh_axes("expert_embed"),
+            sum_dtype=layout.sums(x.dtype),
         ),
         in_axes=[(*tokens, None)] * 3 + [tokens, inner, inner, outer],
         out_axes=("mlp", *tokens, None),
     )
-    weights = (jnp.asarray(weight, x.dtype) for weight in experts)
+    # As they are, where a device's sums are to be wide: of copies over the mesh's other axes too.
+    wide = layout.sums(x.dtype) != x.dtype
+    weights = (jnp.asarray(weight, None if wide else x.dtype) for weight in experts)
     # One term for each piece of "mlp". They are added out here, where the sum's derivative is a
     # copy; inside, it would be one more sum over devices.
     return jnp.sum(mapped(x, routing.expert, routing.weight.astype(x.dtype), valid, *weights), 0)
@@ -62,10 +65,12 @@ def _on_device(
     *,
     expert_axes: tuple[str, ...],
     embed_axes: tuple[str, ...],
+    sum_dtype: jnp.dtype,
 ) -> jax.Array:
     """One device's tokens [B, T, D] and experts, to its term of the sums, [1, B, T, D]."""
-    gate, up = (all_gather(weight, embed_axes, 2) for weight in (gate, up))
-    down = all_gather(down, embed_axes, 1)
+    kinds = {"dtype": x.dtype, "sum_dtype": sum_dtype}
+    gate, up = (all_gather(weight, embed_axes, 2, **kinds) for weight in (gate, up))
+    down = all_gather(down, embed_axes, 1, **kinds)
     shape = x.shape
     x, expert, weight, valid = (
         jnp.reshape(array, (-1, *array.shape[2:])) for array in (x, expert, weight, valid)
