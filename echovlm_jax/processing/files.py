@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 from echovlm_jax.errors import InputError
 
+# Value representations of the elements that a DICOM data set can begin with.
+_FIRST_VRS = {b"UL", b"CS", b"UI", b"DA", b"LO", b"OB", b"TM", b"ST", b"SH"}
 MAX_JSON_BYTES = 64 * 2**20  # the largest tokenizer.json in use is about 35 MB
 
 
@@ -63,11 +65,27 @@ def file_kind(path: str | Path) -> str:
         return "png"
     if head.startswith(b"\xff\xd8\xff"):
         return "jpeg"
-    if head[128:] == b"DICM":
+    if is_dicom(head):
         return "dicom"
     if not head:
         raise InputError(f"{shown(path)}: the file is empty")
     raise InputError(f"{shown(path)}: is neither PNG, JPEG nor DICOM, whatever its name says")
+
+
+def is_dicom(head: bytes) -> bool:
+    """Whether a file's first 132 bytes begin a DICOM file.
+
+    Some devices leave out the preamble, or the file meta information as well: then the first
+    element must be of group 2 or 8, and state a VR or a length that such an element can have.
+    """
+    if head[128:132] == b"DICM":
+        return True
+    little, big = head[:2] in (b"\2\0", b"\x08\0"), head[:2] == b"\0\x08"
+    if (little or big) and head[4:6] in _FIRST_VRS:
+        return True
+    length = int.from_bytes(head[4:8], "little")
+    after = head[8 + length : 10 + length]
+    return head[:2] == b"\x08\0" and length <= 64 and after in (b"\x08\0", b"\x10\0")
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
