@@ -276,8 +276,11 @@ def _check_length(opened: Opened) -> None:
     there = min(length, opened.file.seek(0, 2) - opened.start)
     opened.file.seek(opened.start + needed)
     rest = there - needed
-    # Padding is zeros, and shorter than a frame: one more black frame would be one unsaid.
-    if 0 <= rest < max(header.frame_bytes, 2) and not opened.file.read(rest).strip(b"\0"):
+    # An even length takes one byte whatever it is. More of them are zeros, and fewer than a frame:
+    # one more black frame would be one that the header does not state.
+    if 0 <= rest <= needed % 2:
+        return
+    if 0 <= rest < header.frame_bytes and not opened.file.read(rest).strip(b"\0"):
         return
     what = "is truncated" if there < needed else "holds more pixels than its header says"
     raise InputError(
