@@ -31,7 +31,7 @@ from echovlm_jax.data import folder, organs, parts
 from echovlm_jax.data.parts import Done, Part
 from echovlm_jax.data.sources import SPLITS, Sources, read_sources
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import shown
+from echovlm_jax.processing.files import allowed_links, shown
 from echovlm_jax.progress import progress
 
 LOCK, MADE = "lock", "dataset"
@@ -45,9 +45,10 @@ class Options(NamedTuple):
 
     Attributes:
       validation, test: the shares of the groups that go to these splits.
-      num_frames: a DICOM loop is sampled to so many frames.
+      num_frames: a loop is sampled to so many frames.
       crop: cut DICOM frames to their ultrasound regions.
       organs: a file {source: organ}, for records that don't say their own.
+      allow_links: a folder that links among the images may lead to.
     """
 
     validation: float = 0.05
@@ -55,6 +56,7 @@ class Options(NamedTuple):
     num_frames: int = 16
     crop: bool = False
     organs: Path | None = None
+    allow_links: Path | None = None
 
 
 DEFAULTS = Options()
@@ -198,6 +200,7 @@ def _prepare(
         "digests": list(found.digests),
         "stems": list(found.stems),
         "images": str(root),
+        "links": [str(folder) for folder in allowed_links(options.allow_links)],
         "organs": {stem: given.get(stem) or organs.organ_of_file(stem) for stem in found.stems},
         "num_frames": options.num_frames,
         "crop": options.crop,

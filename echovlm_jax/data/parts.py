@@ -164,9 +164,9 @@ def _make(
     raw: Any, plan: dict[str, Any], id: str, stem: str, group: str
 ) -> tuple[Record, list[bytes]]:
     """One record, with its pictures. Raises Refused."""
-    root = Path(plan["images"])
+    root, links = Path(plan["images"]), [Path(folder) for folder in plan["links"]]
     record, paths = read_record(raw, id=id, organ=plan["organs"][stem], source=stem, group=group)
-    files = [inside(root, path) for path in paths]  # all, before any is read
+    files = [inside(root, path, *links) for path in paths]  # all, before any is read
     media, images, size = [], [], 0
     for path, file in zip(paths, files, strict=True):
         try:
