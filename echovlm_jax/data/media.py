@@ -36,10 +36,13 @@ _JPEG_PARTS = {*range(0xC0, 0xD0), 0xDB, 0xDD, 0xDA} - {0xC8}
 _IN_A_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # what ends one: not stuffing, not RSTn
 
 
+NOTES = {"rescaled": "its values don't fit into 8 bits: the smallest became 0, the largest 255"}
+
+
 class Encoded(NamedTuple):
     images: tuple[bytes, ...]  # PNG or JPEG: one, or each frame of a video
     medium: Medium
-    said: tuple[str, ...] = ()  # what was done to values that eight bits don't hold
+    notes: tuple[str, ...] = ()  # of NOTES
 
 
 def read_medium(path: Path, *, num_frames: int, crop: bool) -> Encoded:
@@ -72,7 +75,7 @@ def read_medium(path: Path, *, num_frames: int, crop: bool) -> Encoded:
     sides = sorted(medium[1:])
     if sides[1] > MAX_ASPECT_RATIO * sides[0]:
         raise Refused("unusable shape", f"{shown(path)}: {medium.height} x {medium.width} pixels")
-    return Encoded(images, medium, tuple(said))
+    return Encoded(images, medium, ("rescaled",) if said else ())
 
 
 def _clean(data: bytes, pixels: np.ndarray) -> bytes:
