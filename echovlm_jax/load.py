@@ -104,7 +104,7 @@ class Model:
     @functools.cached_property
     def processor(self) -> Processor:
         """Turns images and messages into inputs. Raises InputError without tokenizer files."""
-        return Processor(self._folder, **self._media)
+        return Processor(self._folder, say=_say_once, **self._media)
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -139,8 +139,9 @@ class Model:
         """Answers one prompt about images.
 
         Args:
-          images: a list of paths (PNG, JPEG, DICOM), PIL images or uint8 arrays, or one of these;
-            None for none. Several make one exam; a DICOM with several frames is a video.
+          images: a list of paths (what `processing.load_media` reads), PIL images or uint8 arrays,
+            or one of these; None for none. Several make one exam; a file with several frames is a
+            video.
           prompt: what to ask.
           system: the system prompt; by default the chat template's own.
           max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed: see

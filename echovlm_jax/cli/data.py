@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import Result, add_command
+from echovlm_jax.cli.frame import Result, add_allow_links, add_command
 from echovlm_jax.cli.printing import show
 from echovlm_jax.errors import InputError
 
@@ -112,8 +112,10 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="what the image paths are relative to: PNG, JPEG and DICOM files",
+        help="what the image paths are relative to: PNG, JPEG, DICOM, BMP, TIFF, WebP, GIF, "
+        "JPEG 2000, video, NIfTI and MetaImage files",
     )
+    add_allow_links(command)
     command.add_argument(
         "--organs",
         type=Path,
@@ -126,7 +128,7 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
         type=int,
         default=16,
         metavar="N",
-        help="frames to take of a DICOM loop; default: %(default)s",
+        help="frames to take of a loop; default: %(default)s",
     )
     command.add_argument(
         "--crop", action="store_true", help="cut DICOM frames to their ultrasound regions"
@@ -143,7 +145,13 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
 def _options(args: argparse.Namespace, **shares: float) -> Any:
     from echovlm_jax.data.build import Options
 
-    return Options(num_frames=args.num_frames, crop=args.crop, organs=args.organs, **shares)
+    return Options(
+        num_frames=args.num_frames,
+        crop=args.crop,
+        organs=args.organs,
+        allow_links=args.allow_links,
+        **shares,
+    )
 
 
 def _add_stats(commands: Any) -> None:

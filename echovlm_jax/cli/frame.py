@@ -57,6 +57,16 @@ def add_command(
     return command
 
 
+def add_allow_links(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-links",
+        type=Path,
+        metavar="ROOT",
+        help="take images that are links to files inside ROOT, as in a cache of downloads: the "
+        "folder above its snapshots/ and blobs/; default: links stay inside the images' folder",
+    )
+
+
 class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's, and `--config.KEY=VALUE` where a command takes overrides."""

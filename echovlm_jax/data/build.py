@@ -28,10 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from echovlm_jax.data import folder, organs, parts
+from echovlm_jax.data.media import NOTES
 from echovlm_jax.data.parts import Done, Part
 from echovlm_jax.data.sources import SPLITS, Sources, read_sources
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import shown
+from echovlm_jax.processing.files import allowed_links, shown
 from echovlm_jax.progress import progress
 
 LOCK, MADE = "lock", "dataset"
@@ -45,9 +46,10 @@ class Options(NamedTuple):
 
     Attributes:
       validation, test: the shares of the groups that go to these splits.
-      num_frames: a DICOM loop is sampled to so many frames.
+      num_frames: a loop is sampled to so many frames.
       crop: cut DICOM frames to their ultrasound regions.
       organs: a file {source: organ}, for records that don't say their own.
+      allow_links: a folder that links among the images may lead to.
     """
 
     validation: float = 0.05
@@ -55,6 +57,7 @@ class Options(NamedTuple):
     num_frames: int = 16
     crop: bool = False
     organs: Path | None = None
+    allow_links: Path | None = None
 
 
 DEFAULTS = Options()
@@ -83,7 +86,7 @@ def build(
 
     Returns:
       records, kept, quarantined {reason: count}: records = kept + the sum of the counts; splits
-      and organs {name: records kept}, bytes, out.
+      and organs {name: records kept}, bytes, out; a count of pictures for each of `media.NOTES`.
 
     Raises:
       InputError: a source is no JSON list, a folder is missing, OUT exists, or nothing was kept.
@@ -122,12 +125,13 @@ def validate(
       is.
     """
     found, plan = _prepare(sources, images, options)
-    counts, examples = Counter[str](), []
+    counts, notes, examples = Counter[str](), Counter[str](), []
     with tempfile.TemporaryDirectory() as temporary:
         _save_plan(Path(temporary), plan, found.rows)
         numbers = range(len(plan["parts"]))
         with progress(len(numbers), "part", "validate") as tick:
-            for lines in in_processes(parts.check_part, temporary, numbers, workers=workers):
+            for lines, noted in in_processes(parts.check_part, temporary, numbers, workers=workers):
+                notes.update(noted)
                 counts.update(line["reason"] for line in lines)
                 examples = sorted(examples + lines, key=_place)[:_EXAMPLES]
                 tick(1)
@@ -136,6 +140,7 @@ def validate(
         "records": len(found.rows),
         "kept": len(found.rows) - counts.total(),
         "quarantined": dict(sorted(counts.items())),
+        **{name: notes[name] for name in NOTES},
         "examples": examples,
     }
 
@@ -198,6 +203,7 @@ def _prepare(
         "digests": list(found.digests),
         "stems": list(found.stems),
         "images": str(root),
+        "links": [str(folder) for folder in allowed_links(options.allow_links)],
         "organs": {stem: given.get(stem) or organs.organ_of_file(stem) for stem in found.stems},
         "num_frames": options.num_frames,
         "crop": options.crop,
@@ -213,8 +219,9 @@ def _finish(work: Path, plan: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     done = [_done(work, Part(*part)) for part in plan["parts"]]
-    kept, quarantined = Counter[str](), Counter[str]()
+    kept, quarantined, notes = Counter[str](), Counter[str](), Counter[str]()
     for each in done:
+        notes.update(each.notes)
         kept.update(each.organs)
         quarantined.update(each.quarantined)
     records = plan["parts"][-1][-1]
@@ -241,6 +248,7 @@ def _finish(work: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "splits": {split: len_of(entry) for split, entry in splits.items()},
         "organs": dict(sorted(kept.items())),
         "bytes": sum(shard["bytes"] for entry in splits.values() for shard in entry["shards"]),
+        **{name: notes[name] for name in NOTES},
     }
     manifest = {"version": folder.VERSION, "organs": names, "splits": splits, "counts": result}
     (made / folder.MANIFEST).write_bytes(folder.manifest_bytes(manifest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from echovlm_jax.config import ModelConfig
 from echovlm_jax.errors import InputError
 from echovlm_jax.generate.decode import Inputs, check_new_tokens
 from echovlm_jax.ops.sampling import check_sampling
-from echovlm_jax.processing.files import shown
+from echovlm_jax.processing.files import allowed_links, locate, shown
 from echovlm_jax.progress import progress
 
 
@@ -37,16 +38,17 @@ def generate_file(
     *,
     batch_size: int = 8,
     max_new_tokens: int = 512,
+    allow_links: Path | None = None,
     **sampling: Any,
 ) -> dict[str, int]:
     """Answers the records of a file, several at a time; a run that was stopped goes on.
 
     A line of `batch` is `{"id", "images", "prompt"}`, and optionally `"system"`; the paths of its
-    images start at the file's own folder and may not leave it. A line of `out` is
-    `{"id", "text", "prompt_tokens", "new_tokens"}`, or `{"id", "error"}` for a record that can't be
-    used, while the others go on (an unreadable line n goes by the id "line n"). Lines are written
-    as batches end. Records whose id `out` already has are left alone, failed ones too: delete their
-    lines to try again.
+    images are relative to the file's own folder, or absolute, and may not leave it. A line of
+    `out` is `{"id", "text", "prompt_tokens", "new_tokens"}`, or `{"id", "error"}` for a record that
+    can't be used, while the others go on (an unreadable line n goes by the id "line n"). Lines are
+    written as batches end. Records whose id `out` already has are left alone, failed ones too:
+    delete their lines to try again.
 
     Args:
       model: answers.
@@ -54,6 +56,7 @@ def generate_file(
       out: where the answers go; made or continued.
       batch_size: records answered at a time.
       max_new_tokens: for each answer.
+      allow_links: a folder that links in the file's own may lead to.
       **sampling: as in `generate`. With a seed, a record's answer depends on its line number and
         not on which others share its batch.
 
@@ -78,7 +81,8 @@ def generate_file(
         if record["id"] in written:
             counts["failed" if written[record["id"]] else "done"] += 1
     todo = [(row, record) for row, record in enumerate(records) if record["id"] not in written]
-    root = batch.resolve().parent
+    # Its folder as it is named: the file itself may be a link, as in a cache of downloads.
+    folders = [Path(os.path.abspath(batch)).parent.resolve(), *allowed_links(allow_links)]
     ready: list[tuple[int, Any, Inputs]] = []
     full = False  # whether a program for batch_size rows exists already
     # An id may hold half of a surrogate pair: as JSON had it escaped, so it goes back.
@@ -93,7 +97,7 @@ def generate_file(
 
         for last, (row, record) in _with_last(todo):
             try:
-                images, prompt, system = _read_record(record, root)
+                images, prompt, system = _read_record(record, folders)
                 inputs = model.prepare(images, prompt, system=system, max_new_tokens=max_new_tokens)
                 ready.append((row, record["id"], inputs))
             except InputError as error:
@@ -151,7 +155,9 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     return list(records.values())
 
 
-def _read_record(record: Mapping[str, Any], root: Path) -> tuple[list[Path], str, str | None]:
+def _read_record(
+    record: Mapping[str, Any], folders: list[Path]
+) -> tuple[list[Path], str, str | None]:
     """Images, prompt and system prompt. Raises InputError."""
     if record.get("broken"):
         raise InputError('is not a JSON object with an "id"')
@@ -162,15 +168,12 @@ def _read_record(record: Mapping[str, Any], root: Path) -> tuple[list[Path], str
         raise InputError('"images" must be a list of paths; [] for none')
     if not isinstance(prompt, str) or not isinstance(system, str | None):
         raise InputError('"prompt" must be a text, and so must "system" where it is given')
-    paths = []
+    paths: list[Path] = []
     for image in images:
         try:
-            path = (root / image).resolve()
-        except (OSError, ValueError, RuntimeError):  # a NUL in it, or links that go in a circle
-            raise InputError(f"image {shown(image)}: is not a path") from None
-        if not path.is_relative_to(root):
-            raise InputError(f"image {shown(image)}: lies outside the batch file's folder")
-        paths.append(path)
+            paths.append(locate(image, *folders))
+        except InputError as error:
+            raise InputError(f"image {error}") from None
     return paths, prompt, system
 
 

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom_display import grey_to_rgb, palette_to_rgb
 from echovlm_jax.processing.dicom_frames import VIDEO, CompressedFrames, FrameDecoder
 from echovlm_jax.processing.dicom_header import GREYS, Opened, PixelHeader, read_header, whole
-from echovlm_jax.processing.files import open_file, shown
+from echovlm_jax.processing.files import VIDEOS, ExtraMissing, kind_of_bytes, open_file, shown
 from echovlm_jax.processing.video import decode_video
 
 MAX_FRAME_PIXELS = 2**24  # 4096 x 4096, several times any ultrasound frame
@@ -73,6 +74,8 @@ def read_loop(path: str | Path, *, num_frames: int = 16, crop: Crop = False) -> 
         with _quietly(), open_file(path) as file:
             try:
                 return _read(file, num_frames, crop)
+            except ExtraMissing as error:
+                raise ExtraMissing(f"{shown(path)}: {error.what}", error.extra) from None
             except InputError as error:
                 raise InputError(f"{shown(path)}: {error}") from None
     except InputError:
@@ -107,12 +110,15 @@ def _read(file: BinaryIO, num_frames: int, crop: Crop) -> Loop:
 
 def _video(opened: Opened, num_frames: int) -> np.ndarray:
     header = opened.header
-    frames, count = decode_video(CompressedFrames(opened).video(), num_frames=num_frames)
-    claims = (header.frames, header.rows, header.columns)
-    if (count, *frames.shape[1:3]) != claims:
+    data = CompressedFrames(opened).video()
+    container = kind_of_bytes(data[:4096])
+    if container not in VIDEOS:  # a bare stream, of the coding that the transfer syntax names
+        container = VIDEO[header.syntax]
+    frames = decode_video(BytesIO(data), container, num_frames=num_frames, stated=header.frames)
+    if frames.shape[1:3] != (header.rows, header.columns):
         raise InputError(
-            f"its video has {count} frames of {frames.shape[1]} x {frames.shape[2]} pixels where"
-            f" the header says {claims[0]} of {claims[1]} x {claims[2]}"
+            f"its video has {frames.shape[1]} x {frames.shape[2]} pixels where its header says"
+            f" {header.rows} x {header.columns}"
         )
     return frames
 

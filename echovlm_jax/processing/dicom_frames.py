@@ -26,7 +26,11 @@ CHILD_SECONDS = 10  # of processor time for a frame, and a second more for every
 CHILD_BYTES_PER_SECOND = 2**20  # decoded bytes; OpenJPEG makes ten times as many in a second
 MAX_WAIT_SECONDS = 300  # for it, however busy the machine
 
-VIDEO = set(uid.MPEGTransferSyntaxes)
+# Video, and FFmpeg's name of its bare stream.
+VIDEO = {
+    syntax: "hevc" if "HEVC" in syntax.name else "h264" if "MPEG-4" in syntax.name else "mpegvideo"
+    for syntax in uid.MPEGTransferSyntaxes
+}
 # Which decoder takes which syntax: the first one installed, and only that one. A frame that it
 # can't decode is damaged; trying every other library on damaged bytes only widens the surface.
 # JPEG 2000 and whatever gdcm decodes run in a process of their own: on some damaged frames the

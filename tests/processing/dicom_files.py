@@ -133,15 +133,15 @@ def compressed_cases() -> Iterator[Case]:
     kinds += [Case(photometric="YBR_ICT")]
     for syntax, kind, frames in itertools.product(syntaxes, kinds, (1, 2)):
         for length in ("right", "frame less", "byte less", "junk", "frame more"):
-            yield replace(
-                kind, syntax=syntax, vr="OB", frames=frames, size=(16, 24), length=length
-            )
+            yield replace(kind, syntax=syntax, vr="OB", frames=frames, size=(16, 24), length=length)
 
 
 def pixels_of(case: Case, rng: np.random.Generator) -> np.ndarray:
     """Stored values [T, H, W] or [T, H, W, 3], within the bits stored."""
     shape = (case.frames, *case.size, *([3] if case.colour or "YBR" in case.photometric else []))
-    low, high = (-(2 ** (case.stored - 1)), 2 ** (case.stored - 1)) if case.signed else (0, 2**case.stored)
+    low, high = (
+        (-(2 ** (case.stored - 1)), 2 ** (case.stored - 1)) if case.signed else (0, 2**case.stored)
+    )
     pixels = rng.integers(low, high, shape)
     if case.syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):  # smooth, as pictures are
         ramp = np.linspace(low, high - 1, case.size[0] * case.size[1]).reshape(case.size)
@@ -181,7 +181,10 @@ def write(case: Case, path: Path, rng: np.random.Generator) -> np.ndarray:
     dataset["PixelData"].is_undefined_length = not case.native
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options = {"implicit_vr": case.syntax == uid.ImplicitVRLittleEndian, "little_endian": not big}
+        options = {
+            "implicit_vr": case.syntax == uid.ImplicitVRLittleEndian,
+            "little_endian": not big,
+        }
         pydicom.dcmwrite(path, dataset, enforce_file_format=False, **options)
     if case.native and case.length == "odd":
         _make_odd(path, dataset, case)
@@ -203,7 +206,9 @@ def _plain_bytes(case: Case, pixels: np.ndarray, big: bool) -> bytes:
     if case.photometric == "YBR_FULL_422":  # Y Y Cb Cr for each pair of columns
         even = pixels[:, :, : case.size[1] // 2 * 2]
         pairs = even.reshape(*even.shape[:2], -1, 2, 3)
-        pixels = np.stack([pairs[..., 0, 0], pairs[..., 1, 0], *np.moveaxis(pairs[..., 0, 1:], -1, 0)], -1)
+        pixels = np.stack(
+            [pairs[..., 0, 0], pairs[..., 1, 0], *np.moveaxis(pairs[..., 0, 1:], -1, 0)], -1
+        )
     elif case.planar:
         pixels = pixels.transpose(0, 3, 1, 2)
     data = pixels.astype(pixels.dtype.newbyteorder(">" if big else "<")).tobytes()
@@ -243,12 +248,19 @@ class CannotEncode(Exception):
 def encode(case: Case, frame: np.ndarray, dataset: Dataset) -> bytes:
     """One frame as a codestream."""
     if case.syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
-        if case.allocated != 8 or case.signed or "RCT" in case.photometric or "ICT" in case.photometric:
+        if (
+            case.allocated != 8
+            or case.signed
+            or "RCT" in case.photometric
+            or "ICT" in case.photometric
+        ):
             raise CannotEncode
         out = io.BytesIO()
         mode = {"RGB": "RGB"}.get(case.photometric, "YCbCr") if frame.ndim == 3 else "L"
         options = {"keep_rgb": True} if mode == "RGB" else {}
-        Image.frombytes(mode, frame.shape[1::-1], frame.tobytes()).save(out, "JPEG", quality=95, **options)
+        Image.frombytes(mode, frame.shape[1::-1], frame.tobytes()).save(
+            out, "JPEG", quality=95, **options
+        )
         return out.getvalue()
     if case.syntax in (uid.RLELossless, uid.JPEG2000Lossless, uid.JPEG2000):
         single = Dataset()
@@ -359,20 +371,45 @@ def by_pydicom(path: Path) -> np.ndarray:
         return pixels
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         rgb = apply_color_lut(pixels, dataset)
-        return (rgb >> 8 if dataset.RedPaletteColorLookupTableDescriptor[2] == 16 and rgb.dtype == np.uint16 else rgb).astype(np.uint8)
+        return (
+            rgb >> 8
+            if dataset.RedPaletteColorLookupTableDescriptor[2] == 16 and rgb.dtype == np.uint16
+            else rgb
+        ).astype(np.uint8)
     values = apply_modality_lut(pixels.astype(np.int64), dataset)
     full = np.array([0, 2**dataset.BitsStored - 1])
     if dataset.get("VOILUTSequence"):
         low, high = 0, 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
         # In a table of 8 bits an input beyond 255 wraps round: held within it beforehand.
-        shown = apply_voi_lut(np.clip(np.rint(values), -(2**15), 199 + dataset.VOILUTSequence[0].LUTDescriptor[1]).astype(np.int64), dataset)
+        shown = apply_voi_lut(
+            np.clip(
+                np.rint(values), -(2**15), 199 + dataset.VOILUTSequence[0].LUTDescriptor[1]
+            ).astype(np.int64),
+            dataset,
+        )
     elif dataset.get("WindowWidth"):
         low, high = (apply_windowing(np.array([end]), dataset)[0] for end in (-1e9, 1e9))
         shown = apply_windowing(values, dataset)
     else:
         shown = values
-        if dataset.BitsStored <= 8 and not dataset.PixelRepresentation or (dataset.get("ModalityLUTSequence") and dataset.ModalityLUTSequence[0].LUTDescriptor[2] == 8):
-            ends = [0, 255] if dataset.get("ModalityLUTSequence") and dataset.ModalityLUTSequence[0].LUTDescriptor[2] == 8 else ([0, 2**16 - 1] if dataset.get("ModalityLUTSequence") else apply_modality_lut(full, dataset))
+        if (
+            dataset.BitsStored <= 8
+            and not dataset.PixelRepresentation
+            or (
+                dataset.get("ModalityLUTSequence")
+                and dataset.ModalityLUTSequence[0].LUTDescriptor[2] == 8
+            )
+        ):
+            ends = (
+                [0, 255]
+                if dataset.get("ModalityLUTSequence")
+                and dataset.ModalityLUTSequence[0].LUTDescriptor[2] == 8
+                else (
+                    [0, 2**16 - 1]
+                    if dataset.get("ModalityLUTSequence")
+                    else apply_modality_lut(full, dataset)
+                )
+            )
         else:
             ends = [values.min(), values.max()]
         low, high = min(ends), max(ends)
