@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def load_model(
     dtype: Any = None,
     quantize: str | None = None,
     num_frames: int = 16,
-    crop: bool = False,
+    crop: bool | Literal["require"] = False,
     max_pixels: int | None = None,
 ) -> Model:
     """Loads a model folder: in Hugging Face form, made by `convert`, or a training run's.
@@ -52,7 +52,7 @@ def load_model(
       quantize: None; nothing else is available yet.
       num_frames: frames to take of a cine loop, evenly spaced.
       max_pixels: larger images are made this small; by default as preprocessor_config.json says.
-      crop: whether to cut DICOM frames to their ultrasound regions.
+      crop: whether to cut DICOM frames to their ultrasound regions; "require" refuses what can't be.
 
     Example:
       model = load_model("EchoVLM-hf")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import Result, add_allow_links, add_command
+from echovlm_jax.cli.frame import Result, add_allow_links, add_command, add_crop
 from echovlm_jax.cli.printing import show
 from echovlm_jax.errors import InputError
 
@@ -39,7 +40,7 @@ def _add_build(commands: Any) -> None:
             from echovlm_jax.data.beam import beam_runner
 
             runner = beam_runner(args.beam)
-        return build(
+        result = build(
             args.source,
             args.images,
             args.out,
@@ -47,6 +48,8 @@ def _add_build(commands: Any) -> None:
             workers=args.workers,
             runner=runner,
         )
+        _warn_of_pictures(result, args)
+        return result
 
     command = add_command(
         commands,
@@ -84,7 +87,9 @@ def _add_validate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         from echovlm_jax.data.build import validate
 
-        return validate(args.source, args.images, _options(args), workers=args.workers)
+        result = validate(args.source, args.images, _options(args), workers=args.workers)
+        _warn_of_pictures(result, args)
+        return result
 
     command = add_command(
         commands,
@@ -130,9 +135,7 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames to take of a loop; default: %(default)s",
     )
-    command.add_argument(
-        "--crop", action="store_true", help="cut DICOM frames to their ultrasound regions"
-    )
+    add_crop(command, "leaves out each record with a picture that can't be")
     command.add_argument(
         "--workers",
         type=int,
@@ -152,6 +155,23 @@ def _options(args: argparse.Namespace, **shares: float) -> Any:
         allow_links=args.allow_links,
         **shares,
     )
+
+
+def _warn_of_pictures(result: Result, args: argparse.Namespace) -> None:
+    """Says what may leave a patient's name in the pixels."""
+    if result["not_cropped"] and args.crop != "require":
+        print(
+            f"echovlm: warning: {result['not_cropped']} pictures could not be cropped to all of their"
+            " ultrasound regions and may show what is burnt in around these; --crop=require leaves"
+            " them out",
+            file=sys.stderr,
+        )
+    if result["burned_in"]:
+        print(
+            f"echovlm: warning: {result['burned_in']} pictures have a header that says that names are"
+            " burnt into the pixels (BurnedInAnnotation); look at them before you share the dataset",
+            file=sys.stderr,
+        )
 
 
 def _add_stats(commands: Any) -> None:

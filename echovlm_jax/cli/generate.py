@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import MODEL, Result, add_allow_links, add_command
+from echovlm_jax.cli.frame import MODEL, Result, add_allow_links, add_command, add_crop
 from echovlm_jax.cli.printing import lines, show
 from echovlm_jax.errors import InputError
 
@@ -78,12 +78,7 @@ def add_generate(commands: Any) -> None:
     command.add_argument(
         "--max-pixels", type=int, metavar="N", help="larger images are made this small"
     )
-    command.add_argument(
-        "--crop",
-        action="store_const",
-        const=True,
-        help="cut DICOM frames to their ultrasound regions",
-    )
+    add_crop(command, "refuses a picture that can't be")
     command.add_argument(
         "--dtype",
         metavar="D",

@@ -32,6 +32,7 @@ from echovlm_jax.data.media import NOTES
 from echovlm_jax.data.parts import Done, Part
 from echovlm_jax.data.sources import SPLITS, Sources, read_sources
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing.dicom import Crop
 from echovlm_jax.processing.files import allowed_links, shown
 from echovlm_jax.progress import progress
 
@@ -47,7 +48,7 @@ class Options(NamedTuple):
     Attributes:
       validation, test: the shares of the groups that go to these splits.
       num_frames: a loop is sampled to so many frames.
-      crop: cut DICOM frames to their ultrasound regions.
+      crop: cut DICOM frames to their ultrasound regions; "require" leaves out what can't be.
       organs: a file {source: organ}, for records that don't say their own.
       allow_links: a folder that links among the images may lead to.
     """
@@ -55,7 +56,7 @@ class Options(NamedTuple):
     validation: float = 0.05
     test: float = 0.05
     num_frames: int = 16
-    crop: bool = False
+    crop: Crop = False
     organs: Path | None = None
     allow_links: Path | None = None
 
@@ -140,7 +141,7 @@ def validate(
         "records": len(found.rows),
         "kept": len(found.rows) - counts.total(),
         "quarantined": dict(sorted(counts.items())),
-        **{name: notes[name] for name in NOTES},
+        **_noted(notes, counts),
         "examples": examples,
     }
 
@@ -248,7 +249,7 @@ def _finish(work: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "splits": {split: len_of(entry) for split, entry in splits.items()},
         "organs": dict(sorted(kept.items())),
         "bytes": sum(shard["bytes"] for entry in splits.values() for shard in entry["shards"]),
-        **{name: notes[name] for name in NOTES},
+        **_noted(notes, quarantined),
     }
     manifest = {"version": folder.VERSION, "organs": names, "splits": splits, "counts": result}
     (made / folder.MANIFEST).write_bytes(folder.manifest_bytes(manifest))
@@ -256,6 +257,12 @@ def _finish(work: Path, plan: dict[str, Any]) -> dict[str, Any]:
     for path in made.iterdir():
         _sync(path)
     return result
+
+
+def _noted(notes: Counter[str], quarantined: Counter[str]) -> dict[str, int]:
+    """Pictures by note. What could not be cropped counts whether it was kept or left out."""
+    counts = {name: notes[name] for name in NOTES}
+    return {**counts, "not_cropped": counts["not_cropped"] + quarantined["not cropped"]}
 
 
 def len_of(entry: dict[str, Any]) -> int:

@@ -19,6 +19,7 @@ from PIL import Image
 from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.record import Medium
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing.dicom import NOT_CROPPED, Crop, read_loop
 from echovlm_jax.processing.files import ExtraMissing, file_kind, read_bytes, shown
 from echovlm_jax.processing.images import MAX_ASPECT_RATIO, load_media
 from echovlm_jax.processing.stills import (
@@ -36,7 +37,13 @@ _JPEG_PARTS = {*range(0xC0, 0xD0), 0xDB, 0xDD, 0xDA} - {0xC8}
 _IN_A_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # what ends one: not stuffing, not RSTn
 
 
-NOTES = {"rescaled": "its values don't fit into 8 bits: the smallest became 0, the largest 255"}
+# What may be said about a picture that is kept: its count's name, and what it means.
+NOTES = {
+    "rescaled": "its values don't fit into 8 bits: the smallest became 0, the largest 255",
+    "not_cropped": "it was to be cropped, and is no DICOM file whose ultrasound regions all can be"
+    " used",
+    "burned_in": "its DICOM header says that the pixels themselves name the patient",
+}
 
 
 class Encoded(NamedTuple):
@@ -45,26 +52,33 @@ class Encoded(NamedTuple):
     notes: tuple[str, ...] = ()  # of NOTES
 
 
-def read_medium(path: Path, *, num_frames: int, crop: bool) -> Encoded:
+def read_medium(path: Path, *, num_frames: int, crop: Crop) -> Encoded:
     """Reads an image file.
 
     Args:
       path: a file that `load_media` reads.
       num_frames: a longer loop is sampled to so many frames.
-      crop: cut DICOM frames to their ultrasound regions.
+      crop: cut DICOM frames to their ultrasound regions; "require" refuses what can't be.
 
     Raises:
       Refused: it can't be used; the detail does not quote the file's content.
     """
     said: list[str] = []
+    notes: list[str] = []
     try:
-        if file_kind(path) in ("png", "jpeg"):
+        kind, cropped, images = file_kind(path), False, None
+        if kind == "dicom":
+            # Without "require": there the file is to be refused for this reason, not as damaged.
+            loop = read_loop(path, num_frames=num_frames, crop=bool(crop))
+            frames, cropped = loop.frames, loop.cropped
+            notes += ["burned_in"] * loop.burned_in
+        elif kind in ("png", "jpeg"):
             data, name = read_bytes(path, MAX_FILE_BYTES), shown(path)
             frames = decode_stills(io.BytesIO(data), name, num_frames, say=said.append)
             images = (_clean(data, frames[0]),) if len(frames) == 1 else None
         else:
-            found = load_media(path, num_frames=num_frames, crop=crop, say=said.append)
-            frames, images = found if found.ndim == 4 else found[None], None
+            found = load_media(path, num_frames=num_frames, say=said.append)
+            frames = found if found.ndim == 4 else found[None]
         medium = Medium(len(frames) if len(frames) > 1 else 0, *frames.shape[1:3])
         images = images or tuple(_to_png(frame) for frame in frames)
     except InputError as error:
@@ -75,7 +89,11 @@ def read_medium(path: Path, *, num_frames: int, crop: bool) -> Encoded:
     sides = sorted(medium[1:])
     if sides[1] > MAX_ASPECT_RATIO * sides[0]:
         raise Refused("unusable shape", f"{shown(path)}: {medium.height} x {medium.width} pixels")
-    return Encoded(images, medium, ("rescaled",) if said else ())
+    if crop and not cropped:
+        if crop == "require":
+            raise Refused("not cropped", f"{shown(path)}: {NOT_CROPPED}")
+        notes.append("not_cropped")
+    return Encoded(images, medium, (*notes, *["rescaled"] * bool(said)))
 
 
 def _clean(data: bytes, pixels: np.ndarray) -> bytes:

@@ -21,6 +21,7 @@ REASONS = {
     "unreadable image": "an image is damaged, or of a kind that is not read",
     "extra not installed": "an image is of a kind that an extra of this project reads",
     "image too large": "an image claims or takes more than the limits let in",
+    "not cropped": "--crop=require, and an image is no DICOM file whose regions all can be used",
     "unusable shape": "an image has sides that the image processor refuses",
 }
 

@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import STILLS, VIDEOS, VOLUMES, file_kind
+from echovlm_jax.processing.files import STILLS, VIDEOS, VOLUMES, file_kind, shown
 from echovlm_jax.processing.levels import Say, silent
 from echovlm_jax.processing.stills import decode_image as decode_image
 from echovlm_jax.processing.stills import decode_pil, read_stills
@@ -235,7 +235,7 @@ def load_media(
     item: Any,
     *,
     num_frames: int = 16,
-    crop: bool = False,
+    crop: bool | Literal["require"] = False,
     convert_rgb: bool = True,
     say: Say = silent,
 ) -> np.ndarray:
@@ -246,13 +246,21 @@ def load_media(
         content tells (see `files.file_kind`). One that holds several frames (a DICOM, a video, an
         animated GIF, WebP or PNG, a TIFF of equal pages, NIfTI or MetaImage) is a video of up to
         `num_frames`, taken evenly.
-      crop: cut DICOM frames to their ultrasound regions.
+      crop: cut DICOM frames to their ultrasound regions. What can't be cut so, as whatever is no
+        DICOM file, is said; "require" refuses it.
       convert_rgb: False refuses a still image in any other mode than RGB.
-      say: told, in one line each, what was done to values that eight bits don't hold.
+      say: told, in one line each, what was done to values that eight bits don't hold, and what
+        could not be cropped.
 
     Raises:
       InputError: one line with the file and what is wrong.
     """
+    if crop and not (isinstance(item, str | Path) and file_kind(item) == "dicom"):
+        name = shown(item) if isinstance(item, str | Path) else "the image"
+        line = f"{name}: can't be cropped: only DICOM files state ultrasound regions"
+        if crop == "require":
+            raise InputError(line)
+        say(line)
     if isinstance(item, Image.Image):
         return decode_pil(item, "the image", convert_rgb, say)
     if isinstance(item, str | Path):
@@ -272,9 +280,11 @@ def load_media(
         else:
             # Here: pydicom and its decoders take longer to import than all else that images need,
             # which every data worker would wait for.
-            from echovlm_jax.processing.dicom import read_dicom
+            from echovlm_jax.processing.dicom import NOT_CROPPED, read_loop
 
-            frames = read_dicom(item, num_frames=num_frames, crop=crop)
+            frames, cropped, _ = read_loop(item, num_frames=num_frames, crop=crop)
+            if crop and not cropped:
+                say(f"{shown(item)}: {NOT_CROPPED}")
         return frames[0] if len(frames) == 1 else frames
     array = np.asarray(item)
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3:

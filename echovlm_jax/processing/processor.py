@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Processor:
         and preprocessor_config.json are honoured where present.
       max_pixels: overrides the checkpoint's largest area of an image, in pixels.
       num_frames: a longer loop is sampled to this many frames.
-      crop: cut DICOM frames to their ultrasound regions.
+      crop: cut DICOM frames to their ultrasound regions; "require" refuses what can't be.
       say: told, in one line each, what was done to values that eight bits don't hold.
 
     Raises:
@@ -47,7 +47,7 @@ class Processor:
         *,
         max_pixels: int | None = None,
         num_frames: int = 16,
-        crop: bool = False,
+        crop: bool | Literal["require"] = False,
         say: Say = silent,
     ) -> None:
         folder = Path(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +15,13 @@ import pydicom
 from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.encaps import encapsulate
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
-from pydicom.pixels.processing import apply_windowing, convert_color_space
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.pixels.processing import (
+    apply_color_lut,
+    apply_modality_lut,
+    apply_voi_lut,
+    apply_windowing,
+)
 
 NATIVE = (
     uid.ImplicitVRLittleEndian,
@@ -262,52 +267,54 @@ def encode(case: Case, frame: np.ndarray, dataset: Dataset) -> bytes:
             out, "JPEG", quality=95, **options
         )
         return out.getvalue()
-    if case.syntax in (uid.RLELossless, uid.JPEG2000Lossless, uid.JPEG2000):
-        single = Dataset()
-        single.file_meta = FileMetaDataset()
-        single.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-        single.update({e.tag: e for e in dataset if e.tag >> 16 == 0x28})
-        single.NumberOfFrames, single.PlanarConfiguration = 1, 0
-        single.SOPClassUID, single.SOPInstanceUID = dataset.SOPClassUID, "1.2.3"
-        single.PixelData = frame.tobytes() + b"\0" * (frame.nbytes % 2)
-        single["PixelData"].VR = "OW"
-        options = {"j2k_cr": [5]} if case.syntax == uid.JPEG2000 else {}
-        try:
-            single.compress(case.syntax, generate_instance_uid=False, **options)
-        except Exception:
-            raise CannotEncode from None
-        return next(pydicom.encaps.generate_frames(single.PixelData, number_of_frames=1))
-    return _by_gdcm(case, frame)
+    single = Dataset()
+    single.file_meta = FileMetaDataset()
+    single.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    single.file_meta.MediaStorageSOPClassUID = single.SOPClassUID = dataset.SOPClassUID
+    single.file_meta.MediaStorageSOPInstanceUID = single.SOPInstanceUID = "1.2.3"
+    single.update({element.tag: element for element in dataset if element.tag >> 16 == 0x28})
+    single.NumberOfFrames, single.PlanarConfiguration = 1, 0
+    single.PixelData = frame.tobytes() + b"\0" * (frame.nbytes % 2)
+    single["PixelData"].VR = "OW"
+    if case.syntax not in (uid.RLELossless, uid.JPEG2000Lossless, uid.JPEG2000):
+        return _by_gdcm(case, single)
+    options = {"j2k_cr": [5]} if case.syntax == uid.JPEG2000 else {}
+    plugin = "pydicom" if case.syntax == uid.RLELossless else "pylibjpeg"  # gdcm may abort
+    try:
+        single.compress(case.syntax, encoding_plugin=plugin, generate_instance_uid=False, **options)
+    except Exception:
+        raise CannotEncode from None
+    return next(generate_frames(single.PixelData, number_of_frames=1))
 
 
-def _by_gdcm(case: Case, frame: np.ndarray) -> bytes:
+def _by_gdcm(case: Case, single: Dataset) -> bytes:
+    """JPEG lossless and JPEG-LS, which only gdcm writes here, from a file to a file."""
     import gdcm
 
-    if "RCT" in case.photometric or "ICT" in case.photometric or "422" in case.photometric:
+    if case.photometric not in (*GREYS, "RGB", "YBR_FULL"):
         raise CannotEncode
-    image = gdcm.Image()
-    image.SetNumberOfDimensions(2)
-    image.SetDimensions(frame.shape[1::-1] + (1,))
-    image.SetPhotometricInterpretation(
-        gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.GetPIType(case.photometric))
-    )
-    samples = frame.shape[2] if frame.ndim == 3 else 1
-    image.SetPixelFormat(
-        gdcm.PixelFormat(samples, case.allocated, case.stored, case.stored - 1, int(case.signed))
-    )
-    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x10))
-    element.SetByteValue(frame.tobytes(), gdcm.VL(frame.nbytes))
-    image.SetDataElement(element)
-    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.ExplicitVRLittleEndian))
-    change = gdcm.ImageChangeTransferSyntax()
-    kind = gdcm.TransferSyntax.GetTSType(str.__str__(case.syntax))
-    change.SetTransferSyntax(gdcm.TransferSyntax(kind))
-    change.SetInput(image)
-    if not change.Change():
-        raise CannotEncode
-    fragments = change.GetOutput().GetDataElement().GetSequenceOfFragments()
-    data = fragments.GetFragment(0).GetByteValue().GetBuffer()
-    return data.encode("utf-8", "surrogateescape") if isinstance(data, str) else bytes(data)
+    with tempfile.TemporaryDirectory() as folder:
+        plain, packed = f"{folder}/plain.dcm", f"{folder}/packed.dcm"
+        pydicom.dcmwrite(plain, single, enforce_file_format=True)
+        reader, change, writer = (
+            gdcm.ImageReader(),
+            gdcm.ImageChangeTransferSyntax(),
+            gdcm.ImageWriter(),
+        )
+        reader.SetFileName(plain)
+        if not reader.Read():
+            raise CannotEncode
+        kind = gdcm.TransferSyntax.GetTSType(str.__str__(case.syntax))
+        change.SetTransferSyntax(gdcm.TransferSyntax(kind))
+        change.SetInput(reader.GetImage())
+        if not change.Change():
+            raise CannotEncode
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        writer.SetFileName(packed)
+        if not writer.Write():
+            raise CannotEncode
+        return next(generate_frames(pydicom.dcmread(packed).PixelData, number_of_frames=1))
 
 
 def _add_palette(dataset: Dataset, palette: tuple[int, str, int, int], big: bool) -> None:
@@ -355,12 +362,21 @@ def _table(kind: str, first: int, signed: bool, big: bool) -> Dataset:
     entries = np.linspace(2**bits - 1, 3, 200).astype(np.uint16)  # falling: seen when left out
     item = Dataset()
     item.add_new(0x00283002, "SS" if signed else "US", [200, first, bits])
-    item.add_new(0x00283003, "OW", entries.astype(">u2" if big else "<u2").tobytes())
+    item.add_new(0x00283006, "OW", entries.astype(">u2" if big else "<u2").tobytes())
     return item
 
 
+def palette_colours(case: Case, stored: np.ndarray) -> np.ndarray:
+    """What `write` put into the palettes for these values, uint8 [T, H, W, 3]."""
+    assert case.palette is not None
+    _, lie, entries, first = case.palette
+    at = np.clip(stored.astype(np.int64) - first, 0, entries - 1)
+    values = [at * (n + 2) * (257 if lie == "words" else 1) % 2**16 for n in range(3)]
+    return np.stack([v >> 8 if lie == "words" else v % 256 for v in values], -1).astype(np.uint8)
+
+
 def by_pydicom(path: Path) -> np.ndarray:
-    """What pydicom makes of a file, uint8 [T, H, W, 3]; its own functions up to the last scaling."""
+    """What pydicom makes of a file, uint8 [T, H, W, 3]: its own functions but the last scaling."""
     dataset = pydicom.dcmread(path)
     pixels = pydicom.pixels.pixel_array(dataset, raw=False)
     samples, frames = dataset.SamplesPerPixel, int(dataset.get("NumberOfFrames") or 1)
@@ -371,49 +387,32 @@ def by_pydicom(path: Path) -> np.ndarray:
         return pixels
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         rgb = apply_color_lut(pixels, dataset)
-        return (
-            rgb >> 8
-            if dataset.RedPaletteColorLookupTableDescriptor[2] == 16 and rgb.dtype == np.uint16
-            else rgb
-        ).astype(np.uint8)
+        wide = dataset.RedPaletteColorLookupTableDescriptor[2] == 16 and rgb.dtype != np.uint8
+        return (rgb >> 8 if wide else rgb).astype(np.uint8)
     values = apply_modality_lut(pixels.astype(np.int64), dataset)
-    full = np.array([0, 2**dataset.BitsStored - 1])
     if dataset.get("VOILUTSequence"):
-        low, high = 0, 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
-        # In a table of 8 bits an input beyond 255 wraps round: held within it beforehand.
-        shown = apply_voi_lut(
-            np.clip(
-                np.rint(values), -(2**15), 199 + dataset.VOILUTSequence[0].LUTDescriptor[1]
-            ).astype(np.int64),
-            dataset,
-        )
+        _, first, bits = dataset.VOILUTSequence[0].LUTDescriptor
+        low, high = 0, 2**bits - 1
+        # In a table of 8 bits pydicom lets an input beyond 255 wrap round: held within it before.
+        shown = apply_voi_lut(np.clip(np.rint(values), -(2**15), 199 + first).astype(int), dataset)
     elif dataset.get("WindowWidth"):
         low, high = (apply_windowing(np.array([end]), dataset)[0] for end in (-1e9, 1e9))
         shown = apply_windowing(values, dataset)
     else:
-        shown = values
-        if (
-            dataset.BitsStored <= 8
-            and not dataset.PixelRepresentation
-            or (
-                dataset.get("ModalityLUTSequence")
-                and dataset.ModalityLUTSequence[0].LUTDescriptor[2] == 8
-            )
-        ):
-            ends = (
-                [0, 255]
-                if dataset.get("ModalityLUTSequence")
-                and dataset.ModalityLUTSequence[0].LUTDescriptor[2] == 8
-                else (
-                    [0, 2**16 - 1]
-                    if dataset.get("ModalityLUTSequence")
-                    else apply_modality_lut(full, dataset)
-                )
-            )
-        else:
-            ends = [values.min(), values.max()]
-        low, high = min(ends), max(ends)
-    grey = np.clip(np.round((shown - low) / max(high - low, 1e-9) * 255), 0, 255).astype(np.uint8)
+        shown, (low, high) = values, _range(dataset, values)
+    grey = np.clip(np.round((shown - low) / ((high - low) or 1) * 255), 0, 255).astype(np.uint8)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         grey = 255 - grey
     return np.repeat(grey[..., None], 3, -1)
+
+
+def _range(dataset: Dataset, values: np.ndarray) -> list[float]:
+    """What is black and white without a window: where 8 bits fix it, else what the values span."""
+    byte = dataset.BitsStored <= 8 and not dataset.PixelRepresentation
+    if dataset.get("ModalityLUTSequence"):
+        bits = dataset.ModalityLUTSequence[0].LUTDescriptor[2]
+        return [0, 2**bits - 1] if byte or bits == 8 else [values.min(), values.max()]
+    if byte:
+        ends = np.array([0, 2**dataset.BitsStored - 1])
+        return sorted(float(end) for end in apply_modality_lut(ends, dataset))
+    return [values.min(), values.max()]
