@@ -52,7 +52,8 @@ def load_model(
       quantize: None; nothing else is available yet.
       num_frames: frames to take of a cine loop, evenly spaced.
       max_pixels: larger images are made this small; by default as preprocessor_config.json says.
-      crop: whether to cut DICOM frames to their ultrasound regions; "require" refuses what can't be.
+      crop: whether to cut DICOM frames to their ultrasound regions; "require" refuses what
+        can't be.
 
     Example:
       model = load_model("EchoVLM-hf")

@@ -161,15 +161,15 @@ def _warn_of_pictures(result: Result, args: argparse.Namespace) -> None:
     """Says what may leave a patient's name in the pixels."""
     if result["not_cropped"] and args.crop != "require":
         print(
-            f"echovlm: warning: {result['not_cropped']} pictures could not be cropped to all of their"
-            " ultrasound regions and may show what is burnt in around these; --crop=require leaves"
-            " them out",
+            f"echovlm: warning: {result['not_cropped']} pictures could not be cropped to all of"
+            " their ultrasound regions and may show what is burnt in around these; --crop=require"
+            " leaves them out",
             file=sys.stderr,
         )
     if result["burned_in"]:
         print(
-            f"echovlm: warning: {result['burned_in']} pictures have a header that says that names are"
-            " burnt into the pixels (BurnedInAnnotation); look at them before you share the dataset",
+            f"echovlm: warning: {result['burned_in']} pictures have a header that says that names"
+            " are burnt into the pixels (BurnedInAnnotation); look at them before you share them",
             file=sys.stderr,
         )
 

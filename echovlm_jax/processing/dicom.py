@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
+from pydicom.uid import UID
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom_display import grey_to_rgb, palette_to_rgb
@@ -113,7 +114,7 @@ def _video(opened: Opened, num_frames: int) -> np.ndarray:
     data = CompressedFrames(opened).video()
     container = kind_of_bytes(data[:4096])
     if container not in VIDEOS:  # a bare stream, of the coding that the transfer syntax names
-        container = VIDEO[header.syntax]
+        container = VIDEO[UID(header.syntax)]
     frames = decode_video(BytesIO(data), container, num_frames=num_frames, stated=header.frames)
     if frames.shape[1:3] != (header.rows, header.columns):
         raise InputError(

@@ -57,7 +57,8 @@ class Processor:
         self.tokenizer = load_tokenizer(folder)
         self.template = load_chat_template(folder)
         self.image_config, self.video_config = pixel_configs(folder, max_pixels)
-        self.num_frames, self.crop, self.say = num_frames, crop, say
+        self.num_frames, self.say = num_frames, say
+        self.crop: bool | Literal["require"] = crop
         self.image_token_id = _one_token(self.tokenizer, IMAGE_TOKEN)
         self.video_token_id = _one_token(self.tokenizer, VIDEO_TOKEN)
         self.config = _model_config(folder)

