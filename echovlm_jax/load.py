@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def load_model(
     dtype: Any = None,
     quantize: str | None = None,
     num_frames: int | None = None,
-    crop: bool = False,
+    crop: bool | Literal["require"] = False,
     max_pixels: int | None = None,
 ) -> Model:
     """Loads a model folder: in Hugging Face form, made by `convert`, or a training run's.
@@ -55,7 +55,8 @@ def load_model(
       num_frames: frames to take of a cine loop, evenly spaced; by default as
         preprocessor_config.json says, or 16.
       max_pixels: larger images are made this small; by default as preprocessor_config.json says.
-      crop: whether to cut DICOM frames to their ultrasound regions.
+      crop: whether to cut DICOM frames to their ultrasound regions; "require" refuses what
+        can't be.
 
     Example:
       model = load_model("EchoVLM-hf")
@@ -107,7 +108,7 @@ class Model:
     @functools.cached_property
     def processor(self) -> Processor:
         """Turns images and messages into inputs. Raises InputError without tokenizer files."""
-        return Processor(self._folder, **self._media)
+        return Processor(self._folder, say=_say_once, **self._media)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -150,8 +151,9 @@ class Model:
         """Answers one prompt about images.
 
         Args:
-          images: a list of paths (PNG, JPEG, DICOM), PIL images or uint8 arrays, or one of these;
-            None for none. Several make one exam; a DICOM with several frames is a video.
+          images: a list of paths (what `processing.load_media` reads), PIL images or uint8 arrays,
+            or one of these; None for none. Several make one exam; a file with several frames is a
+            video.
           prompt: what to ask.
           system: the system prompt; by default the chat template's own.
           max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed: see

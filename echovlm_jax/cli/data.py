@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import Result, add_command
+from echovlm_jax.cli.frame import Result, add_allow_links, add_command, add_crop
 from echovlm_jax.cli.printing import show
 from echovlm_jax.errors import InputError
 
@@ -40,16 +40,15 @@ def _add_build(commands: Any) -> None:
             from echovlm_jax.data.beam import beam_runner
 
             runner = beam_runner(args.beam)
-        return _warn(
-            build(
-                args.source,
-                args.images,
-                args.out,
-                _options(args, validation=args.validation, test=args.test),
-                workers=args.workers,
-                runner=runner,
-            )
+        result = build(
+            args.source,
+            args.images,
+            args.out,
+            _options(args, validation=args.validation, test=args.test),
+            workers=args.workers,
+            runner=runner,
         )
+        return _warn(result, args)
 
     command = add_command(
         commands,
@@ -90,7 +89,8 @@ def _add_validate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         from echovlm_jax.data.build import validate
 
-        return _warn(validate(args.source, args.images, _options(args), workers=args.workers))
+        result = validate(args.source, args.images, _options(args), workers=args.workers)
+        return _warn(result, args)
 
     command = add_command(
         commands,
@@ -119,8 +119,10 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="what the image paths are relative to: PNG, JPEG and DICOM files",
+        help="what the image paths are relative to: PNG, JPEG, DICOM, BMP, TIFF, WebP, GIF, "
+        "JPEG 2000, video, NIfTI and MetaImage files",
     )
+    add_allow_links(command)
     command.add_argument(
         "--organs",
         type=Path,
@@ -139,11 +141,9 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
         type=int,
         default=16,
         metavar="N",
-        help="frames to take of a DICOM loop; default: %(default)s",
+        help="frames to take of a loop; default: %(default)s",
     )
-    command.add_argument(
-        "--crop", action="store_true", help="cut DICOM frames to their ultrasound regions"
-    )
+    add_crop(command, "leaves out each record with a picture that can't be")
     command.add_argument(
         "--workers",
         type=int,
@@ -161,18 +161,37 @@ def _options(args: argparse.Namespace, **shares: float) -> Any:
         crop=args.crop,
         organs=args.organs,
         group_pattern=args.group_pattern,
+        allow_links=args.allow_links,
         **shares,
     )
 
 
-def _warn(result: Result) -> Result:
+def _warn(result: Result, args: argparse.Namespace) -> Result:
     for line in result["warnings"]:
         print(f"echovlm: warning: {line}", file=sys.stderr)
+    _warn_of_pictures(result, args)
     return result
 
 
 def _show_counts(result: Result, args: argparse.Namespace) -> None:
     show({key: value for key, value in result.items() if key != "warnings"}, args)
+
+
+def _warn_of_pictures(result: Result, args: argparse.Namespace) -> None:
+    """Says what may leave a patient's name in the pixels."""
+    if result["not_cropped"] and args.crop != "require":
+        print(
+            f"echovlm: warning: {result['not_cropped']} pictures could not be cropped to all of"
+            " their ultrasound regions and may show what is burnt in around these; --crop=require"
+            " leaves them out",
+            file=sys.stderr,
+        )
+    if result["burned_in"]:
+        print(
+            f"echovlm: warning: {result['burned_in']} pictures have a header that says that names"
+            " are burnt into the pixels (BurnedInAnnotation); look at them before you share them",
+            file=sys.stderr,
+        )
 
 
 def _add_stats(commands: Any) -> None:

@@ -57,6 +57,36 @@ def add_command(
     return command
 
 
+def add_allow_links(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-links",
+        type=Path,
+        metavar="ROOT",
+        help="take images that are links to files inside ROOT, as in a cache of downloads: the "
+        "folder above its snapshots/ and blobs/; default: links stay inside the images' folder",
+    )
+
+
+def add_crop(command: argparse.ArgumentParser, require: str) -> None:
+    """--crop, and --crop=require: two options, for a value that may be left out would take the
+    word after it."""
+    command.add_argument(
+        "--crop",
+        action="store_const",
+        const=True,
+        default=False,
+        help="cut DICOM frames to their ultrasound regions; what can't be cut is counted",
+    )
+    command.add_argument(
+        "--crop=require",
+        dest="crop",
+        action="store_const",
+        const="require",
+        default=False,
+        help=f"the same, and {require}",
+    )
+
+
 class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's, and `--config.KEY=VALUE` where a command takes overrides."""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import MODEL, Result, add_command
+from echovlm_jax.cli.frame import MODEL, Result, add_allow_links, add_command, add_crop
 from echovlm_jax.cli.printing import lines, show
 from echovlm_jax.errors import InputError
 
@@ -35,9 +35,11 @@ def add_generate(commands: Any) -> None:
             from echovlm_jax.generate import generate_file
             from echovlm_jax.load import load_model
 
-            return generate_file(
-                load_model(args.model, **loading), args.batch, args.out, **sampling
-            )
+            model = load_model(args.model, **loading)
+            links = {"allow_links": args.allow_links}
+            return generate_file(model, args.batch, args.out, **links, **sampling)
+        if args.allow_links:
+            raise InputError("--allow-links goes with --batch; links given to --image are followed")
         if args.prompt is None or args.out:
             raise InputError("give --prompt (and --image), or --batch with --out")
         from echovlm_jax.load import load_model
@@ -51,8 +53,8 @@ def add_generate(commands: Any) -> None:
         commands,
         "generate",
         run,
-        "answer a prompt about images; several images make one exam, a multi-frame DICOM is a "
-        "video",
+        "answer a prompt about images; several images make one exam, a file of several "
+        "frames is a video",
         "echovlm generate echovlm-orbax/ --image liver1.png liver2.dcm --prompt 'Write the report.'"
         "\n  echovlm generate echovlm-orbax/ --batch exams.jsonl --out answers.jsonl",
         show=_show_answer,
@@ -65,7 +67,7 @@ def add_generate(commands: Any) -> None:
         action="extend",
         default=[],
         metavar="F",
-        help="PNG, JPEG or DICOM files",
+        help="PNG, JPEG, DICOM, BMP, TIFF, WebP, GIF, JPEG 2000, video, NIfTI or MetaImage files",
     )
     command.add_argument("--prompt", metavar="T", help="what to ask")
     command.add_argument("--system", metavar="T", help="the system prompt")
@@ -82,12 +84,7 @@ def add_generate(commands: Any) -> None:
         metavar="N",
         help="larger images are made this small; default: as in training",
     )
-    command.add_argument(
-        "--crop",
-        action="store_const",
-        const=True,
-        help="cut DICOM frames to their ultrasound regions",
-    )
+    add_crop(command, "refuses a picture that can't be")
     command.add_argument(
         "--dtype",
         metavar="D",
@@ -99,6 +96,7 @@ def add_generate(commands: Any) -> None:
     command.add_argument(
         "--out", type=Path, metavar="G.jsonl", help="the batch's answers; goes on where it stopped"
     )
+    add_allow_links(command)
     for name, (kind, metavar, text) in SAMPLING.items():
         command.add_argument(
             f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text, dest=name

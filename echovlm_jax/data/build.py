@@ -31,10 +31,12 @@ from echovlm_jax.data import dealing, folder, organs, parts, survey
 from echovlm_jax.data.dealing import Runner
 from echovlm_jax.data.disk import writing
 from echovlm_jax.data.groups import SPLITS
+from echovlm_jax.data.media import NOTES
 from echovlm_jax.data.parts import Done, Part
 from echovlm_jax.data.sources import Sources, changed, compile_pattern, digest_of, read_sources
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import shown
+from echovlm_jax.processing.dicom import Crop
+from echovlm_jax.processing.files import allowed_links, shown
 from echovlm_jax.progress import progress
 
 LOCK, MADE = "lock", "dataset"
@@ -47,19 +49,21 @@ class Options(NamedTuple):
 
     Attributes:
       validation, test: the shares of the groups that go to these splits.
-      num_frames: a DICOM loop is sampled to so many frames.
-      crop: cut DICOM frames to their ultrasound regions.
+      num_frames: a loop is sampled to so many frames.
+      crop: cut DICOM frames to their ultrasound regions; "require" leaves out what can't be.
       organs: a file {source: organ}, for records that don't say their own.
       group_pattern: a regular expression whose first group names the patient, in a record's id or
         else in its images' paths.
+      allow_links: a folder that links among the images may lead to.
     """
 
     validation: float = 0.05
     test: float = 0.05
     num_frames: int = 16
-    crop: bool = False
+    crop: Crop = False
     organs: Path | None = None
     group_pattern: str | None = None
+    allow_links: Path | None = None
 
 
 DEFAULTS = Options()
@@ -86,7 +90,8 @@ def build(
     Returns:
       records, kept, quarantined {reason: count}: records = kept + the sum of the counts; splits
       and organs {name: records kept}, bytes, out; groups, ungrouped, unnamed, largest_group as
-      `groups.group` counts them; near_duplicates, as there; warnings, lines for people.
+      `groups.group` counts them; near_duplicates, as there; a count of pictures for each of
+      `media.NOTES`; warnings, lines for people.
 
     Raises:
       InputError: a source is no JSON list, a folder is missing, OUT exists, or nothing was kept.
@@ -128,14 +133,15 @@ def validate(
     """
     salt, shares = survey.new_salt(), (options.validation, options.test)
     found, plan = _prepare(sources, images, options, salt)
-    counts, examples = Counter[str](), []
+    counts, notes, examples = Counter[str](), Counter[str](), []
     with tempfile.TemporaryDirectory() as temporary, writing(Path(temporary)):
         work = Path(temporary)
         run = lambda *job: in_processes(*job, workers=workers)  # noqa: E731
         grouped, _ = dealing.deal(work, found, plan, shares, salt, run, SHARD_RECORDS)
         numbers = range(len(plan["parts"]))
         with progress(len(numbers), "part", "validate") as tick:
-            for lines in in_processes(parts.check_part, temporary, numbers, workers=workers):
+            for lines, noted in in_processes(parts.check_part, temporary, numbers, workers=workers):
+                notes.update(noted)
                 counts.update(line["reason"] for line in lines)
                 examples = sorted(examples + lines, key=_place)[:_EXAMPLES]
                 tick(1)
@@ -145,6 +151,7 @@ def validate(
         "kept": len(found.rows) - counts.total(),
         "quarantined": dict(sorted(counts.items())),
         **grouped,
+        **_noted(notes, counts),
         "examples": examples,
         "warnings": dealing.warnings({"records": len(found.rows), **grouped}, found),
     }
@@ -208,6 +215,7 @@ def _prepare(
         "digests": list(found.digests),
         "stems": list(found.stems),
         "images": str(root),
+        "links": [str(folder) for folder in allowed_links(options.allow_links)],
         "organs": {stem: given.get(stem) or organs.organ_of_file(stem) for stem in found.stems},
         "num_frames": options.num_frames,
         "crop": options.crop,
@@ -233,8 +241,9 @@ def _finish(work: Path, plan: dict[str, Any], counts: dict[str, Any]) -> dict[st
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     done = [_done(work, Part(*part)) for part in plan["parts"]]
-    kept, quarantined = Counter[str](), Counter[str]()
+    kept, quarantined, notes = Counter[str](), Counter[str](), Counter[str]()
     for each in done:
+        notes.update(each.notes)
         kept.update(each.organs)
         quarantined.update(each.quarantined)
     records = Part(*plan["parts"][-1]).stop
@@ -262,6 +271,7 @@ def _finish(work: Path, plan: dict[str, Any], counts: dict[str, Any]) -> dict[st
         "organs": dict(sorted(kept.items())),
         "bytes": sum(shard["bytes"] for entry in splits.values() for shard in entry["shards"]),
         **counts,
+        **_noted(notes, quarantined),
     }
     manifest = {"version": folder.VERSION, "organs": names, "splits": splits, "counts": result}
     manifest["num_frames"] = plan["num_frames"]
@@ -270,6 +280,12 @@ def _finish(work: Path, plan: dict[str, Any], counts: dict[str, Any]) -> dict[st
     for path in made.iterdir():
         _sync(path)
     return result
+
+
+def _noted(notes: Counter[str], quarantined: Counter[str]) -> dict[str, int]:
+    """Pictures by note. What could not be cropped counts whether it was kept or left out."""
+    counts = {name: notes[name] for name in NOTES}
+    return {**counts, "not_cropped": counts["not_cropped"] + quarantined["not cropped"]}
 
 
 def len_of(entry: dict[str, Any]) -> int:

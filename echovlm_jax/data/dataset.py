@@ -15,7 +15,7 @@ from echovlm_jax.data import folder
 from echovlm_jax.data.record import Record
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import shown
-from echovlm_jax.processing.images import decode_image
+from echovlm_jax.processing.stills import decode_image
 
 PHANTOM = "phantom"
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # what suits random access

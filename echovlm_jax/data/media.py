@@ -1,16 +1,15 @@
 """An image file to what a dataset stores: encoded pictures without a word about the patient.
 
 PNG and JPEG keep their compressed bytes, less every part that is not needed to draw the picture
-(EXIF, comments, text, profiles, thumbnails, whatever follows the end). DICOM frames become PNG.
-What is burnt into the pixels stays there.
+(EXIF, comments, text, profiles, thumbnails, whatever follows the end). All else becomes PNG: frames
+of loops, other kinds of files, and values of more than eight bits. What is burnt into the pixels
+stays there.
 """
 
 from __future__ import annotations
 
 import io
 import re
-import struct
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,57 +19,89 @@ from PIL import Image
 from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.record import Medium
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.dicom import read_dicom
-from echovlm_jax.processing.files import file_kind, read_bytes, shown
-from echovlm_jax.processing.images import MAX_ASPECT_RATIO, decode_image
+from echovlm_jax.processing.dicom import NOT_CROPPED, Crop, read_loop
+from echovlm_jax.processing.files import ExtraMissing, file_kind, read_bytes, shown
+from echovlm_jax.processing.images import MAX_ASPECT_RATIO, load_media
+from echovlm_jax.processing.stills import (
+    MAX_FILE_BYTES,
+    PNG_START,
+    decode_image,
+    decode_stills,
+    png_chunks,
+)
 
-MAX_FILE_BYTES = 2**28  # a PNG or JPEG; the largest that decodes is about as large as pixels
-_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_DEPTH = 24  # where a PNG states the bits of a value
 _PNG_PARTS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 # Frames (SOFn), tables (DHT, DAC, DQT, DRI) and scans (SOS).
 _JPEG_PARTS = {*range(0xC0, 0xD0), 0xDB, 0xDD, 0xDA} - {0xC8}
 _IN_A_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # what ends one: not stuffing, not RSTn
 
 
+# What may be said about a picture that is kept: its count's name, and what it means.
+NOTES = {
+    "rescaled": "its values don't fit into 8 bits: the smallest became 0, the largest 255",
+    "not_cropped": "it was to be cropped, and is no DICOM file whose ultrasound regions all can be"
+    " used",
+    "burned_in": "its DICOM header says that the pixels themselves name the patient",
+}
+
+
 class Encoded(NamedTuple):
     images: tuple[bytes, ...]  # PNG or JPEG: one, or each frame of a video
     medium: Medium
+    notes: tuple[str, ...] = ()  # of NOTES
 
 
-def read_medium(path: Path, *, num_frames: int, crop: bool) -> Encoded:
+def read_medium(path: Path, *, num_frames: int, crop: Crop) -> Encoded:
     """Reads an image file.
 
     Args:
-      path: PNG, JPEG or DICOM, told by content.
-      num_frames: a longer DICOM loop is sampled to so many frames.
-      crop: cut DICOM frames to their ultrasound regions.
+      path: a file that `load_media` reads.
+      num_frames: a longer loop is sampled to so many frames.
+      crop: cut DICOM frames to their ultrasound regions; "require" refuses what can't be.
 
     Raises:
       Refused: it can't be used; the detail does not quote the file's content.
     """
+    said: list[str] = []
+    notes: list[str] = []
     try:
-        if file_kind(path) == "dicom":
-            frames = read_dicom(path, num_frames=num_frames, crop=crop)
-            images = tuple(_to_png(frame) for frame in frames)
-            medium = Medium(len(frames) if len(frames) > 1 else 0, *frames.shape[1:3])
+        kind, cropped, images = file_kind(path), False, None
+        if kind == "dicom":
+            # Without "require": there the file is to be refused for this reason, not as damaged.
+            loop = read_loop(path, num_frames=num_frames, crop=bool(crop))
+            frames, cropped = loop.frames, loop.cropped
+            notes += ["burned_in"] * loop.burned_in
+        elif kind in ("png", "jpeg"):
+            data, name = read_bytes(path, MAX_FILE_BYTES), shown(path)
+            frames = decode_stills(io.BytesIO(data), name, num_frames, say=said.append)
+            images = (_clean(data, frames[0]),) if len(frames) == 1 else None
         else:
-            data = read_bytes(path, MAX_FILE_BYTES)
-            pixels = decode_image(data, shown(path))
-            images = (_clean(data, pixels),)
-            medium = Medium(0, *pixels.shape[:2])
+            found = load_media(path, num_frames=num_frames, say=said.append)
+            frames = found if found.ndim == 4 else found[None]
+        medium = Medium(len(frames) if len(frames) > 1 else 0, *frames.shape[1:3])
+        images = images or tuple(_to_png(frame) for frame in frames)
     except InputError as error:
         detail = str(error)
         large = any(sign in detail for sign in ("is over the limit", "claims more", "larger than"))
-        raise Refused("image too large" if large else "unreadable image", detail) from None
+        reason = "extra not installed" if isinstance(error, ExtraMissing) else "unreadable image"
+        raise Refused("image too large" if large else reason, detail) from None
     sides = sorted(medium[1:])
     if sides[1] > MAX_ASPECT_RATIO * sides[0]:
         raise Refused("unusable shape", f"{shown(path)}: {medium.height} x {medium.width} pixels")
-    return Encoded(images, medium)
+    if crop and not cropped:
+        if crop == "require":
+            raise Refused("not cropped", f"{shown(path)}: {NOT_CROPPED}")
+        notes.append("not_cropped")
+    return Encoded(images, medium, (*notes, *["rescaled"] * bool(said)))
 
 
 def _clean(data: bytes, pixels: np.ndarray) -> bytes:
     """`data` without metadata, or a PNG of `pixels` where that would draw another picture."""
-    stripped = strip_png(data) if data.startswith(_PNG_START) else strip_jpeg(data)
+    is_png = data.startswith(PNG_START)
+    if is_png and data[_PNG_DEPTH] == 16:
+        return _to_png(pixels)
+    stripped = strip_png(data) if is_png else strip_jpeg(data)
     if stripped == data:
         return data
     try:
@@ -92,20 +123,7 @@ def _to_png(pixels: np.ndarray) -> bytes:
 
 def strip_png(data: bytes) -> bytes | None:
     """Only the chunks that draw the picture, byte for byte; None where the file is irregular."""
-    parts, at = [_PNG_START], len(_PNG_START)
-    while at + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + length
-        if end > len(data):
-            return None
-        if kind in _PNG_PARTS:
-            if zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-                return None
-            parts.append(data[at:end])
-        if kind == b"IEND":
-            return b"".join(parts)
-        at = end
-    return None
+    return png_chunks(data, _PNG_PARTS.__contains__)
 
 
 def strip_jpeg(data: bytes) -> bytes | None:

@@ -25,6 +25,8 @@ from echovlm_jax.data.organs import organ_name
 from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.record import LANGUAGES, Question, Record, Report, Turn
 from echovlm_jax.data.sections import split_report
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.files import Outside, locate, shown
 
 GROUPS = ("patient_id", "study_id", "exam_id")
 MAX_IMAGES = 256  # files of one exam
@@ -150,30 +152,22 @@ def image_paths(raw: dict[str, Any]) -> tuple[str, ...]:
     return tuple(listed)
 
 
-def inside(root: Path, path: str) -> Path:
-    """The file that `path`, relative to `root`, names.
+def inside(root: Path, path: str, *links: Path) -> Path:
+    """The file that `path` names.
 
     Args:
-      root: a folder, links resolved.
+      root: a folder, links resolved; `path` is relative to it, or absolute and inside it.
+      *links: folders, links resolved, that links may lead to as well.
 
     Raises:
-      Refused: it is absolute, or leads out of `root`, by a link too; or there is no such file.
+      Refused: it leads out, by a link too; or there is no such file.
     """
-    shown = "".join(c if c.isprintable() else "?" for c in path)[:300]
-    if not path or "\0" in path or path.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", path):
-        raise Refused("path outside the folder", shown or "an empty path")
     try:
-        file = (root / path).resolve()
-    except (OSError, RuntimeError, ValueError):  # links in a circle, a name beyond the limit
-        raise Refused("missing image", shown) from None
-    if not file.is_relative_to(root):
-        raise Refused("path outside the folder", f"{shown}: a link leads out")
-    try:
-        if not file.exists():
-            raise Refused("missing image", shown)
-    except (OSError, ValueError):
-        raise Refused("missing image", shown) from None
-    return file
+        return locate(path, root, *links)
+    except Outside as error:
+        raise Refused("path outside the folder", str(error)[:400]) from None
+    except InputError:
+        raise Refused("missing image", shown(path)[:300]) from None
 
 
 def _check_texts(raw: Any) -> None:

@@ -59,6 +59,7 @@ class Done(NamedTuple):
     organs: dict[str, int]  # records kept
     bytes: int  # of the shard
     quarantined: dict[str, int]
+    notes: dict[str, int]  # pictures of which there is something to say: see `media.NOTES`
 
 
 def cut(rows: np.ndarray, records: int, key: str) -> list[Part]:
@@ -83,18 +84,24 @@ def write_part(work: str, number: int) -> int:
     return part.stop - part.start
 
 
-def check_part(work: str, number: int) -> list[dict[str, Any]]:
-    """What would be quarantined of part `number`; writes nothing."""
+def check_part(work: str, number: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """What would be quarantined of part `number`, and the notes on the rest; writes nothing."""
     plan = _plan(work)
     part = Part(*plan["parts"][number])
-    return [result for result in _results(Path(work), plan, part) if isinstance(result, dict)]
+    left_out, notes = [], Counter[str]()
+    for result in _results(Path(work), plan, part):
+        if isinstance(result, dict):
+            left_out.append(result)
+        else:
+            notes.update(result[2])
+    return left_out, dict(notes)
 
 
 def read_done(work: Path, part: Part) -> Done | None:
     """What became of a part; None where it isn't done."""
     try:
         found = json.loads((work / part.name("json")).read_bytes())
-        return Done(part, found["organs"], found["bytes"], found["quarantined"])
+        return Done(part, found["organs"], found["bytes"], found["quarantined"], found["notes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -112,7 +119,7 @@ def _read_plan(path: Path, written: int) -> dict[str, Any]:
 def _write(work: Path, plan: dict[str, Any], part: Part) -> None:
     """The shard, its lines, its share of the quarantine; last of all the word that it is done."""
     serializer, features = _serializer()
-    organs, quarantined = Counter[str](), Counter[str]()
+    organs, quarantined, noted = Counter[str](), Counter[str](), Counter[str]()
     with (
         _shard(work / part.name("array_record")) as shard,
         _file(work / part.name("jsonl")) as lines,
@@ -123,7 +130,7 @@ def _write(work: Path, plan: dict[str, Any], part: Part) -> None:
                 quarantined[result["reason"]] += 1
                 left_out.write(_json_line(result))
                 continue
-            record, images = result
+            record, images, notes = result
             example = features.encode_example(folder.example_of(record, images))
             # serialize_example would leave the order of the keys, so the bytes, to chance.
             stored = serializer.get_tf_example(example).SerializeToString(deterministic=True)
@@ -131,10 +138,12 @@ def _write(work: Path, plan: dict[str, Any], part: Part) -> None:
                 shard.write(stored)
             lines.write(_json_line(folder.line_of(record, stored)))
             organs[record.organ] += 1
+            noted.update(notes)
     done = {
         "organs": dict(sorted(organs.items())),
         "bytes": (work / part.name("array_record")).stat().st_size,
         "quarantined": dict(sorted(quarantined.items())),
+        "notes": dict(sorted(noted.items())),
     }
     with _file(work / part.name("json")) as file:
         file.write(_json_line(done))
@@ -142,8 +151,9 @@ def _write(work: Path, plan: dict[str, Any], part: Part) -> None:
 
 def _results(
     work: Path, plan: dict[str, Any], part: Part
-) -> Iterator[tuple[Record, list[bytes]] | dict[str, Any]]:
-    """Each row of a part: the record and its pictures, or its line in the quarantine."""
+) -> Iterator[tuple[Record, list[bytes], list[str]] | dict[str, Any]]:
+    """Each row of a part: the record, its pictures and the notes on them, or its line in the
+    quarantine."""
     rows = np.memmap(work / ROWS, ROW, mode="r")[part.start : part.stop]
     with contextlib.ExitStack() as stack:
         files: dict[int, IO[bytes]] = {}
@@ -171,12 +181,12 @@ def _results(
 
 def _make(
     raw: Any, plan: dict[str, Any], id: str, stem: str, group: str, pictures: bytes
-) -> tuple[Record, list[bytes]]:
-    """One record, with its pictures. Raises Refused."""
-    root = Path(plan["images"])
+) -> tuple[Record, list[bytes], list[str]]:
+    """One record, with its pictures and the notes on them. Raises Refused."""
+    root, links = Path(plan["images"]), [Path(folder) for folder in plan["links"]]
     record, paths = read_record(raw, id=id, organ=plan["organs"][stem], source=stem, group=group)
-    files = [inside(root, path) for path in paths]  # all, before any is read
-    media, images, size = [], [], 0
+    files = [inside(root, path, *links) for path in paths]  # all, before any is read
+    media, images, notes, size = [], [], [], 0
     for path, file in zip(paths, files, strict=True):
         try:
             encoded = read_medium(file, num_frames=plan["num_frames"], crop=plan["crop"])
@@ -185,6 +195,7 @@ def _make(
             raise Refused(refused.reason, detail) from None
         media.append(encoded.medium)
         images += encoded.images
+        notes += encoded.notes
         size += sum(map(len, encoded.images))
         if len(images) > MAX_FRAMES:
             raise Refused("too many images", f"more than {MAX_FRAMES} frames in one exam")
@@ -193,7 +204,7 @@ def _make(
     # After they were read, so that a picture which is replaced at any time is noticed.
     if pictures_digest(files) != pictures:
         raise changed(root)
-    return _with_media(record, media), images
+    return _with_media(record, media), images, notes
 
 
 def _with_media(record: Record, media: list[Any]) -> Record:

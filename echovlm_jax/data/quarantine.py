@@ -16,10 +16,12 @@ REASONS = {
     "no text": "neither conversation nor report: nothing to teach",
     "no images": "no image is named",
     "too many images": "more images, or frames, than one exam may have",
-    "path outside the folder": "an image's path is absolute or leads out of the image folder",
+    "path outside the folder": "an image's path, or a link on it, leads out of the image folder",
     "missing image": "an image is not there",
-    "unreadable image": "an image is damaged, or is neither PNG, JPEG nor DICOM",
+    "unreadable image": "an image is damaged, or of a kind that is not read",
+    "extra not installed": "an image is of a kind that an extra of this project reads",
     "image too large": "an image claims or takes more than the limits let in",
+    "not cropped": "--crop=require, and an image is no DICOM file whose regions all can be used",
     "unusable shape": "an image has sides that the image processor refuses",
 }
 

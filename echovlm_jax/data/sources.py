@@ -60,8 +60,8 @@ def read_sources(
     Raises:
       InputError: a file is no JSON list, two files have one name, or there is no record at all.
     """
+    stems = tuple(path.stem for path in files)  # as named: a link may lead to a mere digest
     files = tuple(path.resolve() for path in files)
-    stems = tuple(path.stem for path in files)
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
         raise InputError(
             f"two sources are named {shown(min(twice))!r}, and ids begin with the name; rename one"

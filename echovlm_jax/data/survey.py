@@ -156,7 +156,7 @@ class _Pictures:
             return
         for path in paths:
             try:
-                file = inside(Path(self._plan["images"]), path)
+                file = inside(Path(self._plan["images"]), path, *map(Path, self._plan["links"]))
             except Refused:  # of which the record will hear when it is read
                 yield 0, b"\0" * 16, 0, 0, 0, 0, np.zeros(HASH_BYTES, np.uint8)
                 continue

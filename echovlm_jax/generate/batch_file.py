@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from echovlm_jax.config import ModelConfig
 from echovlm_jax.errors import InputError
 from echovlm_jax.generate.decode import Inputs, check_new_tokens
 from echovlm_jax.ops.sampling import check_sampling
-from echovlm_jax.processing.files import shown
+from echovlm_jax.processing.files import allowed_links, locate, shown
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests
 from echovlm_jax.storage.lock import Lock
@@ -45,12 +46,13 @@ def generate_file(
     *,
     batch_size: int = 8,
     max_new_tokens: int = 512,
+    allow_links: Path | None = None,
     **sampling: Any,
 ) -> dict[str, int]:
     """Answers the records of a file, several at a time; a run that was stopped goes on.
 
     A line of `batch` is `{"id", "images", "prompt"}`, and optionally `"system"`; the paths of its
-    images start at the file's own folder and may not leave it. A line of `out` is
+    images are relative to the file's own folder, or absolute, and may not leave it. A line of `out` is
     `{"id", "text", "prompt_tokens", "new_tokens", "fingerprint"}`, or `{"id", "error",
     "fingerprint"}` for a record that can't be used, while the others go on (an unreadable line n
     goes by the id "line n"). Lines are written as batches end. Records whose id `out` already has
@@ -64,6 +66,7 @@ def generate_file(
       out: where the answers go; made or continued.
       batch_size: records answered at a time.
       max_new_tokens: for each answer.
+      allow_links: a folder that links in the file's own may lead to.
       **sampling: as in `generate`. With a seed, a record's answer depends on its line number and
         not on which others share its batch.
 
@@ -83,8 +86,9 @@ def generate_file(
     records = _read_records(batch)
     if out.exists() and out.samefile(batch):
         raise InputError(f"{shown(out)}: --out must be another file than --batch")
-    root = batch.resolve().parent
-    asked = _Asked(model.fingerprint, root, {**sampling, "max_new_tokens": max_new_tokens})
+    # Its folder as it is named: the file itself may be a link, as in a cache of downloads.
+    folders = [Path(os.path.abspath(batch)).parent.resolve(), *allowed_links(allow_links)]
+    asked = _Asked(model.fingerprint, folders, {**sampling, "max_new_tokens": max_new_tokens})
     with open(out, "a"), Lock(out):
         written = _read_answers(out)
         counts = {"done": 0, "failed": 0}
@@ -123,7 +127,7 @@ def _answer(
 
         for last, (row, record) in _with_last(todo):
             try:
-                images, prompt, system = _read_record(record, asked.root)
+                images, prompt, system = _read_record(record, asked.folders)
                 inputs = model.prepare(images, prompt, system=system, max_new_tokens=max_new_tokens)
                 ready.append((row, {"id": record["id"]}, asked.of(record, row), inputs))
             except InputError as error:
@@ -154,12 +158,12 @@ class _Asked:
 
     Args:
       model: its fingerprint.
-      root: the folder that images are in.
+      folders: the folder that images are in, and those that links in it may lead to.
       settings: of the sampling.
     """
 
-    def __init__(self, model: str, root: Path, settings: Mapping[str, Any]) -> None:
-        self.root, self._model = root, model
+    def __init__(self, model: str, folders: Sequence[Path], settings: Mapping[str, Any]) -> None:
+        self.folders, self._model = folders, model
         self._settings = {"repetition_penalty": 1.0, **_SAMPLED, **settings}
         self._sampled = bool(self._settings["temperature"])
         if not self._sampled:
@@ -173,7 +177,7 @@ class _Asked:
         """
         if failed:
             return digests.of_json([self._model, record, self._settings])
-        images, prompt, system = _read_record(record, self.root)
+        images, prompt, system = _read_record(record, self.folders)
         try:
             pictures = [digests.of_file(image) for image in images]
         except OSError as error:
@@ -230,7 +234,9 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     return list(records.values())
 
 
-def _read_record(record: Mapping[str, Any], root: Path) -> tuple[list[Path], str, str | None]:
+def _read_record(
+    record: Mapping[str, Any], folders: list[Path]
+) -> tuple[list[Path], str, str | None]:
     """Images, prompt and system prompt. Raises InputError."""
     if record.get("broken"):
         raise InputError('is not a JSON object with an "id"')
@@ -241,15 +247,12 @@ def _read_record(record: Mapping[str, Any], root: Path) -> tuple[list[Path], str
         raise InputError('"images" must be a list of paths; [] for none')
     if not isinstance(prompt, str) or not isinstance(system, str | None):
         raise InputError('"prompt" must be a text, and so must "system" where it is given')
-    paths = []
+    paths: list[Path] = []
     for image in images:
         try:
-            path = (root / image).resolve()
-        except (OSError, ValueError, RuntimeError):  # a NUL in it, or links that go in a circle
-            raise InputError(f"image {shown(image)}: is not a path") from None
-        if not path.is_relative_to(root):
-            raise InputError(f"image {shown(image)}: lies outside the batch file's folder")
-        paths.append(path)
+            paths.append(locate(image, *folders))
+        except InputError as error:
+            raise InputError(f"image {error}") from None
     return paths, prompt, system
 
 

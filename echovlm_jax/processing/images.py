@@ -6,27 +6,24 @@ rescaling and normalising map each of the 256 values a channel can take, so they
 
 from __future__ import annotations
 
-import io
 import math
-import threading
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import file_kind, open_file, shown
+from echovlm_jax.processing.files import STILLS, VIDEOS, VOLUMES, file_kind, shown
+from echovlm_jax.processing.levels import Say, silent
+from echovlm_jax.processing.stills import decode_image as decode_image
+from echovlm_jax.processing.stills import decode_pil, read_stills
 
-MAX_PIXELS_IN_FILE = 2**26  # a 64-megapixel PNG or JPEG; beyond that it is a bomb, not an image
 MAX_RESIZED_PIXELS = 2**26  # for min_pixels and max_pixels; Qwen2-VL's own maximum is under 2**24
 MAX_BLOCK = 64  # for the patch, merge and temporal sizes; Qwen2-VL's are 14, 2 and 2
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's own limit
-
-_warnings_lock = threading.Lock()  # warnings.catch_warnings changes the whole process
 
 
 @dataclass(frozen=True)
@@ -235,27 +232,60 @@ def _value_table(config: ImageConfig) -> np.ndarray:
 
 
 def load_media(
-    item: Any, *, num_frames: int = 16, crop: bool = False, convert_rgb: bool = True
+    item: Any,
+    *,
+    num_frames: int = 16,
+    crop: bool | Literal["require"] = False,
+    convert_rgb: bool = True,
+    say: Say = silent,
 ) -> np.ndarray:
     """One image or video as uint8 RGB: [H, W, 3], or [T, H, W, 3] for a video.
 
     Args:
-      item: a path (PNG, JPEG or DICOM, told by content), a PIL image, or a uint8 array
-        [H, W, 3] or [T, H, W, 3]. A DICOM with several frames is a video of up to `num_frames`.
-      crop: cut DICOM frames to their ultrasound regions.
-      convert_rgb: False refuses an image in any other mode than RGB.
+      item: a path, a PIL image, or a uint8 array [H, W, 3] or [T, H, W, 3]. What a file is, its
+        content tells (see `files.file_kind`). One that holds several frames (a DICOM, a video, an
+        animated GIF, WebP or PNG, a TIFF of equal pages, NIfTI or MetaImage) is a video of up to
+        `num_frames`, taken evenly.
+      crop: cut DICOM frames to their ultrasound regions. What can't be cut so, as whatever is no
+        DICOM file, is said; "require" refuses it.
+      convert_rgb: False refuses a still image in any other mode than RGB.
+      say: told, in one line each, what was done to values that eight bits don't hold, and what
+        could not be cropped.
+
+    Raises:
+      InputError: one line with the file and what is wrong.
     """
+    if crop and not (isinstance(item, str | Path) and file_kind(item) == "dicom"):
+        name = shown(item) if isinstance(item, str | Path) else "the image"
+        line = f"{name}: can't be cropped: only DICOM files state ultrasound regions"
+        if crop == "require":
+            raise InputError(line)
+        say(line)
     if isinstance(item, Image.Image):
-        return _to_rgb(item, "the image", convert_rgb)
+        return decode_pil(item, "the image", convert_rgb, say)
     if isinstance(item, str | Path):
-        if file_kind(item) == "dicom":
+        if num_frames < 1:
+            raise InputError(f"num_frames must be at least 1, found {num_frames}")
+        kind = file_kind(item)
+        if kind in STILLS:
+            frames = read_stills(item, num_frames=num_frames, convert_rgb=convert_rgb, say=say)
+        elif kind in VOLUMES:
+            from echovlm_jax.processing.volumes import read_volume
+
+            frames = read_volume(item, kind, num_frames=num_frames, say=say)
+        elif kind in VIDEOS:
+            from echovlm_jax.processing.video import read_video
+
+            frames = read_video(item, kind, num_frames=num_frames, say=say)
+        else:
             # Here: pydicom and its decoders take longer to import than all else that images need,
             # which every data worker would wait for.
-            from echovlm_jax.processing.dicom import read_dicom
+            from echovlm_jax.processing.dicom import NOT_CROPPED, read_loop
 
-            frames = read_dicom(item, num_frames=num_frames, crop=crop)
-            return frames[0] if len(frames) == 1 else frames
-        return _open(item, convert_rgb)
+            frames, cropped, _ = read_loop(item, num_frames=num_frames, crop=crop)
+            if crop and not cropped:
+                say(f"{shown(item)}: {NOT_CROPPED}")
+        return frames[0] if len(frames) == 1 else frames
     array = np.asarray(item)
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3:
         raise InputError(
@@ -263,67 +293,6 @@ def load_media(
             f" found {type(item).__name__} {array.dtype} {list(array.shape)}"
         )
     return array
-
-
-def _open(path: str | Path, convert_rgb: bool) -> np.ndarray:
-    try:
-        with open_file(path) as file:
-            return _decode(file, shown(path), convert_rgb)
-    except InputError:
-        raise
-    except (OSError, ValueError):
-        raise InputError(f"{shown(path)}: is damaged or truncated, it doesn't decode") from None
-
-
-def decode_image(data: bytes, name: str) -> np.ndarray:
-    """The bytes of a PNG or JPEG as uint8 RGB [H, W, 3], exactly as `load_media` reads its file.
-
-    Raises:
-      InputError: beginning with `name`; they are damaged, no image, or claim too many pixels.
-    """
-    return _decode(io.BytesIO(data), name, convert_rgb=True)
-
-
-def _decode(file: BinaryIO, name: str, convert_rgb: bool) -> np.ndarray:
-    """Decodes a PNG or JPEG; its claimed size is checked before any pixel is decoded."""
-    try:
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(file, formats=("PNG", "JPEG"))
-        with image:
-            width, height = image.size
-            if width * height > MAX_PIXELS_IN_FILE:
-                raise InputError(
-                    f"{name}: {height} x {width} pixels is over the limit of"
-                    f" {MAX_PIXELS_IN_FILE} pixels"
-                )
-            return _to_rgb(ImageOps.exif_transpose(image), name, convert_rgb)
-    except InputError:
-        raise
-    except Image.DecompressionBombError:
-        raise InputError(
-            f"{name}: claims more than {MAX_PIXELS_IN_FILE} pixels; refused unread"
-        ) from None
-    except Exception:  # decoders raise nearly anything on broken bytes
-        raise InputError(f"{name}: is damaged or truncated, it doesn't decode") from None
-
-
-def _to_rgb(image: Image.Image, name: str, convert_rgb: bool) -> np.ndarray:
-    """uint8 [H, W, 3], by the rules of Hugging Face's processors.
-
-    Transparency is laid over white. 16-bit grey is clipped at 255, not scaled: a file that holds
-    0 to 255 in 16 bits keeps its grey levels, one that uses the whole range goes mostly white, and
-    must be saved as 8 bits first.
-    """
-    if image.mode != "RGB" and not convert_rgb:
-        raise InputError(
-            f"{name}: has colour mode {image.mode}, and do_convert_rgb is false; save it as RGB"
-        )
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))
 
 
 def images_to_patches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from echovlm_jax.processing.images import (
     images_to_patches,
     load_media,
 )
+from echovlm_jax.processing.levels import Say, silent
 from echovlm_jax.processing.tokenizer import Tokenizer, load_tokenizer, special_token_text
 from echovlm_jax.storage.layout import model_files
 
@@ -40,9 +41,10 @@ class Processor:
       path: a checkpoint folder with tokenizer files; config.json (token ids), the chat template
         and preprocessor_config.json are honoured where present.
       max_pixels: overrides the checkpoint's largest area of an image, in pixels.
-      num_frames: a longer DICOM loop is sampled to this many frames; by default as the checkpoint
+      num_frames: a longer loop is sampled to this many frames; by default as the checkpoint
         says, else NUM_FRAMES.
-      crop: cut DICOM frames to their ultrasound regions.
+      crop: cut DICOM frames to their ultrasound regions; "require" refuses what can't be.
+      say: told, in one line each, what was done to values that eight bits don't hold.
 
     Raises:
       InputError: a file is missing or invalid, or the tokenizer and config.json disagree.
@@ -54,7 +56,8 @@ class Processor:
         *,
         max_pixels: int | None = None,
         num_frames: int | None = None,
-        crop: bool = False,
+        crop: bool | Literal["require"] = False,
+        say: Say = silent,
     ) -> None:
         folder = Path(path)
         if not folder.is_dir():
@@ -64,7 +67,8 @@ class Processor:
         self.template = load_chat_template(folder)
         self.image_config, self.video_config = pixel_configs(folder, max_pixels)
         self.num_frames = _num_frames(folder) if num_frames is None else num_frames
-        self.crop = crop
+        self.say = say
+        self.crop: bool | Literal["require"] = crop
         self.image_token_id = _one_token(self.tokenizer, IMAGE_TOKEN)
         self.video_token_id = _one_token(self.tokenizer, VIDEO_TOKEN)
         self.config = _model_config(folder)
@@ -82,8 +86,8 @@ class Processor:
         """One prompt's inputs.
 
         Args:
-          images: paths (PNG, JPEG, DICOM), PIL images, uint8 arrays [H, W, 3], or videos
-            [T, H, W, 3]; a DICOM with several frames is a video.
+          images: paths (see `load_media`), PIL images, uint8 arrays [H, W, 3], or videos
+            [T, H, W, 3]; a file with several frames is a video.
           messages: a list of {role, content}, or one string: the user's turn. Where no message
             marks an image, the images go to the front of the first user turn. A mark in a list of
             entries becomes an image's or a video's by what the file is.
@@ -105,6 +109,7 @@ class Processor:
                 num_frames=self.num_frames,
                 crop=self.crop,
                 convert_rgb=self.image_config.do_convert_rgb,
+                say=self.say,
             )
             for item in (images if images is not None else [])
         ]

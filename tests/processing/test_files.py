@@ -8,12 +8,10 @@ import pytest
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom import read_dicom
 from echovlm_jax.processing.files import file_kind, read_bytes, read_json, read_text
-from echovlm_jax.processing.images import _open
+from echovlm_jax.processing.images import load_media
 
 
-@pytest.mark.parametrize(
-    "read", [file_kind, read_text, read_bytes, read_dicom, lambda path: _open(path, True)]
-)
+@pytest.mark.parametrize("read", [file_kind, read_text, read_bytes, read_dicom, load_media])
 def test_a_pipe_or_folder_is_refused_at_once(tmp_path, read):
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)

@@ -247,7 +247,7 @@ def test_bad_image_files_are_one_line(tmp_path):
     path.write_bytes(b"")
     one_line(path, "empty")
     path.write_text("not an image at all")
-    one_line(path, "neither PNG, JPEG nor DICOM")
+    one_line(path, "is none of PNG, JPEG, DICOM")
     image = Image.fromarray(np.random.default_rng(4).integers(0, 256, (64, 64, 3), np.uint8))
     for form in ("PNG", "JPEG"):
         image.save(path, form)
