@@ -127,8 +127,10 @@ def _decode(
         frames = getattr(image, "n_frames", 1) if image.format in _LOOPS else 1
         if frames == 1 or forms == STORED:
             return _to_rgb([_page(file, image, convert_rgb)], say)
-        check_loop(frames, height, width, num_frames)
-        pictures, wanted = [], set(picks(frames, num_frames))
+        # A PNG may have a picture before the loop, for programs that know of none.
+        first = 1 if image.info.get("default_image") else 0
+        check_loop(frames - first, height, width, num_frames)
+        pictures, wanted = [], {first + n for n in picks(frames - first, num_frames)}
         for frame in range(frames):
             image.seek(frame)
             if image.size != (width, height):

@@ -11,9 +11,7 @@ from echovlm_jax.processing.files import file_kind, read_bytes, read_json, read_
 from echovlm_jax.processing.images import load_media
 
 
-@pytest.mark.parametrize(
-    "read", [file_kind, read_text, read_bytes, read_dicom, load_media]
-)
+@pytest.mark.parametrize("read", [file_kind, read_text, read_bytes, read_dicom, load_media])
 def test_a_pipe_or_folder_is_refused_at_once(tmp_path, read):
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
