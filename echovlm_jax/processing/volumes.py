@@ -153,7 +153,7 @@ def _read_nifti(file: BinaryIO, path: str | Path, num_frames: int) -> np.ndarray
             header = kind(head[:size], check=False)
             slope, intercept = header.get_slope_inter()
             grid = _nifti_grid(header, slope, intercept)
-        except (HeaderDataError, WrapStructError):
+        except (HeaderDataError, WrapStructError, KeyError):  # KeyError: of an unknown type
             raise InputError("its NIfTI header is damaged") from None
         return _frames(_Ahead(head, opened), _check(grid, num_frames), num_frames)
 
@@ -192,19 +192,30 @@ class _Ahead:
 def _read_meta(file: BinaryIO, path: str | Path, num_frames: int) -> np.ndarray:
     header, end = _meta_header(file.read(_MAX_HEADER_BYTES))
     grid = _check(_meta_grid(header), num_frames)
-    name = header["elementdatafile"]
-    if name.upper() == "LOCAL":
+    beside = _data_file(path, header)
+    if beside is None:
         return _meta_frames(file, end, grid, header, num_frames)
-    if name.upper().startswith("LIST") or "%" in name:
-        raise InputError("its frames are files of their own; save them as one file")
     try:
-        data = open_file(locate_beside(path, name))
+        data = open_file(beside)
     except InputError as error:
         raise InputError(f"its ElementDataFile {error}") from None
     except (OSError, ValueError):
-        raise InputError(f"its ElementDataFile {shown(name)}: can't be read") from None
+        raise InputError("its ElementDataFile can't be read") from None
     with data:
         return _meta_frames(data, 0, grid, header, num_frames)
+
+
+def _data_file(path: str | Path, header: dict[str, str]) -> Path | None:
+    """Where a MetaImage's numbers lie, if not behind its header."""
+    name = header["elementdatafile"]
+    if name.upper() == "LOCAL":
+        return None
+    if name.upper().startswith("LIST") or "%" in name:
+        raise InputError("its frames are files of their own; save them as one file")
+    try:
+        return locate_beside(path, name)
+    except InputError as error:
+        raise InputError(f"its ElementDataFile {error}") from None
 
 
 def _meta_header(data: bytes) -> tuple[dict[str, str], int]:
