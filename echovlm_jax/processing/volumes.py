@@ -77,6 +77,14 @@ def read_volume(path: str | Path, kind: str, *, num_frames: int, say: Say = sile
         raise InputError(f"{shown(path)}: {_DAMAGED}") from None
 
 
+def data_file(path: str | Path) -> Path | None:
+    """The other file that a MetaImage's numbers lie in, for whoever digests what a picture is made
+    of; None where there is none. Raises InputError as `read_volume`, less the file's name."""
+    with open_file(path) as file:
+        header, _ = _meta_header(file.read(_MAX_HEADER_BYTES))
+    return _data_file(path, header)
+
+
 def _to_rgb(frames: np.ndarray, say: Say) -> np.ndarray:
     levels = to_levels(frames, say, colour=frames.shape[-1] == 3)
     return levels if levels.shape[-1] == 3 else np.repeat(levels, 3, axis=-1)

@@ -12,6 +12,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.processing import levels
 from echovlm_jax.processing.files import ExtraMissing, locate
 from echovlm_jax.processing.images import load_media
+from echovlm_jax.processing.volumes import data_file
 
 LOOP = np.random.default_rng(0).integers(0, 256, (5, 12, 20), np.uint8)  # frames, rows, columns
 LOOP[0, 0, :2] = 0, 255
@@ -78,6 +79,7 @@ def test_a_metaimage_s_data_don_t_leave_the_folder(tmp_path):
             with pytest.raises(InputError, match=r"^\S+a\.mhd: its ElementDataFile [^\n]+$"):
                 load_media(path)
     header.write_bytes(meta(LOOP, name="link.raw"))
+    assert data_file(locate("a.mhd", root, blobs)) == blobs.resolve() / "x"
     found = load_media(locate("a.mhd", root, blobs))
     np.testing.assert_array_equal(found, grey(LOOP))
     # In a cache of downloads the header is a link as well; its data are beside the link.
