@@ -329,10 +329,10 @@ def test_bad_records_fail_alone(tmp_path):
     secret.write_bytes(b"")
     (tmp_path / "images" / "link.png").symlink_to(secret)
     bad = [
-        ({"id": "gone", "images": ["images/b.png"], "prompt": "?"}, "b.png: can't be read"),
-        ({"id": "up", "images": ["../secret.png"], "prompt": "?"}, "outside the batch file's"),
-        ({"id": "away", "images": [str(secret)], "prompt": "?"}, "outside the batch file's"),
-        ({"id": "link", "images": ["images/link.png"], "prompt": "?"}, "outside the batch file's"),
+        ({"id": "gone", "images": ["images/b.png"], "prompt": "?"}, "b.png: no such file"),
+        ({"id": "up", "images": ["../secret.png"], "prompt": "?"}, "leads out of the folder"),
+        ({"id": "away", "images": [str(secret)], "prompt": "?"}, "lies outside the folder"),
+        ({"id": "link", "images": ["images/link.png"], "prompt": "?"}, "--allow-links ROOT"),
         ({"id": "nul", "images": ["a\0b"], "prompt": "?"}, "is not a path"),
         ({"id": "none", "prompt": "?"}, '"images" must be a list'),
         ({"id": "number", "images": [], "prompt": 3}, '"prompt" must be a text'),

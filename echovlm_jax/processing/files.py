@@ -62,8 +62,10 @@ def locate(path: str, *folders: Path) -> Located:
     inside = Path(name)
     if inside.is_absolute() and inside.is_relative_to(folders[0]):
         inside = inside.relative_to(folders[0])
-    if not path or "\0" in path or ".." in inside.parts or path.startswith("\\"):
-        raise Outside(f"{shown(path) or 'an empty path'}: leads out of the folder")
+    if not path or "\0" in path:
+        raise Outside(f"{shown(path) or 'an empty text'}: is not a path")
+    if ".." in inside.parts or path.startswith("\\"):
+        raise Outside(f"{shown(path)}: leads out of the folder")
     try:
         real = (folders[0] / inside).resolve()  # an absolute path: itself
     except (OSError, RuntimeError, ValueError):  # links in a circle, a name beyond the limit

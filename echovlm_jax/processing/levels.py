@@ -13,6 +13,7 @@ MAX_SAMPLED_PIXELS = 2**26  # all sampled frames of one loop together: 200 MB as
 MAX_LOOP_PIXELS = 2**32  # all frames that are decoded to find the sampled ones: time, not memory
 MAX_FRAMES = 2**17  # more than half an hour at 60 frames a second
 _FEW_LEVELS = 32  # fewer than these, of many values: something else than the picture set the range
+_BLOCK = 2**20  # values at a time: the floats between take eight times the room of the levels
 
 Say = Callable[[str], object]
 
@@ -38,24 +39,25 @@ def to_levels(values: np.ndarray, say: Say = silent, *, colour: bool = False) ->
     """
     if values.dtype == np.uint8:
         return values
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
+    low, high = float(values.min()), float(values.max())  # of what is no number: neither
+    if not (np.isfinite(low) and np.isfinite(high)):
         raise InputError("holds values that are no finite numbers; replace them and save it again")
-    low, high = float(values.min()), float(values.max())
-    if low >= 0 and high <= 255 and _are_whole(values):
+    flat, levels = values.reshape(-1), np.empty(values.size, np.uint8)
+    blocks = [slice(start, start + _BLOCK) for start in range(0, values.size, _BLOCK)]
+    if low >= 0 and high <= 255 and all(_are_whole(flat[block]) for block in blocks):
         return values.astype(np.uint8)
     bottom = min(low, 0.0) if colour else low
-    # float32 holds every value of 16 bits, in half of float64's memory.
-    precise = np.float32 if values.dtype.itemsize <= 2 else np.float64
-    shifted = values.astype(precise) - precise(bottom)
-    levels = np.rint(shifted * precise(255 / ((high - bottom) or 1))).astype(np.uint8)
-    used = int(np.count_nonzero(np.bincount(levels.ravel(), minlength=256)))
-    if used < _FEW_LEVELS and np.unique(values).size > 4 * used:
+    for block in blocks:
+        shifted = flat[block].astype(np.float64) - bottom
+        levels[block] = np.rint(shifted / ((high - bottom) or 1) * 255)
+    used = int(np.count_nonzero(np.bincount(levels, minlength=256)))
+    if used < _FEW_LEVELS and np.unique(flat[:: -(-flat.size // _BLOCK)]).size > 4 * used:
         raise InputError(
             f"its values {low:g} to {high:g} would leave {used} of their many levels: a few of them"
             " lie far from the rest; save it as 8 bits"
         )
     say(f"its values {low:g} to {high:g} are scaled to 0 to 255")
-    return levels
+    return levels.reshape(values.shape)
 
 
 def _are_whole(values: np.ndarray) -> bool:

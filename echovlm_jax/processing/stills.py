@@ -12,7 +12,8 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -124,13 +125,17 @@ def _decode(
             raise InputError(
                 f"{height} x {width} pixels is over the limit of {MAX_PIXELS_IN_FILE} pixels"
             )
-        frames = getattr(image, "n_frames", 1) if image.format in _LOOPS else 1
+        with _quietly():
+            frames = getattr(image, "n_frames", 1) if image.format in _LOOPS else 1
         if frames == 1 or forms == STORED:
             return _to_rgb([_page(file, image, convert_rgb)], say)
-        check_loop(frames, height, width, num_frames)
-        pictures, wanted = [], set(picks(frames, num_frames))
+        # A PNG may have a picture before the loop, for programs that know of none.
+        first = 1 if image.info.get("default_image") else 0
+        check_loop(frames - first, height, width, num_frames)
+        pictures, wanted = [], {first + n for n in picks(frames - first, num_frames)}
         for frame in range(frames):
-            image.seek(frame)
+            with _quietly():
+                image.seek(frame)
             if image.size != (width, height):
                 raise InputError(
                     f"its {frames} pages differ in size; save the page that is meant as a file of"
@@ -141,10 +146,17 @@ def _decode(
         return _to_rgb(pictures, say)
 
 
-def _open(file: BinaryIO, forms: tuple[str, ...]) -> ImageFile.ImageFile:
-    file.seek(0)
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps Pillow's warnings about a file's metadata from the terminal: they may quote it."""
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        yield
+
+
+def _open(file: BinaryIO, forms: tuple[str, ...]) -> ImageFile.ImageFile:
+    file.seek(0)
+    with _quietly():
         opened = Image.open(file, formats=forms)
     assert isinstance(opened, ImageFile.ImageFile)
     return opened
@@ -199,7 +211,10 @@ def _as_raw(file: BinaryIO, image: ImageFile.ImageFile, raw: str) -> Image.Image
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image)
+    if image.format != "TIFF":  # which reads tags, and warns of them, even here
+        image.load()  # outside: it is what takes long, and threads wait for each other inside
+    with _quietly():
+        return ImageOps.exif_transpose(image)
 
 
 def _picture(image: Image.Image, convert_rgb: bool) -> _Picture:

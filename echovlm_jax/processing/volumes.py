@@ -77,6 +77,14 @@ def read_volume(path: str | Path, kind: str, *, num_frames: int, say: Say = sile
         raise InputError(f"{shown(path)}: {_DAMAGED}") from None
 
 
+def data_file(path: str | Path) -> Path | None:
+    """The other file that a MetaImage's numbers lie in, for whoever digests what a picture is made
+    of; None where there is none. Raises InputError as `read_volume`, less the file's name."""
+    with open_file(path) as file:
+        header, _ = _meta_header(file.read(_MAX_HEADER_BYTES))
+    return _data_file(path, header)
+
+
 def _to_rgb(frames: np.ndarray, say: Say) -> np.ndarray:
     levels = to_levels(frames, say, colour=frames.shape[-1] == 3)
     return levels if levels.shape[-1] == 3 else np.repeat(levels, 3, axis=-1)
@@ -153,7 +161,7 @@ def _read_nifti(file: BinaryIO, path: str | Path, num_frames: int) -> np.ndarray
             header = kind(head[:size], check=False)
             slope, intercept = header.get_slope_inter()
             grid = _nifti_grid(header, slope, intercept)
-        except (HeaderDataError, WrapStructError):
+        except (HeaderDataError, WrapStructError, KeyError):  # KeyError: of an unknown type
             raise InputError("its NIfTI header is damaged") from None
         return _frames(_Ahead(head, opened), _check(grid, num_frames), num_frames)
 
@@ -192,19 +200,30 @@ class _Ahead:
 def _read_meta(file: BinaryIO, path: str | Path, num_frames: int) -> np.ndarray:
     header, end = _meta_header(file.read(_MAX_HEADER_BYTES))
     grid = _check(_meta_grid(header), num_frames)
-    name = header["elementdatafile"]
-    if name.upper() == "LOCAL":
+    beside = _data_file(path, header)
+    if beside is None:
         return _meta_frames(file, end, grid, header, num_frames)
-    if name.upper().startswith("LIST") or "%" in name:
-        raise InputError("its frames are files of their own; save them as one file")
     try:
-        data = open_file(locate_beside(path, name))
+        data = open_file(beside)
     except InputError as error:
         raise InputError(f"its ElementDataFile {error}") from None
     except (OSError, ValueError):
-        raise InputError(f"its ElementDataFile {shown(name)}: can't be read") from None
+        raise InputError("its ElementDataFile can't be read") from None
     with data:
         return _meta_frames(data, 0, grid, header, num_frames)
+
+
+def _data_file(path: str | Path, header: dict[str, str]) -> Path | None:
+    """Where a MetaImage's numbers lie, if not behind its header."""
+    name = header["elementdatafile"]
+    if name.upper() == "LOCAL":
+        return None
+    if name.upper().startswith("LIST") or "%" in name:
+        raise InputError("its frames are files of their own; save them as one file")
+    try:
+        return locate_beside(path, name)
+    except InputError as error:
+        raise InputError(f"its ElementDataFile {error}") from None
 
 
 def _meta_header(data: bytes) -> tuple[dict[str, str], int]:
