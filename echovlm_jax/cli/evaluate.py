@@ -127,12 +127,14 @@ def _show_eval(result: Result, args: argparse.Namespace) -> None:
     rows += [{"": part} | _row(row, metrics) for part, row in result["by_task"].items()]
     print("\n".join(table(rows)), end="\n\n")
     print("\n".join(table(list(_intervals(overall)))), end="\n\n")
-    rest = {key: result[key] for key in ("n", "failed", "signature", "reasons", "out")}
+    rest = {key: result[key] for key in ("n", "failed", "undecided", "signature", "reasons", "out")}
     print("\n".join(lines(rest)))
 
 
 def _row(row: Mapping[str, Any], metrics: list[str]) -> dict[str, Any]:
-    return {"n": row["n"]} | {name: _number(row[name]) for name in metrics}
+    return {"n": row["n"], "undecided": row["undecided"]} | {
+        name: _number(row[name]) for name in metrics
+    }
 
 
 def _intervals(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
