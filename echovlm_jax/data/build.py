@@ -83,7 +83,8 @@ def build(
 
     Returns:
       records, kept, quarantined {reason: count}: records = kept + the sum of the counts; splits
-      and organs {name: records kept}, bytes, out.
+      and organs {name: records kept}, bytes, out; ignored_keys {key: entries that have it}, what
+      records say and nobody reads.
 
     Raises:
       InputError: a source is no JSON list, a folder is missing, OUT exists, or nothing was kept.
@@ -100,7 +101,7 @@ def build(
         with progress(len(found.rows), "record", "build") as tick:
             for count in run(parts.write_part, str(work), range(len(plan["parts"]))):
                 tick(count)
-        result = _finish(work, plan)
+        result = _finish(work, plan) | {"ignored_keys": found.ignored}
         _check_new(target)
         os.replace(work / MADE, target)
         _sync(target.parent)
@@ -118,8 +119,8 @@ def validate(
     """What `build` would keep and leave out, without writing a dataset.
 
     Returns:
-      records, kept, quarantined as `build`; examples, the first records left out; ok, whether none
-      is.
+      records, kept, quarantined, ignored_keys as `build`; examples, the first records left out; ok,
+      whether none is.
     """
     found, plan = _prepare(sources, images, options)
     counts, examples = Counter[str](), []
@@ -136,6 +137,7 @@ def validate(
         "records": len(found.rows),
         "kept": len(found.rows) - counts.total(),
         "quarantined": dict(sorted(counts.items())),
+        "ignored_keys": found.ignored,
         "examples": examples,
     }
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from echovlm_jax.data.forms import conversations_of, unknown_keys
 from echovlm_jax.data.json_list import read_entries
 from echovlm_jax.data.keys import mix, text_key, uniform
 from echovlm_jax.data.official import group_texts, record_id
@@ -25,6 +27,7 @@ ROW = np.dtype(
     [
         ("source", "<i4"),  # index into the list of files
         ("number", "<i8"),  # of the entry in its file, from 0
+        ("part", "<i8"),  # which of the entry's conversations
         ("offset", "<i8"),  # bytes
         ("size", "<i8"),
         ("group", "<i8"),  # the same for all records that belong together; −1: alone
@@ -33,6 +36,7 @@ ROW = np.dtype(
     ]
 )
 SPLITS = ("train", "validation", "test")
+_MOST_KEYS = 50  # of those that nobody reads, named in a result
 _SALT = 0x5EED  # so that a split does not lean on other uses of the same hashes
 
 
@@ -41,6 +45,7 @@ class Sources(NamedTuple):
     stems: tuple[str, ...]
     digests: tuple[str, ...]  # of the files' bytes
     rows: np.ndarray  # ROW [N], file by file
+    ignored: dict[str, int]  # keys that nobody reads, and how many entries have each
 
 
 def read_sources(files: Sequence[Path], *, validation: float = 0.0, test: float = 0.0) -> Sources:
@@ -65,23 +70,26 @@ def read_sources(files: Sequence[Path], *, validation: float = 0.0, test: float 
         )
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise InputError("the shares of validation and test must be at least 0, together below 1")
-    columns: dict[str, array[int]] = {name: array("q") for name in ("source", "number", "offset")}
-    columns["size"] = array("q")
+    columns: dict[str, array[int]] = {
+        name: array("q") for name in ("source", "number", "part", "offset", "size")
+    }
     keys, edges = array("Q"), (array("q"), array("Q"))
-    digests = []
+    digests, ignored = [], Counter[str]()
     total = sum(_size(path) for path in files)
     with progress(total, "B", "read") as tick:
         for n, (path, stem) in enumerate(zip(files, stems, strict=True)):
             digests.append(_digest(path))
             for number, entry in enumerate(read_entries(path)):
-                row = len(keys)
-                values = (n, number, entry.offset, entry.size)
-                for column, value in zip(columns.values(), values, strict=True):
-                    column.append(value)
-                keys.append(text_key(f"{stem}/{record_id(entry.value, number)}"))
-                for text in group_texts(entry.value):
-                    edges[0].append(row)
-                    edges[1].append(text_key(text))
+                ignored.update(set(unknown_keys(entry.value)))
+                for part, (ending, value) in enumerate(conversations_of(entry.value)):
+                    row = len(keys)
+                    values = (n, number, part, entry.offset, entry.size)
+                    for column, cell in zip(columns.values(), values, strict=True):
+                        column.append(cell)
+                    keys.append(text_key(f"{stem}/{record_id(value, number)}{ending}"))
+                    for text in group_texts(value):
+                        edges[0].append(row)
+                        edges[1].append(text_key(text))
                 tick(entry.size)
     if not keys:
         raise InputError(f"{', '.join(map(shown, files))}: no record in them; check the paths")
@@ -91,7 +99,12 @@ def read_sources(files: Sequence[Path], *, validation: float = 0.0, test: float 
     own = np.array(keys, np.uint64)
     _mark(rows, own, np.array(edges[0], np.int64), np.array(edges[1], np.uint64))
     rows["split"] = _split(rows["group"], own, validation, test)
-    return Sources(files, stems, tuple(digests), rows)
+    shown_keys = {_printable(key): count for key, count in ignored.most_common(_MOST_KEYS)}
+    return Sources(files, stems, tuple(digests), rows, shown_keys)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)[:60]
 
 
 def _mark(rows: np.ndarray, own: np.ndarray, members: np.ndarray, keys: np.ndarray) -> None:
