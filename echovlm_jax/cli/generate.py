@@ -10,8 +10,9 @@ from typing import Any
 from echovlm_jax.cli.frame import MODEL, Result, add_command
 from echovlm_jax.cli.printing import lines, show
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing.files import shown
 
-LOADING = ("dtype", "num_frames", "crop", "max_pixels")
+LOADING = ("dtype", "num_frames", "crop", "max_pixels", "control_tokens")
 SAMPLING = {
     "max_new_tokens": (int, "N", "stop after N tokens at the latest"),
     "temperature": (float, "X", "0 takes the likeliest token; higher is more varied"),
@@ -35,9 +36,16 @@ def add_generate(commands: Any) -> None:
             from echovlm_jax.generate import generate_file
             from echovlm_jax.load import load_model
 
-            return generate_file(
+            counts = generate_file(
                 load_model(args.model, **loading), args.batch, args.out, **sampling
             )
+            if counts["failed"] and not counts["done"]:
+                print(
+                    f"echovlm: no record was answered; {shown(args.out)} says why, a line each",
+                    file=sys.stderr,
+                )
+                return counts | {"ok": False}
+            return counts
         if args.prompt is None or args.out:
             raise InputError("give --prompt (and --image), or --batch with --out")
         from echovlm_jax.load import load_model
@@ -81,6 +89,13 @@ def add_generate(commands: Any) -> None:
         action="store_const",
         const=True,
         help="cut DICOM frames to their ultrasound regions",
+    )
+    command.add_argument(
+        "--control-tokens",
+        action="store_const",
+        const=True,
+        help="let tokens of the chat template that a prompt holds, as <|im_end|>, act as such, the "
+        "way of Hugging Face; default: they are plain text, as in training",
     )
     command.add_argument(
         "--dtype",
