@@ -37,8 +37,8 @@ _KNOWN = {
     *("id", "organ", "patient_id", "study_id", "exam_id", "synthetic", "description", "reports"),
     *(*IMAGES, *VIDEOS, *SYSTEMS),
 }
-_PAIR_KEYS = {"history", "input", *(key for pair in _PAIRS for key in pair)}
-_TURN_KEYS = {"from", "value", "role", "content", "human", "user", "gpt", "assistant"}
+_TURN_NAMES = (("from", "value"), ("role", "content"))
+_REPORT_KEYS = {"language", "findings", "impression", "caption", "diagnosis", "questions"}
 _PARTS = {  # kinds of an entry in a list of content: what it is, and where it may name a file
     **dict.fromkeys(("text", "input_text", "output_text"), "text"),
     **dict.fromkeys(("image", "image_url", "input_image"), "image"),
@@ -82,10 +82,11 @@ def conversations_of(raw: Any) -> list[tuple[str, Any]]:
 
 
 def _is_talk(value: Any) -> bool:
+    names = {"from", "role", *_ROLES}
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(v, dict) and not _TURN_KEYS.isdisjoint(v) for v in value)
+        and all(isinstance(v, dict) and not names.isdisjoint(v) for v in value)
     )
 
 
@@ -115,20 +116,63 @@ def media_paths(raw: Any) -> tuple[str, ...]:
 
 
 def unknown_keys(raw: Any) -> Iterator[str]:
-    """The names of what an entry says and nobody reads; those inside turns as "turn.KEY"."""
+    """The names of what an entry says and nobody reads; further in as "turn.KEY", "content.KEY",
+    "image.KEY", "report.KEY" and "question.KEY"."""
     if not isinstance(raw, dict):
         return
-    known = _KNOWN if any(map(_TALKS.fullmatch, raw)) else _KNOWN | _PAIR_KEYS
-    for key, value in raw.items():
-        talk = _TALKS.fullmatch(key)
-        if not talk and key not in known and not _is_empty(value):
-            yield key
-        if talk and isinstance(value, list):
-            for turn in value:
-                inner = turn.items() if isinstance(turn, dict) else ()
-                yield from (
-                    f"turn.{k}" for k, v in inner if k not in _TURN_KEYS and not _is_empty(v)
-                )
+    talks = [key for key in raw if _TALKS.fullmatch(key)]
+    pairs = [] if talks else [*_pairs(raw)[:1], ("history", "input")]
+    pair_keys = {key for pair in pairs for key in pair}
+    yield from _others(raw, _KNOWN | {*talks} | pair_keys, "")
+    for key in talks:
+        turns = list(raw[key].values()) if isinstance(raw[key], dict) else raw[key]
+        for turn in _flat(turns):
+            role, text = next((names for names in _TURN_NAMES if names[0] in turn), ("", ""))
+            yield from _others(turn, {role, text} if role else set(_ROLES), "turn.")
+            for content in [turn.get(text)] if role else turn.values():
+                yield from _unknown_content(content)
+    for key in pair_keys:
+        yield from _unknown_content(raw.get(key))
+    for kind, keys in (("image", IMAGES), ("video", VIDEOS)):
+        for item in _flat([raw.get(key) for key in keys]):
+            yield from _others(item, {*_FILE_KEYS[kind], "bytes"}, "image.")
+    for report in _flat(raw.get("reports")):
+        yield from _others(report, _REPORT_KEYS, "report.")
+        for question in _flat(report.get("questions")):
+            yield from _others(question, {"question", "answer", "options"}, "question.")
+
+
+def _unknown_content(content: Any) -> Iterator[str]:
+    for entry in _flat(content):
+        kind = _kind(entry)
+        files = {*_FILE_KEYS[kind], "bytes"} if kind in _FILE_KEYS else {"text"}
+        yield from _others(entry, {"type", *files}, "content.")
+        for key in files:
+            if isinstance(inner := entry.get(key), dict):
+                yield from _others(inner, {"url", "path", "bytes"}, "image.")
+
+
+def _flat(value: Any) -> Iterator[dict[str, Any]]:
+    """The objects in a list, or in the lists in it."""
+    left = list(value) if isinstance(value, list) else [value]
+    while left:
+        item = left.pop(0)
+        if isinstance(item, dict):
+            yield item
+        elif isinstance(item, list):
+            left = [*item, *left]
+
+
+def _others(entry: Mapping[str, Any], known: set[str], prefix: str) -> Iterator[str]:
+    yield from (prefix + k for k, v in entry.items() if k not in known and not _is_empty(v))
+
+
+def _kind(entry: Mapping[str, Any]) -> str | None:
+    """What an entry of a list of content is: "text", "image" or "video"."""
+    stated = entry.get("type")
+    if stated is None:
+        stated = next((key for key in ("image_url", "image", "video", "text") if key in entry), "")
+    return _PARTS.get(str(stated))
 
 
 def _is_empty(value: Any) -> bool:
@@ -179,11 +223,7 @@ def _file(value: Any, kind: str) -> str:
 def _turns(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     """(role, content, name for messages) of each turn."""
     talks = [key for key in raw if _TALKS.fullmatch(key) and raw[key] is not None]
-    pairs = [
-        (asked, answer)
-        for asked, answer in _PAIRS
-        if not talks and raw.get(asked) is not None and raw.get(answer) is not None
-    ]
+    pairs = [] if talks else _pairs(raw)
     if len(talks) + len(pairs) > 1:
         names = [*talks, *(f"{a} and {b}" for a, b in pairs)]
         raise Refused("wrong type", f"has {' beside '.join(names)}; keep one conversation")
@@ -191,8 +231,8 @@ def _turns(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
         yield from _history(raw.get("history"))
         asked, answer = pairs[0]
         question = raw[asked]
-        if not _is_empty(raw.get("input")):
-            question = "\n".join(part for part in (question, raw["input"]) if isinstance(part, str))
+        if not _is_empty(more := raw.get("input")):
+            question = f"{text_of(question, asked)}\n{text_of(more, 'input')}"
         yield "user", question, asked
         yield "assistant", raw[answer], answer
     for form in talks:
@@ -202,9 +242,13 @@ def _turns(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
             yield from _turn(entry, f"{form} {n}")
 
 
+def _pairs(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [pair for pair in _PAIRS if all(raw.get(key) is not None for key in pair)]
+
+
 def _turn(entry: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any, str]]:
     _refuse_meaning(entry, f"{name}: ")
-    for role_key, text_key in (("from", "value"), ("role", "content")):
+    for role_key, text_key in _TURN_NAMES:
         if role_key in entry:
             role = _ROLES.get(str(entry[role_key]).casefold())
             if role is None:
@@ -240,11 +284,10 @@ def _content(value: Any, name: str, inline: list[tuple[str, str]]) -> str:
             entry = {"text": entry}
         if not isinstance(entry, dict):
             raise Refused("wrong type", f"{name} must be a text or a list of objects")
-        stated = entry.get("type")
-        guesses = [key for key in ("image_url", "image", "video", "text") if key in entry]
-        kind = _PARTS.get(str(stated if stated is not None else next(iter(guesses), "")))
+        kind = _kind(entry)
         if kind is None:
-            raise Refused("not understood", f"{name}: an entry of the type {stated!r}"[:200])
+            kind = str(entry.get("type"))[:60]
+            raise Refused("not understood", f"{name}: an entry of the type {kind!r}")
         if kind == "text":
             parts.append(text_of(entry.get("text"), name))
             continue
