@@ -57,8 +57,10 @@ class Clause(NamedTuple):
 
 
 def widths(text: str) -> str:
-    """A text with full-width letters, digits and signs made plain, and one kind of apostrophe."""
-    return unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'")
+    """A text with full-width letters, digits and signs made plain, one kind of apostrophe, and
+    without Markdown's marks of weight."""
+    text = unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'")
+    return re.sub(r"\*+|`+|__+", "", text)
 
 
 def small(text: str) -> str:
