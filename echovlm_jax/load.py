@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -23,6 +24,7 @@ from echovlm_jax.generate import Generated, check_room, generate
 from echovlm_jax.mesh import param_shardings
 from echovlm_jax.model import EchoVLM, abstract_params, logical_axes
 from echovlm_jax.processing.batch import make_batch, pad_batch
+from echovlm_jax.processing.chat import neutral
 from echovlm_jax.processing.files import read_json_if_there
 from echovlm_jax.processing.processor import Processor
 from echovlm_jax.storage import digests
@@ -42,6 +44,7 @@ def load_model(
     num_frames: int | None = None,
     crop: bool | Literal["require"] = False,
     max_pixels: int | None = None,
+    control_tokens: bool = False,
 ) -> Model:
     """Loads a model folder: in Hugging Face form, made by `convert`, or a training run's.
 
@@ -57,6 +60,9 @@ def load_model(
       max_pixels: larger images are made this small; by default as preprocessor_config.json says.
       crop: whether to cut DICOM frames to their ultrasound regions; "require" refuses what
         can't be.
+      control_tokens: whether tokens of the chat template that a prompt or system prompt holds, as
+        <|im_end|>, act as such, the way of Hugging Face. By default they are plain text, written
+        apart as in training: whoever writes a prompt can neither end a turn nor speak for another.
 
     Example:
       model = load_model("EchoVLM-hf")
@@ -82,7 +88,13 @@ def load_model(
         shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
     config, params = load_params(opened, dtype=wanted, shardings=shardings)
     return Model(
-        config, params, opened.folder, num_frames=num_frames, crop=crop, max_pixels=max_pixels
+        config,
+        params,
+        opened.folder,
+        control_tokens=control_tokens,
+        num_frames=num_frames,
+        crop=crop,
+        max_pixels=max_pixels,
     )
 
 
@@ -100,9 +112,12 @@ class Model:
         config: ModelConfig,
         params: dict[str, Any],
         path: str | os.PathLike[str],
+        *,
+        control_tokens: bool = False,
         **media: Any,
     ) -> None:
         self.config, self.params, self._folder, self._media = config, params, Path(path), media
+        self._control_tokens = control_tokens
         self.dtype = params["text"]["embed"]["embedding"].dtype
 
     @functools.cached_property
@@ -198,17 +213,52 @@ class Model:
     def prepare(
         self, images: Any, prompt: str, *, system: str | None = None, max_new_tokens: int
     ) -> Inputs:
-        """The inputs of one prompt, as the processor gives them; see `generate`."""
+        """The inputs of one prompt, as the processor gives them; see `generate` and `load_model`'s
+        control_tokens."""
         if images is None:
             images = []
         elif not isinstance(images, list | tuple):
             images = [images]
-        messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": self._plain(prompt)}]
         if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
+            messages.insert(0, {"role": "system", "content": self._plain(system)})
         inputs = self.processor(images, messages)
         check_room(self.config, inputs["input_ids"].shape[1], max_new_tokens)
         return inputs
+
+    def _plain(self, text: Any) -> Any:
+        """A text as it goes into a prompt: without control tokens, unless they are to act."""
+        if isinstance(text, list | tuple):  # entries, as the processor takes them
+            return [
+                {**entry, "text": self._plain(entry["text"])} if "text" in entry else entry
+                for entry in text
+            ]
+        if self._control_tokens or not isinstance(text, str):
+            return text
+        clean = neutral(text)
+        if clean != text:
+            _say_once(
+                "a prompt holds tokens of the chat template; they are read as plain text"
+                " (control_tokens lets them act)"
+            )
+        found = self.processor.tokenizer.encode(clean)
+        if not self._control_ids.isdisjoint(found):
+            raise InputError(
+                "the tokenizer makes a control token of the prompt's text; take it out, or load the"
+                " model with control_tokens"
+            )
+        return clean
+
+    @functools.cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """The ids that open turns, end them, or stand for media."""
+        config = self.config
+        found = {config.eos_token_id, config.vision_start_token_id, config.vision_end_token_id}
+        found |= {config.image_token_id, config.video_token_id}
+        for token in ("<|im_start|>", *END_TOKENS):
+            with contextlib.suppress(InputError):  # a small tokenizer of one's own need not have it
+                found.add(self.processor.tokenizer.token_id(token))
+        return frozenset(found)
 
     def answer(
         self,

@@ -167,6 +167,25 @@ def test_generate_batch(fake, capsys) -> None:
     assert json.loads(capsys.readouterr().out) == {"done": 2, "failed": 1}
 
 
+def test_a_batch_in_which_all_failed_exits_1(fake, capsys) -> None:
+    fake("echovlm_jax.load", load_model=lambda path, **_: path)
+    fake("echovlm_jax.generate", generate_file=lambda *_: {"done": 0, "failed": 2})
+    line = ["generate", "m", "--batch", "f.jsonl", "--out", "g.jsonl", "--json"]
+    assert main(line) == 1
+    out = capsys.readouterr()
+    assert json.loads(out.out) == {"done": 0, "failed": 2, "ok": False}
+    assert out.err == "echovlm: no record was answered; g.jsonl says why, a line each\n"
+    fake("echovlm_jax.generate", generate_file=lambda *_: {"done": 0, "failed": 0})
+    assert main(line) == 0
+
+
+def test_generate_lets_control_tokens_act_where_asked(fake) -> None:
+    calls: list = []
+    fake("echovlm_jax.load", load_model=_recorder(calls, FakeModel()))
+    assert main(["generate", "m", "--prompt", "x", "--control-tokens"]) == 0
+    assert calls == [((Path("m"),), {"control_tokens": True})]
+
+
 PLAN = "plan --config c.py --topology v5e:4x4"
 PLANS = [
     (PLAN, [], {"step": "train", "rows_per_chip": None, "slices": 1}),

@@ -112,7 +112,8 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="F.json",
-        help="records: [{id, image, conversations}, …] or [{images, messages}, …]",
+        help="records: [{id, image, conversations}, …] or [{images, messages}, …], as a list, "
+        'under "data", or one a line (JSONL)',
     )
     command.add_argument(
         "--images",

@@ -17,6 +17,9 @@ _GIVEN = (
 )
 
 
+_FEW = 10  # ids that `score` names; --json has them all
+
+
 def add_eval(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         from echovlm_jax.evaluate.harness import evaluate
@@ -83,7 +86,9 @@ def add_score(commands: Any) -> None:
         commands,
         "score",
         run,
-        'score predictions against references; both are files with a line {"id", "text"} a text',
+        'score predictions against references; both are files with a line {"id", "text"} a text. '
+        "The answers of `generate --batch`, the predictions.jsonl of `eval` and, as references, "
+        "the *.records.jsonl of a dataset do as well",
         "echovlm score --references references.jsonl --predictions answers.jsonl --lang zh",
         show=_show_score,
     )
@@ -127,12 +132,14 @@ def _show_eval(result: Result, args: argparse.Namespace) -> None:
     rows += [{"": part} | _row(row, metrics) for part, row in result["by_task"].items()]
     print("\n".join(table(rows)), end="\n\n")
     print("\n".join(table(list(_intervals(overall)))), end="\n\n")
-    rest = {key: result[key] for key in ("n", "failed", "signature", "reasons", "out")}
+    rest = {key: result[key] for key in ("n", "failed", "undecided", "signature", "reasons", "out")}
     print("\n".join(lines(rest)))
 
 
 def _row(row: Mapping[str, Any], metrics: list[str]) -> dict[str, Any]:
-    return {"n": row["n"]} | {name: _number(row[name]) for name in metrics}
+    return {"n": row["n"], "undecided": row["undecided"]} | {
+        name: _number(row[name]) for name in metrics
+    }
 
 
 def _intervals(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -146,7 +153,12 @@ def _number(value: float | None) -> str:
 
 def _show_score(result: Result, args: argparse.Namespace) -> None:
     print("\n".join(table(list(_intervals(result)))), end="\n\n")
-    rest = {key: result[key] for key in ("n", "missing", "unexpected", "signature")}
+    rest: dict[str, Any] = {key: result[key] for key in ("n", "matched")}
+    for key in ("missing", "failed", "unexpected"):
+        names = result[key]
+        some = ", ".join(map(str, names[:_FEW])) + (", …" if len(names) > _FEW else "")
+        rest[key] = f"{len(names):,} ({some})" if names else 0
+    rest |= {key: result[key] for key in ("skipped", "signature")}
     print("\n".join(lines(rest)))
 
 

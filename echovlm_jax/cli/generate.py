@@ -10,8 +10,9 @@ from typing import Any
 from echovlm_jax.cli.frame import MODEL, Result, add_allow_links, add_command, add_crop
 from echovlm_jax.cli.printing import lines, show
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing.files import shown
 
-LOADING = ("dtype", "num_frames", "crop", "max_pixels")
+LOADING = ("dtype", "num_frames", "crop", "max_pixels", "control_tokens")
 SAMPLING = {
     "max_new_tokens": (int, "N", "stop after N tokens at the latest"),
     "temperature": (float, "X", "0 takes the likeliest token; higher is more varied"),
@@ -37,7 +38,14 @@ def add_generate(commands: Any) -> None:
 
             model = load_model(args.model, **loading)
             links = {"allow_links": args.allow_links}
-            return generate_file(model, args.batch, args.out, **links, **sampling)
+            counts = generate_file(model, args.batch, args.out, **links, **sampling)
+            if counts["failed"] and not counts["done"]:
+                print(
+                    f"echovlm: no record was answered; {shown(args.out)} says why, a line each",
+                    file=sys.stderr,
+                )
+                return counts | {"ok": False}
+            return counts
         if args.allow_links:
             raise InputError("--allow-links goes with --batch; links given to --image are followed")
         if args.prompt is None or args.out:
@@ -85,6 +93,13 @@ def add_generate(commands: Any) -> None:
         help="larger images are made this small; default: as in training",
     )
     add_crop(command, "refuses a picture that can't be")
+    command.add_argument(
+        "--control-tokens",
+        action="store_const",
+        const=True,
+        help="let tokens of the chat template that a prompt holds, as <|im_end|>, act as such, the "
+        "way of Hugging Face; default: they are plain text, as in training",
+    )
     command.add_argument(
         "--dtype",
         metavar="D",

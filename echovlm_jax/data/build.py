@@ -91,7 +91,8 @@ def build(
       records, kept, quarantined {reason: count}: records = kept + the sum of the counts; splits
       and organs {name: records kept}, bytes, out; groups, ungrouped, unnamed, largest_group as
       `groups.group` counts them; near_duplicates, as there; a count of pictures for each of
-      `media.NOTES`; warnings, lines for people.
+      `media.NOTES`; ignored_keys {key: entries that have it}, what records say and nobody reads;
+      warnings, lines for people.
 
     Raises:
       InputError: a source is no JSON list, a folder is missing, OUT exists, or nothing was kept.
@@ -109,7 +110,7 @@ def build(
         with progress(len(found.rows), "record", "build") as tick:
             for count in run(parts.write_part, str(work), range(len(plan["parts"]))):
                 tick(count)
-        result = _finish(work, plan, counts)
+        result = _finish(work, plan, counts) | {"ignored_keys": found.ignored}
         _check_unchanged(found)
         _check_new(target)
         os.replace(work / MADE, target)
@@ -152,6 +153,7 @@ def validate(
         "quarantined": dict(sorted(counts.items())),
         **grouped,
         **_noted(notes, counts),
+        "ignored_keys": found.ignored,
         "examples": examples,
         "warnings": dealing.warnings({"records": len(found.rows), **grouped}, found),
     }

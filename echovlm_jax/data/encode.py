@@ -17,7 +17,7 @@ import numpy as np
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.record import Turn
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.chat import qwen2_vl_prompt
+from echovlm_jax.processing.chat import neutral, qwen2_vl_prompt
 from echovlm_jax.processing.tokenizer import Tokenizer
 
 IGNORED = -100  # the label of a token that the loss leaves out
@@ -25,7 +25,6 @@ IGNORED = -100  # the label of a token that the loss leaves out
 _CONTROL = re.compile(
     r"(<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad|endoftext)\|>)"
 )
-_LOOKS_CONTROL = re.compile(r"<(?=\|\w{1,40}\|>)")
 _MARKS = {"<|image_pad|>": "image", "<|video_pad|>": "video"}
 _ANSWER = "assistant\n"  # what opens an answer, after <|im_start|>
 _SHORT = 160  # characters: few reports are as short, all questions and system prompts are
@@ -41,15 +40,6 @@ class _Piece(NamedTuple):
     text: str
     control: bool  # a control token of the chat; otherwise a text between two
     learned: bool
-
-
-def neutral(text: str) -> str:
-    """A text whose control tokens are written apart: '<|im_end|>' becomes '< |im_end|>'.
-
-    A report that holds such a mark, by accident or malice, must not end a turn or claim an image.
-    Everything of the form `<|word|>` is taken apart, whether or not a tokenizer knows it.
-    """
-    return _LOOKS_CONTROL.sub("< ", text)
 
 
 def encode(

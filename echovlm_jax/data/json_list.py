@@ -1,4 +1,8 @@
-"""A long JSON list, entry by entry: memory stays flat however long the file is."""
+"""A long JSON list, entry by entry: memory stays flat however long the file is.
+
+A file holds a list, or one object that has the list under a name of WRAPPERS, or an object a line
+(JSONL); its first line tells which, its name does not matter.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from echovlm_jax.processing.files import open_file, shown
 
 MAX_ENTRY = 2**24  # characters of one entry; a long conversation takes a few thousand
 _READ = 2**20
+WRAPPERS = ("data", "records", "items", "samples", "examples", "exams", "dataset")
 _SPACE = re.compile(r"[ \t\r\n]*")
 DUPLICATE = "\0twice"  # a key, put into an object that has some key twice
 
@@ -24,12 +29,12 @@ class Entry(NamedTuple):
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
-    """The entries of a file that holds one JSON list.
+    """The entries of a file that holds JSON records.
 
     Bytes that are no UTF-8 come as lone surrogates, so that only their own entry is spoilt.
 
     Raises:
-      InputError: the file can't be read or is not one JSON list; the message says where.
+      InputError: the file can't be read or holds no such list; the message says where.
     """
     try:
         with open_file(path) as file:
@@ -59,23 +64,72 @@ class _Text:
     def entries(self) -> Iterator[Entry]:
         if self._peek() == "\ufeff":  # a byte order mark, as Windows writes it
             self._take(self._at + 1)
-        if self._peek() != "[":
-            raise self._broken("must hold a JSON list of records")
+        first = self._peek()
+        if first == "[":
+            yield from self._list()
+        elif first == "{" and self._is_jsonl():
+            while self._peek():
+                yield self._entry()
+        elif first == "{":
+            yield from self._wrapped()
+        else:
+            raise self._broken("must hold a JSON list of records, or a record a line")
+        if self._peek():
+            raise self._broken("is not valid JSON: something follows the list")
+
+    def _list(self) -> Iterator[Entry]:
         self._take(self._at + 1)
         if self._peek() == "]":
             self._take(self._at + 1)
-        else:
-            while True:
-                self._peek()
-                yield self._entry()
-                mark = self._peek()
-                if mark not in (",", "]"):
-                    raise self._broken("is not valid JSON: ',' or ']' is missing")
-                self._take(self._at + 1)
-                if mark == "]":
-                    break
-        if self._peek():
-            raise self._broken("is not valid JSON: something follows the list")
+            return
+        while True:
+            self._peek()
+            yield self._entry()
+            mark = self._peek()
+            if mark not in (",", "]"):
+                raise self._broken("is not valid JSON: ',' or ']' is missing")
+            self._take(self._at + 1)
+            if mark == "]":
+                return
+
+    def _is_jsonl(self) -> bool:
+        """Whether what begins is a record, and no wrapper of a list."""
+        while True:
+            try:
+                value, _ = _decoder.raw_decode(self._text, self._at)
+                return not any(isinstance(value.get(key), list) for key in WRAPPERS)
+            except RecursionError:
+                return False
+            except json.JSONDecodeError:
+                wanted = 2 * (len(self._text) - self._at)
+                if self._ended or wanted > 2 * MAX_ENTRY:
+                    return False
+            while len(self._text) - self._at < wanted and self._more():
+                pass
+
+    def _wrapped(self) -> Iterator[Entry]:
+        """The entries of the lists in the one object that the file holds."""
+        mark, found = ",", False
+        while mark == ",":
+            self._take(self._at + 1)
+            self._peek()
+            key = self._entry().value
+            if not isinstance(key, str) or self._peek() != ":":
+                raise self._broken("is not valid JSON: a key and ':' are missing")
+            self._take(self._at + 1)
+            if self._peek() == "[" and key in WRAPPERS:
+                found = True
+                yield from self._list()
+            else:
+                value = self._entry().value
+                if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+                    raise self._broken(f"has a list under {shown(key)[:60]!r}, not under 'data'")
+            mark = self._peek()
+        if mark != "}":
+            raise self._broken("is not valid JSON: ',' or '}' is missing")
+        self._take(self._at + 1)
+        if not found:
+            raise self._broken("must hold a JSON list of records, or a record a line")
 
     def _peek(self) -> str:
         """The next character that is no white space; empty at the end."""

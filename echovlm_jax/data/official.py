@@ -1,12 +1,13 @@
-"""Records in the official form, checked: raw JSON to texts and image paths.
+"""Records checked: raw JSON to texts and image paths.
 
-Two forms, both with any number of turns, a system turn first where there is one:
+The official forms, with any number of turns, a system turn first where there is one (`forms.py`
+reads these and what else people have):
 
     {"id": "1", "image": "a.png" or ["a.png", …],
      "conversations": [{"from": "human", "value": "<image>…"}, {"from": "gpt", "value": "…"}]}
     {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>…"}, …]}
 
-and, in either, what is known besides: organ, patient_id, study_id, exam_id, synthetic, description
+and, in any, what is known besides: organ, patient_id, study_id, exam_id, synthetic, description
 (a caption), reports [{language, findings, impression, caption, diagnosis,
 questions [{question, answer, options}]}].
 """
@@ -20,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from echovlm_jax.data.forms import media_paths, read_form, text_of
 from echovlm_jax.data.json_list import DUPLICATE
 from echovlm_jax.data.organs import organ_name
 from echovlm_jax.data.quarantine import Refused
@@ -30,12 +32,8 @@ from echovlm_jax.processing.files import Outside, locate, shown
 
 GROUPS = ("patient_id", "study_id", "exam_id")
 MAX_IMAGES = 256  # files of one exam
-_ROLES = {
-    **{"system": "system", "human": "user", "user": "user"},
-    **{"gpt": "assistant", "assistant": "assistant"},
-}
 _MARK = re.compile(r"<(?:image|video)>")
-_CONTROL = re.compile(r"<\|[A-Za-z_]+\|>")
+_CONTROL = re.compile(r"<\|\w+\|>")
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _REPORT_TEXTS = ("findings", "impression", "caption", "diagnosis")
 
@@ -59,17 +57,18 @@ def read_record(raw: Any, *, id: str, organ: str, source: str, group: str) -> Of
     if not isinstance(raw, dict):
         raise Refused("not an object", f"found {type(raw).__name__}")
     _check_texts(raw)
-    images = image_paths(raw)
-    turns, marks = _turns(raw)
+    images, said = read_form(raw)
+    turns = _turns(said)
     reports = _reports(raw, turns)
     if not turns and not reports:
         raise Refused("no text", "has neither conversations (or messages) nor reports")
     if not images:
-        raise Refused("no images", "names no image")
+        # A conversation without images is one; a report without images would teach to make them up.
+        if not turns:
+            raise Refused("no images", "has reports, and names no image that they are about")
+        reports = ()
     if len(images) > MAX_IMAGES:
         raise Refused("too many images", f"{len(images)} images; at most {MAX_IMAGES}")
-    if turns and marks != len(images):
-        raise Refused("image marks", f"{marks} marks for {len(images)} images")
     stated = raw.get("organ")
     if stated is not None and (not isinstance(stated, str) or not stated.strip()):
         raise Refused("wrong type", "organ must be a text")
@@ -130,7 +129,7 @@ def pattern_groups(raw: Any, pattern: re.Pattern[str]) -> list[str]:
     if id and (found := _first_group(pattern, id)):
         return [found]
     try:
-        paths = image_paths(raw)[:MAX_IMAGES]
+        paths = media_paths(raw)[:MAX_IMAGES]
     except Refused:  # it will be refused when it is read
         return []
     return sorted({found for path in paths if (found := _first_group(pattern, path))})
@@ -139,17 +138,6 @@ def pattern_groups(raw: Any, pattern: re.Pattern[str]) -> list[str]:
 def _first_group(pattern: re.Pattern[str], text: str) -> str:
     match = pattern.search(text)
     return (match[1] or "").strip() if match else ""
-
-
-def image_paths(raw: dict[str, Any]) -> tuple[str, ...]:
-    """The paths under `image` or `images`: one, or a list of them."""
-    if "image" in raw and "images" in raw:
-        raise Refused("wrong type", "has both image and images; keep one")
-    found = raw.get("image", raw.get("images"))
-    listed = [] if found is None else [found] if isinstance(found, str) else found
-    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
-        raise Refused("wrong type", "image must be a path or a list of paths")
-    return tuple(listed)
 
 
 def inside(root: Path, path: str, *links: Path) -> Path:
@@ -189,33 +177,23 @@ def _check_texts(raw: Any) -> None:
                 raise Refused("not UTF-8", "a text holds bytes or escapes beyond UTF-8") from None
 
 
-def _turns(raw: dict[str, Any]) -> tuple[tuple[Turn, ...], int]:
-    """The conversation without its image marks, and how many of them it had."""
-    if "conversations" in raw and "messages" in raw:
-        raise Refused("wrong type", "has both conversations and messages; keep one")
-    form = "conversations" if "conversations" in raw else "messages"
-    role_key, text_key = ("from", "value") if form == "conversations" else ("role", "content")
-    entries = raw.get(form)
-    if entries is None:
-        return (), 0
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise Refused("wrong type", f"{form} must be a list of objects")
-    turns, marks = [], 0
-    for n, entry in enumerate(entries, 1):
-        role = _ROLES.get(str(entry.get(role_key)).casefold())
-        if role is None:
-            raise Refused("turns", f"{form} {n}: its {role_key!r} is no known role")
-        text, found = _plain(_content(entry.get(text_key), f"{form} {n}: {text_key}"))
+def _turns(said: Iterable[tuple[str, str]]) -> tuple[Turn, ...]:
+    """The conversation without its image marks."""
+    turns = []
+    for n, (role, text) in enumerate(said, 1):
+        if _CONTROL.search(text):
+            raise Refused("control token", f"turn {n} holds a token of the chat template")
+        found = bool(_MARK.search(text))
+        text = _plain(text)
         if found and role != "user":
-            raise Refused("image marks", f"{form} {n}: an image mark outside a user's turn")
+            raise Refused("image marks", f"turn {n}: an image mark outside a user's turn")
         if not text and role == "assistant":
-            raise Refused("empty answer", f"{form} {n}: its {text_key!r} is empty")
+            raise Refused("empty answer", f"turn {n}: is empty")
         if not text and role == "user" and not found:
-            raise Refused("empty question", f"{form} {n}: its {text_key!r} is empty")
-        marks += found
+            raise Refused("empty question", f"turn {n}: is empty")
         turns.append(Turn(role, text))
     _check_order([turn.role for turn in turns])
-    return tuple(turns), marks
+    return tuple(turns)
 
 
 def _check_order(roles: list[str]) -> None:
@@ -226,30 +204,22 @@ def _check_order(roles: list[str]) -> None:
         raise Refused("turns", f"the turns are {', '.join(roles[:8])}")
 
 
-def _content(value: Any, name: str) -> str:
-    """A turn's text; a list of entries, as chat programs write it, becomes one with marks."""
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        parts = []
-        for entry in value:
-            if entry.get("type") in ("image", "video"):
-                parts.append(f"<{entry['type']}>")
-            else:
-                parts.append(_text(entry.get("text"), name))
-        return "".join(parts)
-    return _text(value, name)
-
-
-def _plain(text: str) -> tuple[str, int]:
-    """A text without image marks, and how many it had."""
-    return _MARK.sub("", text).strip(), len(_MARK.findall(text))
+def _plain(text: str) -> str:
+    """A text without image marks. Taking one out may make another, or a control token: none of
+    either is left, and none is made."""
+    text = _MARK.sub("", text).strip()
+    if _MARK.search(text):
+        raise Refused("image marks", "image marks inside each other")
+    if _CONTROL.search(text):
+        raise Refused("control token", "a token of the chat template, with an image mark inside")
+    return text
 
 
 def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise Refused("wrong type", f"{name} must be a text")
-    if _CONTROL.search(value):
+    text = text_of(value, name)
+    if _CONTROL.search(text):
         raise Refused("control token", f"{name} holds a token of the chat template")
-    return value
+    return text
 
 
 def _reports(raw: dict[str, Any], turns: Iterable[Turn]) -> tuple[Report, ...]:

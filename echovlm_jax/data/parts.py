@@ -22,6 +22,7 @@ import numpy as np
 
 from echovlm_jax.data import folder
 from echovlm_jax.data.disk import write_error
+from echovlm_jax.data.forms import conversations_of
 from echovlm_jax.data.groups import SPLITS
 from echovlm_jax.data.media import read_medium
 from echovlm_jax.data.official import inside, read_record, record_id
@@ -163,7 +164,8 @@ def _results(
                 files[source] = stack.enter_context(open(plan["files"][source], "rb"))
             raw = read_entry(files[source], plan["files"][source], row)
             stem = plan["stems"][source]
-            id = record_id(raw, number)
+            ending, raw = conversations_of(raw)[int(row["part"])]
+            id = record_id(raw, number) + ending
             try:
                 if row["twice"]:
                     raise Refused("duplicate id", f"an earlier record has the id {id}; rename one")

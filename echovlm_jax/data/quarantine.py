@@ -14,7 +14,9 @@ REASONS = {
     "control token": "a text holds a token that only the chat template may set, as <|im_end|>",
     "image marks": "not as many <image> marks as images, or one outside a user's turn",
     "no text": "neither conversation nor report: nothing to teach",
-    "no images": "no image is named",
+    "not understood": "a key, or a kind of content, that means something else for training than is"
+    " made of it here (tools, rejected answers, weights, audio)",
+    "no images": "reports, but no image that they are about",
     "too many images": "more images, or frames, than one exam may have",
     "path outside the folder": "an image's path, or a link on it, leads out of the image folder",
     "missing image": "an image is not there",

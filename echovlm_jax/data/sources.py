@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import re
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from echovlm_jax.data.forms import conversations_of, unknown_keys
 from echovlm_jax.data.groups import NUMBERS, TIE, key_of
 from echovlm_jax.data.json_list import parse_entry, read_entries
 from echovlm_jax.data.keys import text_key
@@ -27,6 +29,7 @@ ROW = np.dtype(
     [
         ("source", "<i4"),  # index into the list of files
         ("number", "<i8"),  # of the entry in its file, from 0
+        ("part", "<i8"),  # which of the entry's conversations
         ("offset", "<i8"),  # bytes
         ("size", "<i8"),
         ("group", "<i8"),  # the same for all records that belong together; −1: alone
@@ -35,6 +38,7 @@ ROW = np.dtype(
         ("twice", "?"),  # its id is that of an earlier record of the file
     ]
 )
+_MOST_KEYS = 50  # of those that nobody reads, named in a result
 
 
 class Sources(NamedTuple):
@@ -45,6 +49,7 @@ class Sources(NamedTuple):
     keys: np.ndarray  # uint64 [N], of each record's own id
     ties: np.ndarray  # TIE: what the records themselves say of who belongs together
     unmatched: tuple[int, str]  # records that the pattern does not match, and the first one's id
+    ignored: dict[str, int]  # keys that nobody reads, and how many entries have each
 
 
 def read_sources(
@@ -66,31 +71,35 @@ def read_sources(
         raise InputError(
             f"two sources are named {shown(min(twice))!r}, and ids begin with the name; rename one"
         )
-    columns: dict[str, array[int]] = {name: array("q") for name in ("source", "number", "offset")}
-    columns["size"] = array("q")
+    columns: dict[str, array[int]] = {
+        name: array("q") for name in ("source", "number", "part", "offset", "size")
+    }
     keys, tied, kinds, values = array("Q"), array("q"), array("b"), array("Q")
-    digests, unmatched, example = [], 0, ""
+    digests, unmatched, example, ignored = [], 0, "", Counter[str]()
     total = sum(_size(path) for path in files)
     with progress(total, "B", "read") as tick:
         for n, (path, stem) in enumerate(zip(files, stems, strict=True)):
             digests.append(digest_of(path))
             for number, entry in enumerate(read_entries(path)):
-                row = len(keys)
-                place = (n, number, entry.offset, entry.size)
-                for column, value in zip(columns.values(), place, strict=True):
-                    column.append(value)
-                keys.append(text_key(f"{stem}/{record_id(entry.value, number)}"))
-                found = group_ids(entry.value)
-                if pattern is not None:
-                    matched = pattern_groups(entry.value, pattern)
-                    found += [("pattern", value) for value in matched]
-                    if not matched:
-                        example = example if unmatched else record_id(entry.value, number)
-                        unmatched += 1
-                for kind, value in found:
-                    tied.append(row)
-                    kinds.append(NUMBERS[kind])
-                    values.append(key_of(kind, value, salt))
+                ignored.update(set(unknown_keys(entry.value)))
+                for part, (ending, value) in enumerate(conversations_of(entry.value)):
+                    row = len(keys)
+                    place = (n, number, part, entry.offset, entry.size)
+                    for column, cell in zip(columns.values(), place, strict=True):
+                        column.append(cell)
+                    id = record_id(value, number) + ending
+                    keys.append(text_key(f"{stem}/{id}"))
+                    found = group_ids(value)
+                    if pattern is not None:
+                        matched = pattern_groups(value, pattern)
+                        found += [("pattern", group) for group in matched]
+                        if not matched:
+                            example = example if unmatched else id
+                            unmatched += 1
+                    for kind, named in found:
+                        tied.append(row)
+                        kinds.append(NUMBERS[kind])
+                        values.append(key_of(kind, named, salt))
                 tick(entry.size)
     if not keys:
         raise InputError(f"{', '.join(map(shown, files))}: no record in them; check the paths")
@@ -103,7 +112,12 @@ def read_sources(
     rows["twice"][first] = False
     ties = np.zeros(len(tied), TIE)
     ties["row"], ties["kind"], ties["key"] = tied, kinds, values
-    return Sources(files, stems, tuple(digests), rows, own, ties, (unmatched, example))
+    shown_keys = {_printable(key): count for key, count in ignored.most_common(_MOST_KEYS)}
+    return Sources(files, stems, tuple(digests), rows, own, ties, (unmatched, example), shown_keys)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)[:60]
 
 
 def compile_pattern(text: str) -> re.Pattern[str]:

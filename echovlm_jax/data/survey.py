@@ -21,9 +21,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from echovlm_jax.data.forms import conversations_of, media_paths
 from echovlm_jax.data.groups import HASH_BYTES, NUMBERS, TIE, key_of
 from echovlm_jax.data.media import read_medium
-from echovlm_jax.data.official import MAX_IMAGES, image_paths, inside
+from echovlm_jax.data.official import MAX_IMAGES, inside
 from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.sources import ROW, Sources, digest_of, read_entry
 from echovlm_jax.errors import InputError
@@ -94,7 +95,8 @@ def look(work: str, number: int, *, salt: bytes) -> int:
             source = int(row["source"])
             if source not in files:
                 files[source] = stack.enter_context(open(plan["files"][source], "rb"))
-            raw = read_entry(files[source], plan["files"][source], row)
+            entry = read_entry(files[source], plan["files"][source], row)
+            _, raw = conversations_of(entry)[int(row["part"])]
             looks += [(n, *picture) for picture in seen.of(raw)]
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -151,7 +153,7 @@ class _Pictures:
         if not isinstance(raw, dict):
             return
         try:
-            paths = image_paths(raw)[:MAX_IMAGES]
+            paths = media_paths(raw)[:MAX_IMAGES]
         except Refused:
             return
         for path in paths:

@@ -14,9 +14,8 @@ import tokenizers
 
 from echovlm_jax.config import PRESETS, ModelConfig, from_hf, preset
 from echovlm_jax.data.disk import writing
-from echovlm_jax.data.encode import neutral
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.chat import load_chat_template, qwen2_vl_prompt
+from echovlm_jax.processing.chat import load_chat_template, neutral, qwen2_vl_prompt
 from echovlm_jax.processing.files import read_json, shown
 from echovlm_jax.processing.images import ImageConfig
 from echovlm_jax.processing.processor import check_patch_sizes, pixel_configs

@@ -19,7 +19,7 @@ from echovlm_jax.data.dataset import Dataset, open_dataset
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.answers import read_answer
 from echovlm_jax.evaluate.samples import NO_LIMIT, Limits, Sample, inputs_of, make_samples
-from echovlm_jax.evaluate.summary import KINDS, NO_BERTSCORE, Line, summarise
+from echovlm_jax.evaluate.summary import KINDS, NO_BERTSCORE, Line, summarise, undecided
 from echovlm_jax.load import load_model
 from echovlm_jax.processing.files import read_json_if_there, shown
 from echovlm_jax.progress import progress as progress_bar
@@ -79,7 +79,8 @@ def evaluate(
 
     Returns:
       overall, by_organ, by_task, signature, reasons, as in metrics.json; n, failed (samples without
-      a prediction, scored as empty), out, settings.
+      a prediction, scored as empty), undecided (answers that say nothing to the question, counted
+      as wrong), out, settings.
 
     Raises:
       InputError: the model or data can't be used, a setting is out of range, or `out` holds
@@ -172,7 +173,8 @@ def _finish(
     result = summarise(with_bertscore(lines, out), int(settings["seed"]), reasons)
     result["signature"] |= signed
     failed = sum("error" in line for line in lines)
-    result |= {"n": len(lines), "failed": failed, "settings": settings}
+    result |= {"n": len(lines), "failed": failed, "undecided": undecided(lines)}
+    result |= {"settings": settings}
     write_json(out / METRICS, result)
     if report:
         from echovlm_jax.evaluate.report import write_report

@@ -114,7 +114,8 @@ def tables(metrics: Metrics) -> list[dict[str, Any]]:
         columns = [name for name in NAMES if any(_value(m, name) for _, m in groups)]
         out.append({"what": what, "columns": [NAMES[name] for name in columns]})
         out[-1]["rows"] = [
-            {"name": group, "n": m.get("n"), "values": [_value(m, name) for name in columns]}
+            {"name": group, "n": m.get("n"), "undecided": m.get("undecided")}
+            | {"values": [_value(m, name) for name in columns]}
             for group, m in rows
         ]
     return out

@@ -39,9 +39,19 @@ def statistics(lines: Sequence[Line]) -> dict[str, Statistic]:
 
 
 def table(lines: Sequence[Line], seed: int) -> dict[str, Any]:
-    """One row of a table: each of METRICS, or None without samples, intervals and n."""
+    """One row of a table: each of METRICS, or None without samples, intervals, n and undecided."""
     found: dict[str, Any] = dict.fromkeys(METRICS)
-    return found | percentages(statistics(lines), seed) | {"n": len(lines)}
+    counts = {"n": len(lines), "undecided": undecided(lines)}
+    return found | percentages(statistics(lines), seed) | counts
+
+
+def undecided(lines: Iterable[Line]) -> int:
+    """How many predictions answer nothing where something was asked for: refusals, and what no rule
+    can read. They count as wrong; a sample without a prediction is not among them."""
+    return sum(
+        line["answer"] is not None and line["extracted"] is None and not line.get("error")
+        for line in lines
+    )
 
 
 def summarise(lines: Sequence[Line], seed: int, reasons: Mapping[str, str]) -> dict[str, Any]:

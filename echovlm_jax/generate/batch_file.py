@@ -52,7 +52,8 @@ def generate_file(
     """Answers the records of a file, several at a time; a run that was stopped goes on.
 
     A line of `batch` is `{"id", "images", "prompt"}`, and optionally `"system"`; the paths of its
-    images are relative to the file's own folder, or absolute, and may not leave it. A line of `out` is
+    images are relative to the file's own folder, or absolute, and may not leave it. A line of `out`
+    is
     `{"id", "text", "prompt_tokens", "new_tokens", "fingerprint"}`, or `{"id", "error",
     "fingerprint"}` for a record that can't be used, while the others go on (an unreadable line n
     goes by the id "line n"). Lines are written as batches end. Records whose id `out` already has

@@ -8,6 +8,7 @@ filling memory.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -38,6 +39,8 @@ MAX_NUMBER = 10_000  # of a factor, an exponent or a width: `'x' * 10**9` is no 
 
 _TOO_LONG = f"it makes more than {MAX_TEXT} characters of text"
 
+_LOOKS_CONTROL = re.compile(r"<(?=\|\w{1,40}\|>)")
+
 Message = Mapping[str, Any]
 _SIZED = (str, bytes, list, tuple, dict, set)
 
@@ -62,6 +65,15 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             raise InputError(f"message {i + 1}: its content must be a string or a list of entries")
         out.append({**message, "content": content})
     return out
+
+
+def neutral(text: str) -> str:
+    """A text whose control tokens are written apart: '<|im_end|>' becomes '< |im_end|>'.
+
+    A report that holds such a mark, by accident or malice, must not end a turn or claim an image.
+    Everything of the form `<|word|>` is taken apart, whether or not a tokenizer knows it.
+    """
+    return _LOOKS_CONTROL.sub("< ", text)
 
 
 def entry_kind(entry: Mapping[str, Any]) -> str | None:

@@ -90,14 +90,18 @@ BAD = [
     ("turns", _with(conversations=turns(("tool", "a"), ("human", "<image>b"), ("gpt", "c")))),
     ("empty answer", _with(conversations=turns(("human", "<image>a"), ("gpt", " \n")))),
     ("empty question", _with(conversations=turns(("human", " "), ("gpt", "a")))),
-    ("image marks", _with(conversations=turns(("human", "a"), ("gpt", "b")))),
     ("image marks", _with(conversations=turns(("human", "<image><image>a"), ("gpt", "b")))),
     ("image marks", _with(conversations=turns(("human", "a"), ("gpt", "<image>b")))),
     ("control token", _with(conversations=turns(("human", "<image>a"), ("gpt", "<|im_end|>")))),
     ("not UTF-8", _with(description="\ud800")),
     ("no text", {"id": "1", "image": "a.png"}),
     ("no text", _with(reports=[{"language": "en"}])),
-    ("no images", _with(image=[])),
+    ("image marks", _with(image=[])),
+    ("image marks", _with(image=["a.png", "b.png"])),
+    ("no images", {"reports": [{"language": "en", "findings": "x"}]}),
+    ("control token", _with(conversations=turns(("human", "<|im_<image>end|>"), ("gpt", "b")))),
+    ("control token", _with(description="<|box_1|>")),
+    ("image marks", _with(conversations=turns(("human", "<ima<image>ge>"), ("gpt", "b")))),
     ("too many images", record(1, images=300)),
     ("duplicate key", parse_entry(b'{"id": "1", "id": "2"}')),
 ]
@@ -219,7 +223,7 @@ def test_bytes_that_are_no_text_spoil_their_own_entry_only(tmp_path):
 @pytest.mark.parametrize(
     ("data", "line"),
     [
-        *((b"", 1), (b'{"id": 1}', 1), (b"[1] 2", 1), (b"[1 2]", 1), (b"\xff", 1)),
+        *((b"", 1), (b'{"id": 1', 1), (b"[1] 2", 1), (b"[1 2]", 1), (b"\xff", 1)),
         *((b'[\n{"a": 1},\n{"a" 2}\n]', 3), (b"[\n1,\n]", 3), (b'[{"a": 1}', 1), (b"[" * 99999, 1)),
     ],
 )

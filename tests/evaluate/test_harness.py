@@ -60,7 +60,7 @@ def test_what_an_evaluation_leaves(model, quick, tmp_path):
         assert line["correct"] in (None, line["extracted"] == line["answer"])
     stored = json.loads((out / "metrics.json").read_text("utf-8"))
     assert stored == json.loads(json.dumps({k: v for k, v in result.items() if k != "out"}))
-    assert set(METRICS) | {"n", "intervals"} == set(stored["overall"])
+    assert set(METRICS) | {"n", "undecided", "intervals"} == set(stored["overall"])
     assert stored["overall"]["n"] == result["n"] == 21 and result["failed"] == 0
     assert stored["reasons"] == {"bertscore": "no model folder was given"}
     assert sum(row["n"] for row in stored["by_organ"].values()) == 21
@@ -97,6 +97,23 @@ def test_tables_are_of_their_lines(model, quick, tmp_path):
         for kind in ("diagnosis", "vqa"):
             right = [x["correct"] for x in mine if x["kind"] == kind]
             assert row[f"{kind}_accuracy"] == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_refusals_are_undecided_and_counted(model, quick, tmp_path, monkeypatch, capsys):
+    refusals = ["对不起，我无法判断。", "I cannot tell.", ""]
+    monkeypatch.setattr(
+        load.Model, "answer", lambda self, inputs, **k: [{"text": refusals[len(inputs) % 3]}] * 3
+    )
+    arguments = ["--data", "phantom", "--out", str(tmp_path / "out"), "--limit", "3"]
+    assert main(["eval", str(model), *arguments, "--batch-size", "3"]) == 0
+    stored = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))
+    asked = [line for line in read(tmp_path / "out") if line["kind"] != "report"]
+    assert stored["undecided"] == stored["overall"]["undecided"] == len(asked) == 6
+    assert sum(row["undecided"] for row in stored["by_organ"].values()) == 6
+    assert stored["overall"]["vqa_accuracy"] == 0
+    assert "undecided: 6" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert '<th scope="col">undecided</th>' in page
 
 
 def test_perfect_answers_are_scored_so(model, quick, tmp_path, monkeypatch):

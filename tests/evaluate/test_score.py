@@ -5,9 +5,13 @@ import json
 import pytest
 
 from echovlm_jax.cli import main
+from echovlm_jax.data.build import Options, build
+from echovlm_jax.data.sections import join_report
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.metrics import TEXT_METRICS, score
 from echovlm_jax.evaluate.score import score_files
+from tests.data.sources import record
+from tests.data.sources import write as sources_of
 
 
 def write(path, texts):
@@ -36,10 +40,11 @@ def test_the_command_prints_one_object(files, capsys):
     arguments = ["score", "--references", str(files[0]), "--predictions", str(files[1])]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {*TEXT_METRICS, "signature", "intervals", "n", "missing", "unexpected"} == set(found)
+    assert {*TEXT_METRICS, "signature", "intervals", "n", "missing", "unexpected"} <= set(found)
+    assert {"matched", "failed", "skipped"} <= set(found)
     assert main([*arguments, "--lang", "zh"]) == 0
     shown = capsys.readouterr().out
-    assert "95 % interval" in shown and "missing: c" in shown
+    assert "95 % interval" in shown and "missing: 1 (c)" in shown and "unexpected: 1 (b)" in shown
 
 
 @pytest.mark.parametrize(
@@ -72,8 +77,8 @@ def test_files_that_are_not_there_or_empty(files, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InputError, match="holds no references"):
         score_files(tmp_path / "empty.jsonl", files[1])
-    found = score_files(files[0], tmp_path / "empty.jsonl")
-    assert found["bleu1"] == 0 and found["missing"] == ["a", 2, "c"]
+    with pytest.raises(InputError, match="holds no predictions"):
+        score_files(files[0], tmp_path / "empty.jsonl")
     with pytest.raises(InputError, match="can't be read"):
         score_files(tmp_path, files[1])
 
@@ -82,3 +87,87 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path, files):
     path = tmp_path / "bom.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"id": "a", "text": "x"}\r\n{"id": "b", "text": "y"}\r\n')
     assert score_files(path, path, "en")["bleu1"] == pytest.approx(100)
+
+
+def lines(path, *values):
+    path.write_text("".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values), "utf-8")
+    return path
+
+
+def test_ids_are_one_as_text_and_as_number(tmp_path):
+    texts = ["肝囊肿", "肾结石", "正常"]
+    numbers = write(tmp_path / "n.jsonl", list(enumerate(texts)))
+    words = write(tmp_path / "w.jsonl", [(str(n), text) for n, text in enumerate(texts)])
+    table = write(tmp_path / "f.jsonl", [(float(n), text) for n, text in enumerate(texts)])
+    for one, other in ((numbers, words), (words, numbers), (numbers, table), (table, words)):
+        found = score_files(one, other)
+        assert found["bleu1"] == pytest.approx(100)
+        assert (found["matched"], found["missing"], found["unexpected"]) == (3, [], [])
+    both = write(tmp_path / "b.jsonl", [(0, "a"), ("0", "b")])
+    with pytest.raises(InputError, match=r"b\.jsonl:2: id '0' is there twice"):
+        score_files(both, words)
+
+
+def test_answers_of_a_batch_with_failures_are_scored(tmp_path, capsys):
+    wanted = write(tmp_path / "r.jsonl", [(1, "a node"), (2, "a cyst"), (3, "normal")])
+    answers = lines(
+        tmp_path / "o.jsonl",
+        {"id": 1, "text": "a node", "prompt_tokens": 3, "new_tokens": 2},
+        {"id": 2, "error": "image lost.png: can't be read"},
+    )
+    found = score_files(wanted, answers, "en")
+    assert (found["matched"], found["missing"], found["failed"]) == (1, [2, 3], [2])
+    expected = score(["a node", "a cyst", "normal"], ["a node", "", ""], "en")
+    assert found["bleu1"] == expected["bleu1"]
+    arguments = ["--references", str(wanted), "--predictions", str(answers), "--lang", "en"]
+    assert main(["score", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "matched: 1" in shown and "missing: 2 (2, 3)" in shown and "failed: 1 (2)" in shown
+    with pytest.raises(InputError, match="must have"):
+        score_files(answers, wanted, "en")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([{"id": "z", "text": "x"}], "none of its ids ('z' …) is one of"),
+        ([{"id": "a", "error": "x"}], "every prediction is an error"),
+        ([], "holds no predictions"),
+    ],
+)
+def test_nothing_to_compare_is_an_error(files, tmp_path, values, said, capsys):
+    found = lines(tmp_path / "x.jsonl", *values)
+    assert main(["score", "--references", str(files[0]), "--predictions", str(found)]) == 2
+    out = capsys.readouterr()
+    assert said in out.err and not out.out and out.err.count("\n") == 1
+
+
+def test_an_evaluations_predictions_score_as_its_reports_did(tmp_path):
+    common = {"organ": "liver", "language": "en"}
+    path = lines(
+        tmp_path / "predictions.jsonl",
+        {"id": "1/report", "kind": "report", "reference": "a b c", "prediction": "a b", **common},
+        {"id": "1/judge", "kind": "vqa", "reference": "Yes", "prediction": "No", **common},
+        {
+            **{"id": "2/report", "kind": "report", "reference": "d", "prediction": ""},
+            **{"error": "too long"},
+        },
+    )
+    found = score_files(path, path, "en")
+    assert found["bleu1"] == score(["a b c", "d"], ["a b", ""], "en")["bleu1"]
+    assert found["failed"] == ["2/report"] and found["skipped"] == 2 and found["n"] == 2
+
+
+def test_a_datasets_records_are_references(tmp_path):
+    reports = [{"language": "en", "findings": "A node.", "impression": "Benign."}]
+    entries = [record(0, reports=reports), record(1), record(2, description="见一结节。")]
+    sources, images = sources_of(tmp_path, entries)
+    build(sources, images, tmp_path / "out", Options(validation=0, test=0))
+    wanted = tmp_path / "out" / "train.records.jsonl"
+    answers = write(tmp_path / "p.jsonl", [("liver/exam0", "A node."), ("liver/exam1", "x")])
+    found = score_files(wanted, answers, "en")
+    assert found["n"] == found["matched"] == 2 and found["skipped"] == 1
+    whole = join_report("A node.", "Benign.", "en")
+    assert found["bleu1"] == score([whole, "Finding 1."], ["A node.", "x"], "en")["bleu1"]
+    with pytest.raises(InputError, match=r"records\.jsonl:1: must have"):
+        score_files(answers, wanted)
