@@ -32,7 +32,9 @@ TIE = np.dtype([("row", "<u4"), ("kind", "u1"), ("key", "<u8")])
 SPLITS = ("train", "validation", "test")
 _SALT = 0x5EED  # so that a split does not lean on other uses of the same hashes
 HASH_BYTES = 32
-# Of the 256 bits of two perceptual hashes, this many may differ between near-duplicates.
+# Of the 256 bits of two perceptual hashes, this many may differ between near-duplicates. Of 130
+# phantom pictures, saved as JPEG at quality 60, at half their size or brighter, at most 9 did;
+# pictures of different exams differed in 18 or more.
 NEAR = 12
 _BLOCK = 2**20  # pairs compared at a time: 100 MB at worst
 
