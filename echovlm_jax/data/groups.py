@@ -1,8 +1,8 @@
 """Which records belong together: whatever two records share ties them, and ties are followed on.
 
-A group is never in two splits. A key is 64 bits of a hash, so that a million records with three
-pictures each take about 200 MB while they are grouped; two of ten million keys are alike by chance
-once in 370,000 builds, and then two groups become one.
+A group is never in two splits. A key is 64 bits of a hash: of ten million keys two are alike by
+chance once in 370,000 builds, and then two groups become one. While a million records with three
+DICOM pictures each are grouped, 0.9 GB of memory are used.
 """
 
 from __future__ import annotations
