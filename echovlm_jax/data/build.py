@@ -104,7 +104,7 @@ def build(
     work = target.with_name(f"{target.name}.partial")
     run = runner or (lambda *job: in_processes(*job, workers=workers))
     needed = [len(found.rows) * survey.LOOK.itemsize]  # bytes, at least
-    with _work_folder(work), writing(work, lambda: needed[0] - _bytes_in(work)):
+    with _work_folder(work), writing(work, lambda: _still_needed(work, needed[0])):
         counts, needed[0] = dealing.deal(work, found, plan, shares, salt, run, SHARD_RECORDS)
         _drop_useless(work, plan)
         with progress(len(found.rows), "record", "build") as tick:
@@ -233,8 +233,13 @@ def _check_unchanged(found: Sources) -> None:
             raise changed(path)
 
 
-def _bytes_in(work: Path) -> int:
-    return sum(path.stat().st_size for path in work.glob("part-*"))
+def _still_needed(work: Path, total: int) -> int:
+    """About how many bytes: of the parts that are not made yet, and of all lines once more."""
+    made, lines = (
+        sum(path.stat().st_size for path in work.glob(f"part-*{ending}"))
+        for ending in ("", ".jsonl")
+    )
+    return max(total - made, 0) + lines
 
 
 def _finish(work: Path, plan: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def warnings(counts: dict[str, Any], found: Sources) -> list[str]:
             "nothing names patients, so one patient's records may be in two splits; give patient_id"
             " in the records, or --group-pattern where ids or paths tell"
         )
-    elif counts["unnamed"]:
+    elif counts["unnamed"] > unmatched:
         out.append(
             f"no patient is named of {counts['unnamed']:,} of {records:,} records, so one patient's"
             " may be in two splits"

@@ -1,8 +1,8 @@
 """Which records belong together: whatever two records share ties them, and ties are followed on.
 
-A group is never in two splits. A key is 64 bits of a hash, so that a million records with three
-pictures each take about 200 MB while they are grouped; two of ten million keys are alike by chance
-once in 370,000 builds, and then two groups become one.
+A group is never in two splits. A key is 64 bits of a hash: of ten million keys two are alike by
+chance once in 370,000 builds, and then two groups become one. While a million records with three
+DICOM pictures each are grouped, 0.9 GB of memory are used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ TIE = np.dtype([("row", "<u4"), ("kind", "u1"), ("key", "<u8")])
 SPLITS = ("train", "validation", "test")
 _SALT = 0x5EED  # so that a split does not lean on other uses of the same hashes
 HASH_BYTES = 32
-# Of the 256 bits of two perceptual hashes, this many may differ between near-duplicates.
+# Of the 256 bits of two perceptual hashes, this many may differ between near-duplicates. Of 130
+# phantom pictures, saved as JPEG at quality 60, at half their size or brighter, at most 9 did;
+# pictures of different exams differed in 18 or more.
 NEAR = 12
 _BLOCK = 2**20  # pairs compared at a time: 100 MB at worst
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from echovlm_jax.data import folder
+from echovlm_jax.data.dataset import PHANTOM
 from echovlm_jax.data.examples import Source, open_source
 from echovlm_jax.data.fit import NO_LIMIT, fit
 from echovlm_jax.data.packing import WINDOW, pack
@@ -25,6 +27,7 @@ _SPARE = (1.04, 1.08, 1.12, 1.2, 1.3, 1.5)
 _PATCHES_COUNT = 0.25
 _SAMPLES = 2 * WINDOW  # that suggestions are tried on
 _STEP = 128  # what a suggested number of patches is a multiple of: attention's blocks are
+_GROUPING = ("groups", "ungrouped", "unnamed", "largest_group", "near_duplicates")
 
 
 def stats(
@@ -43,7 +46,8 @@ def stats(
       `packing_efficiency`: as `review.counted`; of each organ also its exams, its share, how often
       one comes up in an epoch, its lengths, and how full rows of it alone would be. `samples` and
       `languages`: what is trained on. `suggested`: patches a row for these tokens a row, and what
-      they would give.
+      they would give. groups, ungrouped, unnamed, largest_group and near_duplicates: as `data build`
+      counted them.
 
     Raises:
       InputError: the dataset is damaged, the mixture doesn't fit it, or no sample fits a row.
@@ -58,7 +62,14 @@ def stats(
         global_batch_size=8,
         mix_temperature=1.0,
     )
-    return stats_of(open_source(dataclasses.replace(settings, data=str(data), split=split)))
+    found = stats_of(open_source(dataclasses.replace(settings, data=str(data), split=split)))
+    return {**found, **_grouping(data)}
+
+
+def _grouping(data: str | Path) -> dict[str, Any]:
+    """What `data build` counted of groups, of all splits together; older datasets don't say."""
+    counts = {} if str(data) == PHANTOM else folder.read_manifest(Path(data))["counts"]
+    return {key: counts[key] for key in _GROUPING if key in counts}
 
 
 def stats_of(source: Source) -> dict[str, Any]:
@@ -183,6 +194,12 @@ def describe(found: Mapping[str, Any]) -> str:
         f"with max_patches {better['max_patches']}: to {better['packing_efficiency']['tokens']:.1%}"
         f" and {better['packing_efficiency']['patches']:.1%}",
     ]
+    if "groups" in found:
+        ties = ", ".join(f"{n:,} by {kind}" for kind, n in found["groups"].items())
+        lines += [
+            f"groups in one split each: {ties or 'none'}; of {found['unnamed']:,} exams no patient"
+            f" is named; near-duplicates across splits: {found['near_duplicates']:,}"
+        ]
     return "\n".join(lines)
 
 

@@ -208,9 +208,9 @@ def perceptual_hash(pixels: np.ndarray) -> bytes:
     Args:
       pixels: uint8 RGB [H, W, 3].
     """
-    small = Image.fromarray(pixels).convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX)
-    grey = np.asarray(small, np.int16)
-    bits = grey[:, 1:] > grey[:, :-1]
+    grey = Image.fromarray(pixels).convert("L")
+    small = np.asarray(grey.resize((_SIDE + 1, _SIDE), Image.Resampling.LANCZOS))
+    bits = small[:, 1:] > small[:, :-1]
     # Each 64-bit word of it takes every fourth place, so that one word alone tells most apart.
     return np.packbits(bits.reshape(-1, 4).T).tobytes()
 

@@ -1,6 +1,7 @@
 """`data build`: everything is kept or has a reason, the same each time, whatever happens to it."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -290,17 +291,17 @@ def test_beam_makes_the_same_dataset(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_real_record_is_kept_or_named(tmp_path, public_data):
-    """The 9,513 public records, with pictures made for them, some of them spoilt."""
+    """The 9,513 public records, with pictures made for them, some of them spoilt; and no patient of
+    the sets whose names tell is in two splits."""
     sources = sorted((public_data / "echovlm_public").glob("*.json"))
     images, spoilt, n = tmp_path / "images", Counter[str](), 0
-    pictures = {kind: encoded(1, kind) for kind in ("PNG", "JPEG")}
     for source in sources:
         for entry in json.loads(source.read_text("utf-8")):
             for name in entry["image"]:
                 path, n = images / name, n + 1
                 path.parent.mkdir(parents=True, exist_ok=True)
                 kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-                data = pictures[kind]
+                data = encoded(n, kind)
                 if n % 97 == 0:
                     spoilt["missing image"] += 1
                 elif n % 101 == 0:
@@ -308,7 +309,11 @@ def test_every_real_record_is_kept_or_named(tmp_path, public_data):
                     path.write_bytes(data[: len(data) // 2])
                 else:
                     path.write_bytes(data)
-    report = build(sources, images, tmp_path / "out", workers=2)
+    pattern = r"(bus_\d+|tiroides\d+|volunteer\d+|sample_\d+|^\d{18})"
+    options = Options(group_pattern=pattern)
+    report = build(sources, images, tmp_path / "out", options, workers=2)
+    assert report["groups"] == {"pattern": 1064 + 363 + 7 + 55 + 38}
+    assert report["ungrouped"] == 5586 and report["largest_group"] == 149
     assert report["records"] == 9513 == report["kept"] + sum(report["quarantined"].values())
     assert report["quarantined"] == dict(spoilt) and spoilt.keys() <= REASONS.keys()
     assert set(report["organs"]) == {"breast", "liver", "thyroid", "vessel"}
@@ -317,6 +322,13 @@ def test_every_real_record_is_kept_or_named(tmp_path, public_data):
     datasets = [open_dataset(tmp_path / "out", split) for split in SPLITS]
     ids = [d.record(i).id for d in datasets for i in range(len(d))]
     assert len(seen) == len(lines) and len(set(ids)) == len(ids) == report["kept"]
+    splits: dict[str, set[int]] = {}
+    for n, dataset in enumerate(datasets):
+        for i in range(len(dataset)):
+            if found := re.search(pattern, dataset.record(i).id.split("/", 1)[1]):
+                splits.setdefault(found[1], set()).add(n)
+    assert len(splits) > 1500 and all(len(of) == 1 for of in splits.values())
+    assert all(sum(n in of for of in splits.values()) > 50 for n in range(3))
 
 
 @pytest.mark.slow
