@@ -169,13 +169,17 @@ def main() -> None:
         sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
 
+    def limit(kind: int, value: int) -> None:
+        most = resource.getrlimit(kind)[1]
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(kind, (value, most))
+
     def allow_more_time() -> None:
         # The processor's time, so that a busy machine is no hostile template.
-        spent, most = int(time.process_time()) + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (spent + told["seconds"], most))
+        limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + told["seconds"])
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (told["bytes"],) * 2)
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_AS, told["bytes"])
     allow_more_time()
     try:
         render = compile_template(told["source"], Words(told["characters"]))
