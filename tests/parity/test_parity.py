@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 
 from echovlm_jax.bench_torch import build  # noqa: E402
 from echovlm_jax.convert.from_torch import convert  # noqa: E402
-from echovlm_jax.convert.parity import parity  # noqa: E402
+from echovlm_jax.convert.parity import Report, parity  # noqa: E402
 from echovlm_jax.errors import InputError  # noqa: E402
 from tests.golden.make_golden import record  # noqa: E402
 from tests.parity.cases import CONFIGS, TOKENS, inputs  # noqa: E402
@@ -222,13 +222,20 @@ def test_a_golden_that_compares_nothing_is_refused(change, said, dense_golden, t
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["logits", "hidden_states", "loss", "image_embeds"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_no_number_never_passes(key, value, dense_golden, tmp_path):
+def test_no_number_never_passes(dense_golden, tmp_path):
     folder, golden = dense_golden
-    changed = {k: golden[k] for k in (*INPUT_KEYS, "labels", key)}
-    changed[key] = np.full_like(golden[key], value)
+    values = {"logits": np.nan, "hidden_states": np.inf, "loss": np.nan, "image_embeds": np.nan}
+    changed = {k: golden[k] for k in (*INPUT_KEYS, "labels")}
+    changed |= {k: np.full_like(golden[k], value) for k, value in values.items()}
     np.savez(tmp_path / "golden.npz", **changed)
     report = parity(folder, tmp_path / "golden.npz")
-    assert report["ok"] is False and report["stages"]
+    assert report["ok"] is False and len(report["stages"]) == 4 + CONFIGS["dense"].text.num_layers
     assert not any(stage["ok"] for stage in report["stages"])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_no_number_of_ours_passes(bad):
+    report = Report(1e-4)
+    for ours, theirs in (([1.0, bad], [1.0, 2.0]), ([1.0, 2.0], [1.0, bad]), ([bad], [bad])):
+        assert report.add("stage", np.array(ours), np.array(theirs)) is None
+    assert not any(stage["ok"] for stage in report.stages)
