@@ -1,8 +1,15 @@
 """What every test gets: eight fake CPU devices, shape checks at run time, and no network."""
 
 import os
+import signal
+import subprocess
 import time
 from pathlib import Path
+
+# In a shell's background the tests are started with SIGINT ignored, and so would be every process
+# that they start, which then can't be interrupted. A handler isn't inherited as "ignored" is.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: None)
 
 # Before anything imports jax: it reads these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -55,6 +62,24 @@ def programs_are_dropped():
         return
     if _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test(monkeypatch):
+    """A test that fails half-way leaves no process behind that runs for ever."""
+    started: list[subprocess.Popen] = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *words, **options):
+            super().__init__(*words, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="session")

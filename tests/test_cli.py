@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echovlm_jax.cli import main
+from echovlm_jax.cli import frame, main
 from echovlm_jax.cli.measure import COMPILER_ONLY
 from echovlm_jax.errors import InputError
 
@@ -480,3 +480,43 @@ def test_an_overview_takes_no_options_of_exams(capsys, tmp_path, option):
     assert main(["data", "phantom", "--sheet", str(sheet), option]) == 2
     assert option.split("=")[0] in capsys.readouterr().err
     assert not sheet.exists()
+
+
+def test_a_machine_without_a_tpu_is_not_searched_for_one() -> None:
+    """libtpu's own lines of errors were the first thing that every command printed."""
+    pytest.importorskip("libtpu")
+    if frame.has_tpu():
+        pytest.skip("there is a TPU")
+    code = (
+        "from echovlm_jax.cli import frame; frame.look_for_no_tpu()\n"
+        "import jax; print(jax.devices()[0].platform)"
+    )
+    names = ("JAX_", "TPU_", "CLOUD_TPU")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(names)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert run.returncode == 0 and run.stdout == "cpu\n" and run.stderr == ""
+
+
+def test_what_may_be_a_tpu(tmp_path: Path) -> None:
+    def machine(name: str, vendor: str, kind: str) -> Path:
+        device = tmp_path / name / "sys" / "bus" / "pci" / "devices" / "0000:00:04.0"
+        device.mkdir(parents=True)
+        (device / "vendor").write_text(vendor + "\n")
+        (device / "class").write_text(kind + "\n")
+        return tmp_path / name
+
+    assert not frame.has_tpu(tmp_path)
+    assert not frame.has_tpu(machine("intel", "0x8086", "0x120000"))
+    assert not frame.has_tpu(machine("google_network", "0x1ae0", "0x020000"))
+    assert frame.has_tpu(machine("google", "0x1ae0", "0x120000"))
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "accel0").touch()
+    assert frame.has_tpu(tmp_path)
+
+
+def test_the_environments_wish_for_a_platform_is_kept(monkeypatch) -> None:
+    for name, value in (("JAX_PLATFORMS", "tpu"), ("TPU_NAME", "mine")):
+        monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+        monkeypatch.setenv(name, value)
+        frame.look_for_no_tpu()
+        assert os.environ.get("JAX_PLATFORMS") == (value if name == "JAX_PLATFORMS" else None)

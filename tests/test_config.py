@@ -139,3 +139,34 @@ def test_replace_reaches_into_parts():
     assert small.text.num_layers == 2 and small.text.hidden_size == 3584 and small.moe is None
     with pytest.raises(InputError, match="num_hidden_layers"):
         small.replace(text={"num_layers": -1})
+
+
+ROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        {"rope_scaling": None, "image_token_id": None, "eos_token_id": None, "head_dim": None},
+        {"rope_parameters": None, "num_experts": None, "hidden_act": None, "rope_theta": None},
+        dict.fromkeys(released()),
+        {"rope_parameters": {"rope_type": "default", "mrope_section": None, "rope_theta": None}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        None,
+    ],
+)
+def test_a_null_hides_nothing(nested):
+    """Not in text_config, not in rope_parameters, not in vision_config."""
+    vision = released()["vision_config"] | dict.fromkeys(("hidden_act", "depth", "in_channels"))
+    nulls = dict.fromkeys(("rope_parameters", "hidden_act", "use_sliding_window", "head_dim"))
+    raw = {**nulls, **released(), "vision_config": vision, "text_config": nested}
+    assert from_hf(raw) == preset("echovlm_11b")
+
+
+def test_what_text_config_says_counts_before_the_root():
+    raw = {**released(), "text_config": {"image_token_id": 7, "num_hidden_layers": 3}}
+    assert from_hf(raw).image_token_id == 7 and from_hf(raw).text.num_layers == 3
+
+
+def test_no_experts_are_a_dense_model():
+    assert from_hf({**released(), "num_experts": 0}) == preset("qwen2_vl_7b")

@@ -25,7 +25,14 @@ from echovlm_jax.cli.checkpoints import (
 from echovlm_jax.cli.data import add_data
 from echovlm_jax.cli.demo import add_demo
 from echovlm_jax.cli.evaluate import add_compare, add_eval, add_score
-from echovlm_jax.cli.frame import Parser, explain, quiet_libraries, stdout_for_json, version_text
+from echovlm_jax.cli.frame import (
+    Parser,
+    explain,
+    look_for_no_tpu,
+    quiet_libraries,
+    stdout_for_json,
+    version_text,
+)
 from echovlm_jax.cli.generate import add_generate
 from echovlm_jax.cli.measure import add_bench, add_plan
 from echovlm_jax.cli.printing import print_json
@@ -42,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version, or an error that `Parser` has printed
         return int(stop.code or 0)
     try:
+        look_for_no_tpu()
         with quiet_libraries(args.debug), stdout_for_json(args.json):
             result = args.run(args)
         print_json(result) if args.json else args.show(result, args)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import logging
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -137,6 +138,39 @@ def version_text() -> str:
         return version("echovlm-jax")
     except PackageNotFoundError:  # run from a source tree that was not installed
         return "unknown"
+
+
+def look_for_no_tpu() -> None:
+    """Tells JAX to compute on the CPU where libtpu is installed and there is nothing else.
+
+    JAX would load libtpu, which writes lines of errors where it finds no TPU. Where a device or the
+    environment speaks of one, or another accelerator may be there, nothing is changed, and what
+    libtpu says is seen.
+    """
+    if (
+        not any(os.environ.get(name) for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"))
+        and not any(name.startswith(("TPU_", "JAX_FORCE_TPU", "CLOUD_TPU")) for name in os.environ)
+        and importlib.util.find_spec("libtpu") is not None
+        and importlib.util.find_spec("jax_plugins") is None
+        and not entry_points(group="jax_plugins")
+        and not has_tpu()
+    ):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def has_tpu(root: Path = Path("/")) -> bool:
+    """Whether this machine has what may be a TPU: a device file of one, or a PCI device of Google's
+    that is neither a network card nor a disk, which its other machines have as well."""
+    if any(root.glob("dev/accel*")) or any(root.glob("dev/vfio/[0-9]*")):
+        return True
+    for vendor in root.glob("sys/bus/pci/devices/*/vendor"):
+        try:
+            kind = vendor.with_name("class").read_text()
+            if vendor.read_text().strip() == "0x1ae0" and not kind.startswith(("0x01", "0x02")):
+                return True
+        except OSError:  # a device that can't be read may be one
+            return True
+    return False
 
 
 @contextlib.contextmanager

@@ -1,29 +1,27 @@
 """Messages to the prompt's text: the checkpoint's own template, or Qwen2-VL's where it has none.
 
-A checkpoint's template is a program by a stranger. It runs in jinja2's immutable sandbox, which
-keeps it from the interpreter, and under limits of steps and text, which keep it from hanging or
-filling memory.
+A checkpoint's template is a program by a stranger. It runs in a process of its own
+(`chat_sandbox`), under limits of time and memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import select
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing import chat_sandbox
 from echovlm_jax.processing.files import read_json, read_json_if_there, read_text, shown
 from echovlm_jax.processing.tokenizer import special_token_text
 
@@ -32,17 +30,15 @@ VIDEO_MARK = "<|vision_start|><|video_pad|><|vision_end|>"
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
 MAX_TEMPLATE_BYTES = 128 * 2**10
-MAX_STEPS = 100_000  # lines a template may execute; a real one takes a few for each message
-MAX_TEXT = 2 * 2**20  # characters of a rendered prompt, or of any text the template holds
-MAX_SUMS = 500  # places where a template adds texts; each may make MAX_TEXT characters
-MAX_NUMBER = 10_000  # of a factor, an exponent or a width: `'x' * 10**9` is no chat
-
-_TOO_LONG = f"it makes more than {MAX_TEXT} characters of text"
+MAX_TEXT = 2 * 2**20  # characters of a rendered prompt, or of any text the template makes
+MAX_SECONDS = 5  # of the processor's time, to render one conversation
+MAX_MEMORY = 2**30  # bytes of address space, Python's own 50 MB among them
+_MAX_WAIT = 300  # seconds by the clock; a machine may be busy
+_MAX_REPLY = 12 * MAX_TEXT + 1000  # bytes: JSON writes a character in at most twelve
 
 _LOOKS_CONTROL = re.compile(r"<(?=\|\w{1,40}\|>)")
 
 Message = Mapping[str, Any]
-_SIZED = (str, bytes, list, tuple, dict, set)
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -161,180 +157,100 @@ def compile_template(
     """
     if len(source) > MAX_TEMPLATE_BYTES:
         raise InputError(f"{name}: is larger than {MAX_TEMPLATE_BYTES} bytes")
-    environment = _Sandbox()
-    try:
-        _refuse_many_sums(environment, source)
-        template = environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, OverflowError) as error:
-        raise InputError(f"{name}: is not a valid jinja2 template ({_first_line(error)})") from None
+    sandbox = _Sandbox(source, name)
+    sandbox.ask(None)
 
     def render(messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        variables = dict(special or {}, messages=messages)
-        try:
-            with _StepLimit():
-                text = template.render(variables, add_generation_prompt=add_generation_prompt)
-        except _Refused as error:
-            raise InputError(f"{name}: refuses the conversation ({_first_line(error)})") from None
-        except Exception as error:  # the template is foreign code
-            raise InputError(f"{name}: fails on the conversation ({_first_line(error)})") from None
-        return text
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return sandbox.ask(dict(special or {}, **given))
 
     return render
 
 
-class _Refused(Exception):
-    """Raised by a template through raise_exception."""
+class _Sandbox:
+    """The process that renders one template: started when first needed, and anew when it ended."""
 
+    def __init__(self, source: str, name: str) -> None:
+        self._source, self._name = source, name
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
 
-# str's methods that widen a text by a number or a table, and what leads to bytes, whose methods
-# are as many again.
-_WIDENING = {"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "maketrans"} | {
-    "encode",
-    "to_bytes",
-}
+    def ask(self, variables: Mapping[str, Any] | None) -> str:
+        """A rendered text; without variables only whether the template compiles."""
+        with self._lock:
+            if (
+                self._owner != os.getpid()
+                or self._process is None
+                or self._process.poll() is not None
+            ):
+                self._check(self._start())
+            if variables is None:
+                return ""
+            return self._check(self._request(variables))
 
-
-class _Generator(CodeGenerator):
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        """`a ~ b`, by a function that is bounded; jinja2's own is not."""
-        self.write("environment.concat(map(str, (")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write(")))")
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """What Hugging Face's templates rely on, less what makes text without bound."""
-
-    intercepted_binops = frozenset(["+", "*", "**", "%", "//"])
-    code_generator_class = _Generator
-
-    @staticmethod
-    def concat(parts: Iterable[str]) -> str:  # type: ignore[override]
-        return _concat(parts)
-
-    def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols],
-            optimized=False,  # folding constants would compute outside the limits
+    def _start(self) -> dict[str, Any] | None:
+        # No thread of ours and nothing of JAX is copied: the process starts from a program file.
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-P", "-X", "utf8", chat_sandbox.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
-        for name in ("center", "format", "indent", "wordwrap", "batch", "slice", "pprint"):
-            self.filters.pop(name, None)
-        for name in ("lipsum", "cycler", "joiner"):
-            self.globals.pop(name, None)
-        self.filters |= {"tojson": _to_json, "join": _join, "replace": _replace}
-        self.globals["raise_exception"] = _refuse
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self._process, self._owner = process, os.getpid()
+        weakref.finalize(self, _end, process, self._owner)
+        told = {"paths": sys.path, "source": self._source, "seconds": MAX_SECONDS}
+        return self._request(told | {"bytes": MAX_MEMORY, "characters": MAX_TEXT})
 
-    def wrap_str_format(self, value: Any) -> None:
-        if isinstance(getattr(value, "__self__", None), str) and "format" in value.__name__:
-            raise SecurityError("format is not available to templates")
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        wide = attr in _WIDENING or isinstance(obj, bytes | bytearray | memoryview)
-        return not wide and super().is_safe_attribute(obj, attr, value)
-
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(obj, "__self__", None)
-        if isinstance(owner, str) and obj.__name__ in ("join", "replace"):
-            return _join(args[0], owner) if obj.__name__ == "join" else _replace(owner, *args)
-        return super().call(context, obj, *args, **kwargs)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+":
-            if isinstance(left, _SIZED) and isinstance(right, _SIZED):
-                _refuse_size(len(left) + len(right))
-            return super().call_binop(context, operator, left, right)
-        for side in (left, right):
-            if not isinstance(side, int | float) or abs(side) > MAX_NUMBER:
-                raise SecurityError(f"the operator {operator} takes numbers up to {MAX_NUMBER}")
-        return super().call_binop(context, operator, left, right)
-
-
-class _StepLimit:
-    """Counts the lines a template executes in this thread, and looks at the texts it holds.
-
-    jinja2 bounds one range() but not nested loops, and `x ~ x` doubles a text each time.
-    """
-
-    def __enter__(self) -> None:
-        self._steps = 0
-        self._before = sys.gettrace()
-        sys.settrace(self._trace)
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
-
-    def _trace(self, frame: Any, event: str, _: Any) -> Any:
-        if "<template>" not in frame.f_code.co_filename:
-            return None
-        self._steps += 1
-        if self._steps > MAX_STEPS:
-            raise SecurityError(f"it takes more than {MAX_STEPS} steps")
-        for value in frame.f_locals.values():
-            if isinstance(value, Namespace):
-                _refuse_long(*object.__getattribute__(value, "_Namespace__attrs").values())
+    def _request(self, content: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A reply, or None from a process that has ended or doesn't answer, which is ended."""
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        # Of a picture a template can only see that it is there.
+        line = json.dumps(content, default=lambda value: f"<{type(value).__name__}>")
+        until, held = time.monotonic() + _MAX_WAIT, bytearray()
+        try:
+            process.stdin.write(line.encode() + b"\n")
+            process.stdin.flush()
+            while not held.endswith(b"\n") and len(held) <= _MAX_REPLY:
+                left = until - time.monotonic()
+                if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+                    break
+                if not (more := os.read(process.stdout.fileno(), 2**20)):
+                    break
+                held += more
             else:
-                _refuse_long(value)
-        return self._trace
+                return json.loads(held)
+        except (OSError, ValueError):
+            pass
+        except BaseException:  # Ctrl-C: its reply would be taken for the next one's
+            _end(process, self._owner)
+            raise
+        _end(process, self._owner)
+        return None
+
+    def _check(self, reply: dict[str, Any] | None) -> str:
+        if reply is None:
+            raise InputError(
+                f"{self._name}: fails on the conversation (it takes more than {MAX_SECONDS} seconds"
+                " or more memory than a template may)"
+            )
+        if "invalid" in reply:
+            raise InputError(f"{self._name}: is not a valid jinja2 template ({reply['invalid']})")
+        if "refuses" in reply:
+            raise InputError(f"{self._name}: refuses the conversation ({reply['refuses']})")
+        if "fails" in reply:
+            raise InputError(f"{self._name}: fails on the conversation ({reply['fails']})")
+        return str(reply.get("text", ""))
 
 
-def _refuse_many_sums(environment: jinja2.Environment, source: str) -> None:
-    tree = environment.parse(source)
-    sums = sum(len(node.nodes) for node in tree.find_all(nodes.Concat))
-    if sums + len(list(tree.find_all(nodes.Add))) > MAX_SUMS:
-        raise SecurityError(f"it adds texts in more than {MAX_SUMS} places")
-
-
-def _refuse_long(*values: Any) -> None:
-    for value in values:
-        if isinstance(value, _SIZED):
-            _refuse_size(len(value))
-
-
-def _refuse_size(size: int) -> None:
-    if size > MAX_TEXT:
-        raise SecurityError(_TOO_LONG)
-
-
-def _join(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
-    """jinja2's join filter, bounded."""
-    if attribute is not None:
-        raise SecurityError("join takes no attribute here")
-    return _concat([str(d) + str(v) for v in value])[len(str(d)) :]
-
-
-def _replace(value: Any, old: str, new: str, count: int | None = None) -> str:
-    """jinja2's replace filter, bounded."""
-    text, old, new = str(value), str(old), str(new)
-    if len(text) + text.count(old) * len(new) > MAX_TEXT:
-        raise SecurityError(_TOO_LONG)
-    return text.replace(old, new, -1 if count is None else count)
-
-
-def _concat(parts: Iterable[str]) -> str:
-    """What every output block, macro and join is put together with."""
-    held, total = [], 0
-    for part in parts:
-        total += len(part)
-        if total > MAX_TEXT:
-            raise SecurityError(_TOO_LONG)
-        held.append(part)
-    return "".join(held)
-
-
-def _refuse(message: object) -> None:
-    raise _Refused(str(message))
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    """Piece by piece: each tojson of a tojson doubles the backslashes."""
-    indent = min(indent, 8) if indent else None
-    return _concat(json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent).iterencode(value))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    """Ends a process and closes its pipes; after a fork only the one that started it does."""
+    if owner != os.getpid():
+        return
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()

@@ -319,3 +319,55 @@ def test_sizes() -> None:
     for bad in ("", "GB", "-1GB", "5XB", "0GB", "1e9", "nan", "9" * 400, "1" + "0" * 400 + "GB"):
         with pytest.raises(InputError, match="is not a size; write it like 5GB"):
             parse_size(bad)
+
+
+PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantized .awq, 4 bit"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, "quantized .gptq, 8 bit"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "quantized .bitsandbytes, 4 bit",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized .fp8"),
+        ({"text_config": {"quantization_config": {"quant_method": "hqq"}}}, "quantized .hqq"),
+        ({"compression_config": {"format": "pack-quantized"}}, "pack-quantized"),
+    ],
+)
+def test_a_quantized_checkpoint_by_its_config(tmp_path: Path, told: dict, says: str) -> None:
+    source = write(tmp_path / "source", tensors())
+    (source / "config.json").write_text(json.dumps(to_hf(MINI) | told))
+    refused(source, says + ".*give the checkpoint that it was made from")
+    with pytest.raises(InputError, match=says):
+        inspect(source)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ({".qweight": "int32", ".qzeros": "int32", ".scales": "float16"}, "AWQ or GPTQ"),
+        ({".qweight": "int32", ".scales": "float16", ".g_idx": "int32"}, "GPTQ"),
+        ({".weight": "int8", ".SCB": "float32"}, "bitsandbytes, 8 bit"),
+        ({".weight": "uint8", ".weight.absmax": "float32"}, "bitsandbytes, 4 bit"),
+        ({".weight": "uint8", ".weight.quant_state.bitsandbytes__nf4": "uint8"}, "bitsandbytes"),
+        ({".weight_packed": "int32", ".weight_scale": "float16"}, "compressed-tensors"),
+        ({".weight": "float16", ".weight_scale_inv": "float32"}, "fp8"),
+        ({".weight": "int8"}, "int8"),
+    ],
+)
+def test_a_quantized_checkpoint_by_its_tensors(tmp_path: Path, names: dict, says: str) -> None:
+    made = {PROJ + end: np.zeros((4, 4), kind) for end, kind in names.items()}
+    source = changed(tmp_path, **{f"{PROJ}.weight": None, **made})
+    refused(source, f"the weights are quantized .{says}.*{PROJ}.*give the checkpoint")
+
+
+@pytest.mark.parametrize("told", [None, {}, {"quant_method": None}])
+def test_a_null_is_no_quantization(tmp_path: Path, told: object) -> None:
+    source = write(tmp_path / "source", tensors())
+    config = to_hf(MINI) | {"quantization_config": told, "text_config": None}
+    (source / "config.json").write_text(json.dumps(config))
+    assert convert(source, tmp_path / "ours")["missing"] == []

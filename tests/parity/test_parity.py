@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 
 from echovlm_jax.bench.torch_model import build  # noqa: E402
 from echovlm_jax.convert.from_torch import convert  # noqa: E402
-from echovlm_jax.convert.parity import parity  # noqa: E402
+from echovlm_jax.convert.parity import Report, parity  # noqa: E402
 from echovlm_jax.errors import InputError  # noqa: E402
 from tests.golden.make_golden import record  # noqa: E402
 from tests.parity.cases import CONFIGS, TOKENS, inputs  # noqa: E402
@@ -171,3 +171,71 @@ def test_golden_of_another_model_is_refused(converted, tmp_path):
     path = write_golden(tmp_path / "golden.npz", model, CONFIGS["released_shape"], "text")
     with pytest.raises(InputError, match="was it recorded from this checkpoint"):
         parity(other, path)
+
+
+@pytest.fixture(scope="module")
+def dense_golden(converted, tmp_path_factory):
+    model, folder = converted("dense")
+    path = write_golden(tmp_path_factory.mktemp("g") / "g.npz", model, CONFIGS["dense"], "left")
+    with np.load(path) as file:
+        return folder, dict(file)
+
+
+INPUT_KEYS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+INPUT_KEYS += ("pixel_values_videos", "video_grid_thw")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"logits": None, "*": None}, "records nothing to compare"),
+        ({"logit": np.zeros((3, 4))}, "key logit is unknown"),
+        ({"hidden_states.npy": np.zeros(3)}, "is unknown"),
+        ({"attention_mask": 0}, "attention_mask must be 0 and 1"),
+        ({"attention_mask": 2}, "attention_mask must be 0 and 1"),
+        ({"logits": np.zeros((3, 0, 5))}, "holds no values"),
+        ({"logits": np.zeros((3, 2, 97))}, "logits has shape"),
+        ({"logits": np.full((1,), "x")}, "logits holds <U1"),
+        ({"hidden_states": np.zeros((9, 3, 15, 56))}, "hidden_states has shape"),
+        ({"router_logits": np.zeros((2, 45, 4))}, "recorded of experts"),
+        ({"generated_ids": np.zeros((3, 4), np.float32)}, "generated_ids holds float32"),
+        ({"generated_ids": np.zeros((1, 4), np.int64)}, "generated_ids has shape"),
+        ({"labels": None}, "labels is missing"),
+        ({"labels": -100}, "labels count no token"),
+        ({"loss": np.zeros(2)}, "loss. has shape|loss has shape"),
+        ({"video_grid_thw": None, "pixel_values_videos": None}, "no input video_grid_thw"),
+    ],
+)
+def test_a_golden_that_compares_nothing_is_refused(change, said, dense_golden, tmp_path):
+    folder, golden = dense_golden
+    changed = {k: v for k, v in golden.items() if "*" not in change or k in INPUT_KEYS}
+    for key, value in change.items():
+        if value is None:
+            changed.pop(key, None)
+        elif isinstance(value, int):
+            changed[key] = np.full_like(golden[key], value)
+        else:
+            changed[key] = value
+    np.savez(tmp_path / "golden.npz", **changed)
+    with pytest.raises(InputError, match=said) as error:
+        parity(folder, tmp_path / "golden.npz")
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_no_number_never_passes(dense_golden, tmp_path):
+    folder, golden = dense_golden
+    values = {"logits": np.nan, "hidden_states": np.inf, "loss": np.nan, "image_embeds": np.nan}
+    changed = {k: golden[k] for k in (*INPUT_KEYS, "labels")}
+    changed |= {k: np.full_like(golden[k], value) for k, value in values.items()}
+    np.savez(tmp_path / "golden.npz", **changed)
+    report = parity(folder, tmp_path / "golden.npz")
+    assert report["ok"] is False and len(report["stages"]) == 4 + CONFIGS["dense"].text.num_layers
+    assert not any(stage["ok"] for stage in report["stages"])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_no_number_of_ours_passes(bad):
+    report = Report(1e-4)
+    for ours, theirs in (([1.0, bad], [1.0, 2.0]), ([1.0, 2.0], [1.0, bad]), ([bad], [bad])):
+        assert report.add("stage", np.array(ours), np.array(theirs)) is None
+    assert not any(stage["ok"] for stage in report.stages)

@@ -1,6 +1,11 @@
 """Chat templates: the built-in one, a checkpoint's own, and hostile ones."""
 
+import gc
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -133,7 +138,6 @@ def test_what_templates_rely_on_still_works():
         "{{ '%1000000000d' % 1 }}",
         "{{ 'x'.center(10**4).ljust(9) }}",
         "{{ '{:>1000000000}'.format(1) }}",
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% set ns = namespace(x='ab') %}{% for i in range(60) %}"
         "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
         "{% set ns = namespace(x='ab') %}{% for i in range(60) %}"
@@ -147,7 +151,13 @@ def test_what_templates_rely_on_still_works():
         "{{ ''.maketrans({'a': 'xyz'}) }}",
         "{{ 'aaa'.encode().replace('a'.encode(), 'xyz'.encode()) }}",
         "{{ (5).to_bytes(9, 'big') | length }}",
-        "{{ data.upper() }}",
+        "{% set big = range(99999)|list %}{{ range(99999)|select('in', big)|list|length }}",
+        "{% set big = range(99999)|list %}{% set l = [big"
+        + ",big" * 999
+        + "] %}"
+        + "".join(f"{{% set a{i} = l|map('list')|list %}}" for i in range(4))
+        + "x",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% set ns = namespace(x=(1, 2)) %}{% for i in range(24) %}"
         "{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% set ns = namespace(x=['ab']) %}{% for i in range(24) %}"
@@ -162,13 +172,51 @@ def test_what_templates_rely_on_still_works():
     ],
 )
 def test_broken_and_hostile_templates_are_one_line(template, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_STEPS", 5_000)  # as real as more, and quicker
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1)  # as real as more, and quicker
     with pytest.raises(InputError) as caught:
-        compile_template(template, "chat_template.jinja", {"data": b"ab"})(
-            [{"role": "user", "content": "hi"}]
-        )
+        compile_template(template, "chat_template.jinja")([{"role": "user", "content": "hi"}])
     assert str(caught.value).startswith("chat_template.jinja: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_sandbox_goes_on_after_a_failure_and_ends_with_its_template(monkeypatch):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1)
+    made, real = [], chat.subprocess.Popen
+    monkeypatch.setattr(
+        chat.subprocess, "Popen", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
+    )
+    render = compile_template(
+        "{% if messages[0].content == 'slow' %}"
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        "{% endif %}{{ messages[0].content }}{{ 'image' in messages[0] }}"
+    )
+    say = [{"role": "user", "content": "hi", "image": object()}]
+    assert render(say) == render(say) == "hiTrue" and len(made) == 1
+    with pytest.raises(InputError, match="takes more than 1 seconds"):
+        render([{"role": "user", "content": "slow"}])
+    assert made[0].poll() is not None
+    assert render(say) == "hiTrue" and len(made) == 2
+    made[1].kill()
+    made[1].wait()
+    assert render(say) == "hiTrue" and len(made) == 3
+    del render
+    gc.collect()
+    assert made[2].poll() is not None
+
+
+def test_a_sandbox_ends_with_its_parent():
+    code = (
+        "from echovlm_jax.processing import chat; import os\n"
+        "render = chat.compile_template('x'); real = chat.subprocess.Popen\n"
+        "cell = [c.cell_contents for c in render.__closure__]\n"
+        "print([c._process.pid for c in cell if isinstance(c, chat._Sandbox)][0], flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    path, until = Path(f"/proc/{int(done.stdout)}/stat"), time.monotonic() + 30
+    while path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("files", [{"chat_template.json": "{}"}, {"chat_template.json": "["}])
