@@ -79,7 +79,8 @@ def train(
     if not settings.get("data_cache"):
         with settings.unlocked():
             settings.data_cache = str(folder / PLANS)
-    seen = _review(settings)  # before anything is written
+    own = not config.get("data_cache")
+    seen = _review(settings, own)  # before anything is written
     _keep_table(program, folder)
 
     checkpoints = open_checkpoints(
@@ -167,14 +168,23 @@ def _refuse_another(config: Config, folder: Path) -> None:
         )
 
 
-def _review(config: Config) -> dict[str, Any]:
+def _review(config: Config, own: bool = False) -> dict[str, Any]:
     """Tells what the first epoch shows and what it leaves out, by task and organ; counts of it.
+
+    With `own`, that data_cache is this run's alone, also where a run goes on with other rows.
 
     Raises InputError where the configuration doesn't allow as much to be left out.
     """
     settings, allowed = Settings.from_config(config), config.get("allow_dropped")
+    plans = settings.cache or Path()
+    before = set(plans.glob("*")) if own else set()
     seen = review(settings, ALLOWED if allowed is None else allowed)
     _say(table(seen, settings))
+    if before and set(plans.glob("*")) - before:
+        _say(
+            "the rows are planned anew: the data, the configuration or this program is another than"
+            " when this run began; what it goes on with is not what it would have come to"
+        )
     return seen
 
 

@@ -341,6 +341,20 @@ def test_a_run_says_what_it_loses(model_folder, undisturbed, capfd):
     assert sum(seen["dropped"].values()) == sum(t["dropped"] for t in seen["tasks"].values()) > 0
 
 
+def test_a_run_that_goes_on_with_other_rows_says_so(tmp_path, monkeypatch, capfd):
+    def reviewed(name):
+        def review(settings, allowed):
+            (settings.cache / name).write_text("")
+            return {}
+
+        monkeypatch.setattr(loop, "review", review)
+        monkeypatch.setattr(loop, "table", lambda *_: "")
+        loop._review(load_config(CONFIG, {"data_cache": str(tmp_path)}), own=True)
+        return "planned anew" in capfd.readouterr().err
+
+    assert [reviewed("one"), reviewed("one"), reviewed("two")] == [False, False, True]
+
+
 def test_another_configuration_is_refused_unless_told(undisturbed, model_folder, tmp_path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     other = config(model_folder, log_every=2, checkpoint_keep=9)
