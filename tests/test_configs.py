@@ -7,6 +7,9 @@ import jax
 import pytest
 
 from echovlm_jax.config import ModelConfig, preset
+from echovlm_jax.data.review import review
+from echovlm_jax.data.settings import Settings
+from echovlm_jax.data.tasks import mix_for
 from echovlm_jax.train.config_file import check_config, load_config
 from echovlm_jax.train.program import make_program
 from echovlm_jax.train.stages import count
@@ -87,6 +90,27 @@ def test_overrides_reach_the_program(file) -> None:
     assert program.batch["patches"].shape[:2] == (16, 16)
     assert program.mesh.shape["tensor"] == 2 and program.mesh.shape["fsdp"] == 4
     assert count(program.state.trainable) < 1e7
+
+
+SEEN = [  # of those that show the same, one
+    "phantom",
+    pytest.param("alignment", marks=pytest.mark.slow),
+    pytest.param("instruction", marks=pytest.mark.slow),
+    pytest.param("full_finetune", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_it_leaves_out_nothing_of_its_own_data_and_pads_little(name) -> None:
+    config = load_config(FOLDER / f"{name}.py", {"data_workers": 0})
+    found = review(Settings.from_config(config), allowed=0.0)
+    assert not found["dropped"] and found["images_shrunk"] <= 4
+    asked = {task for task, weight in mix_for(config.stage).items() if weight} - {"conversation"}
+    assert all(found["tasks"][task]["trained"] for task in asked)
+    used = found["packing_efficiency"]
+    assert (
+        used["tokens"] > 0.85 and used["patches"] > 0.7 and used["tokens"] + used["patches"] > 1.6
+    )
 
 
 @pytest.mark.slow

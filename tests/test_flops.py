@@ -280,3 +280,12 @@ def test_unknown_words_are_refused():
         Work(rows=1, seq_len=1, step="test")
     with pytest.raises(InputError, match="moe_dispatch 'sparse' is unknown"):
         executed_flops(FULL, Work(rows=1, seq_len=1), Execution(dispatch="sparse"))
+
+
+def test_what_is_no_padding_is_counted_by_the_rows_that_are_full():
+    """Half of the rows empty is the work of half as many rows; a part alone is that part."""
+    whole, half = (model_flops(FULL, Work(rows, 2048, 4096, 784)) for rows in (8, 4))
+    assert whole.used(0.5, 0.5) == pytest.approx(half.total)
+    assert whole.used(1, 1) == pytest.approx(whole.total)
+    assert whole.used(1, 0) == pytest.approx(model_flops(FULL, Work(8, 2048)).total, rel=1e-3)
+    assert 0 < whole.used(0, 1) < whole.used(1, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ def add_eval(commands: Any) -> None:
         from echovlm_jax.evaluate.harness import evaluate
 
         given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}
-        return evaluate(args.model, args.data, args.out, **given)
+        found = evaluate(args.model, args.data, args.out, **given)
+        if found.get("failed"):
+            print(_failures(found), file=sys.stderr)
+        return found
 
     command = add_command(
         commands,
@@ -134,6 +138,14 @@ def _show_eval(result: Result, args: argparse.Namespace) -> None:
     print("\n".join(table(list(_intervals(overall)))), end="\n\n")
     rest = {key: result[key] for key in ("n", "failed", "undecided", "signature", "reasons", "out")}
     print("\n".join(lines(rest)))
+
+
+def _failures(result: Result) -> str:
+    tasks = ", ".join(f"{task} {n}" for task, n in result["failed_by_task"].items())
+    return (
+        f"{result['failed']} of {result['n']} samples have no prediction and count as empty"
+        f" ({tasks}); the first: {result['first_failure']}"
+    )
 
 
 def _row(row: Mapping[str, Any], metrics: list[str]) -> dict[str, Any]:

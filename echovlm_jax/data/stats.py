@@ -57,7 +57,7 @@ def stats(
         model="echovlm_11b",
         stage="instruction",
         seq_len=2048,
-        max_patches=6144,
+        max_patches=3456,
         max_image_patches=784,
         global_batch_size=8,
         mix_temperature=1.0,

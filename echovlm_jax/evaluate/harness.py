@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def evaluate(
 
     Returns:
       overall, by_organ, by_task, signature, reasons, as in metrics.json; n, failed (samples without
-      a prediction, scored as empty), undecided (answers that say nothing to the question, counted
-      as wrong), out, settings.
+      a prediction, scored as empty: most often too long for a row), failed_by_task, first_failure
+      (why), undecided (answers that say nothing to the question, counted as wrong), out, settings.
 
     Raises:
       InputError: the model or data can't be used, a setting is out of range, or `out` holds
@@ -172,9 +173,11 @@ def _finish(
         reasons = {}
     result = summarise(with_bertscore(lines, out), int(settings["seed"]), reasons)
     result["signature"] |= signed
-    failed = sum("error" in line for line in lines)
-    result |= {"n": len(lines), "failed": failed, "undecided": undecided(lines)}
-    result |= {"settings": settings}
+    failed = [line for line in lines if "error" in line]
+    result |= {"n": len(lines), "failed": len(failed), "settings": settings}
+    result["undecided"] = undecided(lines)
+    result["failed_by_task"] = dict(Counter(line["task"] for line in failed))
+    result["first_failure"] = failed[0]["error"] if failed else None
     write_json(out / METRICS, result)
     if report:
         from echovlm_jax.evaluate.report import write_report

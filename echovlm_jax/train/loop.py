@@ -89,7 +89,9 @@ def train(
         start = starting_point(config.model)
     split_names(config.data)  # it is there: said before weights are read
     program = make_program(config, model=start.config)
-    seen = _review(_data_settings(config, folder, own=start.files == folder / MODEL))
+    # Before anything is written.
+    settings = _data_settings(config, folder, own=start.files == folder / MODEL)
+    seen = _review(settings, own_cache=not config.get("data_cache"))
     checkpoints = open_checkpoints(
         folder / CHECKPOINTS,
         keep=config.checkpoint_keep,
@@ -246,14 +248,23 @@ def _data_settings(config: Config, folder: Path, *, own: bool) -> Config:
     return settings
 
 
-def _review(config: Config) -> dict[str, Any]:
+def _review(config: Config, own_cache: bool) -> dict[str, Any]:
     """Tells what the first epoch shows and what it leaves out, by task and organ; counts of it.
+
+    With `own_cache`, data_cache is this run's alone, also where it goes on with other rows.
 
     Raises InputError where the configuration doesn't allow as much to be left out.
     """
     settings, allowed = Settings.from_config(config), config.get("allow_dropped")
+    plans = settings.cache or Path()
+    before = set(plans.glob("*")) if own_cache else set()
     seen = review(settings, ALLOWED if allowed is None else allowed)
     _say(table(seen, settings))
+    if before and set(plans.glob("*")) - before:
+        _say(
+            "the rows are planned anew: the data, the configuration or this program is another than"
+            " when this run began; what it goes on with is not what it would have come to"
+        )
     return seen
 
 

@@ -194,6 +194,8 @@ def test_what_does_not_fit_has_no_prediction(model, quick, tmp_path, monkeypatch
     lines = read(tmp_path / "out")
     failed = [line for line in lines if "error" in line]
     assert 0 < result["failed"] == len(failed) < len(lines) == 21
+    assert sum(result["failed_by_task"].values()) == len(failed)
+    assert result["first_failure"] == failed[0]["error"]
     assert all("don't fit" in x["error"] and x["prediction"] == "" for x in failed)
     assert not any(x["correct"] for x in failed)
 

@@ -1,5 +1,6 @@
 """The planner: kernels by hand-computed FLOPs, refusals read, and a real plan of the tiny model."""
 
+import importlib
 import importlib.util
 import math
 from pathlib import Path
@@ -8,14 +9,17 @@ import pytest
 
 from echovlm_jax.config import preset
 from echovlm_jax.errors import InputError
+from echovlm_jax.flops import Work, model_flops
 from echovlm_jax.plan import plan
 from echovlm_jax.plan.hlo import CustomCall
 from echovlm_jax.plan.hlo_text import Shape
 from echovlm_jax.plan.kernels import kernel_flops
-from echovlm_jax.plan.plan import _too_large
-from echovlm_jax.plan.report import report
+from echovlm_jax.plan.plan import _too_large, _without_padding
+from echovlm_jax.plan.report import _padding, report
 from echovlm_jax.train.config_file import load_config
 
+# `echovlm_jax.plan.plan` is the function too.
+plan_module = importlib.import_module("echovlm_jax.plan.plan")
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "full_finetune.py"
 needs_libtpu = pytest.mark.skipif(
@@ -111,8 +115,10 @@ def test_bad_requests_are_refused():
 def test_every_configuration_compiles_for_a_slice(file):
     """With the tiny model: every key of the contract, and sizes that can be computed by hand."""
     small = {"model": "tiny", "seq_len": 128, "max_patches": 256, "max_image_patches": 64}
-    result = plan(load_config(file, small), "v5e:2x2", rows_per_chip=1)
+    result = plan(load_config(file, {**small, "data": "elsewhere"}), "v5e:2x2", rows_per_chip=1)
     check(result)
+    assert result["useful_mfu_upper_bound"] is None  # the data are where the run will be
+    assert "padding is unknown: elsewhere: is no dataset" in result["report"]
     assert {"all-gather"} <= set(result["collective_bytes_per_chip"])
     tiny = preset("tiny").text
     held = result["parameter_bytes_per_chip"]
@@ -135,6 +141,24 @@ def test_generation_compiles_for_a_slice(step):
     result = plan(load_config(CONFIG, small), "v5e:2x2", step=step, rows_per_chip=1)
     check(result)
     assert result["trainable_params"] == 0
+
+
+def test_useful_work_is_what_the_data_fill_rows_with(monkeypatch):
+    found = {"tokens": 0.9, "patches": 0.5}
+    monkeypatch.setattr(plan_module, "expected_filling", lambda settings: found)
+    counted = model_flops(preset("echovlm_11b"), Work(16, 2048, 6144, 784))
+    config = load_config(CONFIG)
+    told = _without_padding(0.73, counted, config, "train")
+    vision = sum(t.forward + t.backward for t in counted.terms if t.name.startswith("vision"))
+    share = ((counted.total - vision) * 0.9 + vision * 0.5) / counted.total
+    assert told["useful_mfu_upper_bound"] == pytest.approx(0.73 * share) and share < 0.9
+    assert told["packing_efficiency"] == found
+    assert _without_padding(0.73, counted, config, "prefill") == {"useful_mfu_upper_bound": 0.73}
+    result = {"step": "train", **told}
+    assert list(_padding(result)) == [
+        f"  useful MFU at most {0.73 * share:.1%}: the data fill rows to 90.0% of tokens and 50.0%"
+        " of patches"
+    ]
 
 
 def check(result):

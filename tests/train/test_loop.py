@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,7 @@ SMALL = {
     "seq_len": 512,
     "max_patches": 512,
     "max_image_patches": 64,
+    "allow_dropped": 1.0,  # in bytes, many of the phantom's texts are longer than these rows
     "learning_rate": 1e-3,
     "dtype": "float32",
     "moe_dispatch": "dense",
@@ -390,6 +392,47 @@ def test_what_can_not_begin_may_be_mended(model_folder, tmp_path, key, value, me
         train(config(model_folder, **{key: value}), tmp_path / "run")
     for kept in ("config.json", "model"):
         assert not (tmp_path / "run" / kept).exists()
+
+
+def test_a_run_that_would_lose_much_is_refused_and_leaves_nothing(model_folder, tmp_path):
+    """The mend that it names is the one that helps."""
+    loop._review(config(model_folder))  # planned once, for all that follows
+    cramped = config(model_folder, allow_dropped=0.05)
+    with pytest.raises(InputError) as refused:
+        train(cramped, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    said = str(refused.value)
+    assert "samples would be left out, " in said and "\n" not in said
+    assert int(re.search(r"--config\.seq_len=(\d+)", said)[1]) > SMALL["seq_len"]
+    assert "max_patches" not in said  # of which there is room
+    share = float(re.search(r"--config\.allow_dropped=([\d.]+)", said)[1])
+    seen = loop._review(config(model_folder, allow_dropped=share))
+    assert seen["drawn"] == sum(task["drawn"] for task in seen["tasks"].values())
+    with pytest.raises(InputError, match="would be left out"):
+        loop._review(config(model_folder, allow_dropped=share - 0.02))
+
+
+def test_a_run_says_what_it_loses(model_folder, capfd):
+    seen = loop._review(config(model_folder))
+    text = capfd.readouterr().err
+    for name, task in seen["tasks"].items():
+        assert task["drawn"] == task["trained"] + task["dropped"]
+        assert f"{name:<16}{task['drawn']:>10,}{task['trained']:>10,}" in text
+    assert sum(seen["dropped"].values()) == sum(t["dropped"] for t in seen["tasks"].values()) > 0
+
+
+def test_a_run_that_goes_on_with_other_rows_says_so(tmp_path, monkeypatch, capfd):
+    def reviewed(name):
+        def review(settings, allowed):
+            (settings.cache / name).write_text("")
+            return {}
+
+        monkeypatch.setattr(loop, "review", review)
+        monkeypatch.setattr(loop, "table", lambda *_: "")
+        loop._review(load_config(CONFIG, {"data_cache": str(tmp_path)}), own=True)
+        return "planned anew" in capfd.readouterr().err
+
+    assert [reviewed("one"), reviewed("one"), reviewed("two")] == [False, False, True]
 
 
 def test_another_configuration_is_refused_unless_told(undisturbed, model_folder, tmp_path):

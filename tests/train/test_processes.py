@@ -26,6 +26,7 @@ KEYS = {
     "seq_len": 512,
     "max_patches": 512,
     "max_image_patches": 64,
+    "allow_dropped": 1.0,
     "learning_rate": 1e-3,
     "dtype": "float32",
     "moe_dispatch": "dense",
