@@ -379,7 +379,7 @@ def _together(make: Callable[[], Any]) -> Any:
 
 
 def _in_a_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:1000]  # XLA lists all that it has allocated
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 

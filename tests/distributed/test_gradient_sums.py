@@ -7,7 +7,7 @@ a model that has trained a little. The sums are simulated, add by add.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -50,45 +50,47 @@ def steps(pieces: np.ndarray, add: Add, sizes: tuple[int, ...]) -> np.ndarray:
     return pieces[0]
 
 
-def row_gradients(trained: int = 30) -> dict[str, np.ndarray]:
+def row_gradients(trained: int = 64) -> dict[str, np.ndarray]:
     """Of each array some numbers of each row's gradient: bfloat16 values, [ROWS, KEPT]."""
-    changes = {"data_workers": 0, "global_batch_size": 8, "dtype": "bfloat16", "steps": 100}
+    changes = {"data_workers": 0, "global_batch_size": 8, "dtype": "bfloat16"}
     config = load_config(own_config("phantom"), changes)
     program = make_program(config, jax.devices()[:1])
-    with jax.set_mesh(program.mesh):
-        state = init_state(program, jax.random.key(0))
-        batches, update = make_batches(config), program.compile()
-        for _ in range(trained):
-            state, _ = update(state, {k: v for k, v in next(batches).items() if k in program.batch})
-        params = state.trainable["params"]
+    batches = make_batches(config)
 
-        @jax.jit
-        def gradient(params, row):
-            narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)  # as a product sees it
-
-            def loss(narrow):
-                return loss_and_metrics(
-                    {"params": narrow}, row, totals_of(row), config=program.model,
-                    compute=program.compute, dtype=jnp.bfloat16,
-                )[0]  # fmt: skip
-
-            return jax.grad(loss)(narrow)
-
-        rng = np.random.default_rng(0)
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        names = [jax.tree_util.keystr(path) for path, _ in leaves]
-        at = [rng.choice(leaf.size, min(KEPT, leaf.size), replace=False) for _, leaf in leaves]
-        found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        for _ in range(ROWS // config.global_batch_size):
+    def rows(count: int) -> Iterator[dict[str, np.ndarray]]:
+        for _ in range(count // config.global_batch_size):
             batch = next(batches)
             for r in range(config.global_batch_size):
-                row = {k: v[r : r + 1] for k, v in batch.items() if k in program.batch}
-                for name, i, leaf in zip(
-                    names, at, jax.tree.leaves(gradient(params, row)), strict=True
-                ):
-                    found[name].append(np.asarray(leaf, np.float32).ravel()[i])
-        batches.close()  # type: ignore[attr-defined]
-    return {name: np.stack(pieces) for name, pieces in found.items()}
+                yield {name: batch[name][r : r + 1] for name in program.batch}
+
+    @jax.jit
+    def gradient(params, row):
+        narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)  # as a product sees it
+
+        def loss(narrow):
+            return loss_and_metrics(
+                {"params": narrow}, row, totals_of(row), config=program.model,
+                compute=program.compute, dtype=jnp.bfloat16,
+            )[0]  # fmt: skip
+
+        return jax.grad(loss)(narrow)
+
+    with jax.set_mesh(program.mesh):
+        params = init_state(program, jax.random.key(0)).trainable["params"]
+        for row in rows(trained):  # plain descent, so that they are no longer those of a beginning
+            params = jax.tree.map(lambda p, g: p - 0.02 * g, params, gradient(params, row))
+        rng = np.random.default_rng(0)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        at = [rng.choice(leaf.size, min(KEPT, leaf.size), replace=False) for _, leaf in leaves]
+        found: list[list[np.ndarray]] = [[] for _ in leaves]
+        for row in rows(ROWS):
+            for kept, i, leaf in zip(
+                found, at, jax.tree.leaves(gradient(params, row)), strict=True
+            ):
+                kept.append(np.asarray(leaf, np.float32).ravel()[i])
+    batches.close()  # type: ignore[attr-defined]
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    return {name: np.stack(kept) for name, kept in zip(names, found, strict=True)}
 
 
 def errors(gradients: dict[str, np.ndarray], devices: int) -> dict[str, np.ndarray]:
