@@ -136,3 +136,14 @@ def test_a_line_of_pixels_is_no_image(tmp_path):
     with pytest.raises(Refused) as refused:
         read(tmp_path / "a.png")
     assert refused.value.reason == "unusable shape"
+
+
+def test_what_can_not_be_cropped_is_noted_or_refused(tmp_path):
+    """Also what is no DICOM file: nothing there says where the picture is."""
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(1, "PNG"))
+    assert read(path).notes == ()
+    assert read(path, crop=True).notes == ("not_cropped",)
+    with pytest.raises(Refused) as caught:
+        read(path, crop="require")
+    assert caught.value.reason == "not cropped"
