@@ -218,7 +218,7 @@ def test_a_run_from_before_there_were_digests(undisturbed, tmp_path, capsys):
     shutil.copytree(undisturbed, run)
     (run / digests.SUMS).unlink()
     for step in (2, 4, 6):
-        shutil.rmtree(run / "checkpoints" / str(step) / "model")
+        shutil.rmtree(run / "checkpoints" / str(step) / "extra" / "model")
         digests.write(run / "checkpoints" / str(step))
     told = verify(run)
     assert told["ok"] and {"config.json", "model/config.json"} < set(told["unchecked"])
@@ -237,7 +237,9 @@ def test_a_begun_run_needs_nothing_of_its_base(undisturbed, model_folder, tmp_pa
     assert train(config(model_folder), run)["final_step"] == SMALL["steps"]
     assert (run / "model" / "config.json").read_bytes() == kept
     edit(run / "model" / "config.json", '"rope_theta": 1000000.0', '"rope_theta": 9000000.0')
-    with pytest.raises(InputError, match=r"model/config.json differs; .*checkpoints/6/model has"):
+    with pytest.raises(
+        InputError, match=r"model/config.json differs; .*checkpoints/6/extra/model has"
+    ):
         train(config(model_folder), run)
 
 
