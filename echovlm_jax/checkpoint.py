@@ -31,7 +31,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests
 from echovlm_jax.storage.files import rename_folder
-from echovlm_jax.storage.layout import EXTRA, MODEL, STATE, steps
+from echovlm_jax.storage.layout import EXTRA, OWN_MODEL, STATE, steps
 from echovlm_jax.storage.lock import Lock
 
 UNFINISHED, DELETED, BROKEN = ".unfinished", ".deleted", ".broken"
@@ -222,7 +222,7 @@ class Checkpoints:
             finally:
                 watch.__exit__()
             if model is not None and self._first:
-                shutil.copytree(model, work / MODEL)
+                shutil.copytree(model, work / OWN_MODEL)
             self._write_digests(work, watch)
             if self._first:
                 rename_folder(work, self.folder / str(self._step))

@@ -20,9 +20,10 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from echovlm_jax import checkpoint, digests
+from echovlm_jax import checkpoint
 from echovlm_jax.checkpoint import Checkpoints, open_checkpoints
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage import digests
 from echovlm_jax.storage.layout import steps
 from echovlm_jax.storage.verify import verify
 

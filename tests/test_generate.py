@@ -13,6 +13,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.generate import decode, generate, generate_file
 from echovlm_jax.model import EchoVLM, abstract_params
 from echovlm_jax.processing.batch import PATCH_BUCKETS, SEQUENCE_BUCKETS, make_batch, pad_batch
+from echovlm_jax.storage.lock import Lock
 
 CONFIG = ModelConfig(
     text=TextConfig(
@@ -295,6 +296,7 @@ def test_a_file_of_prompts(tmp_path):
     # The last one is filled up to the size that a program exists for.
     assert model.batches == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
     answers = read_answers(out)
+    assert len(answers["病例3"].pop("fingerprint")) == 32
     assert answers["病例3"] == {
         "id": "病例3", "text": "描述3|a.png|3", "prompt_tokens": 1, "new_tokens": 2,
     }  # fmt: skip
@@ -302,6 +304,50 @@ def test_a_file_of_prompts(tmp_path):
     again = Echo()
     assert generate_file(again, tmp_path / "in.jsonl", out) == {"done": 7, "failed": 0}
     assert again.batches == []
+
+
+def test_answers_to_something_else_are_refused(tmp_path):
+    """Another model, prompt, image, setting; and, where something is drawn, another place."""
+    records, out = write_records(tmp_path, count=3), tmp_path / "out.jsonl"
+    generate_file(Echo(), records, out)
+    whole, text = out.read_bytes(), records.read_text("utf-8")
+    other = Echo()
+    other.fingerprint = "other"
+    refused = r"jsonl: the line of '病例\d' is the answer of another model, or to another"
+    with pytest.raises(InputError, match=refused):
+        generate_file(other, records, out)
+    with pytest.raises(InputError, match=refused):
+        generate_file(Echo(), records, out, repetition_penalty=1.5)
+    assert generate_file(Echo(), records, out, temperature=0.0, seed=3)["done"] == 3  # no draw
+    records.write_text(text.replace("描述1", "描述9"), "utf-8")
+    with pytest.raises(InputError, match=refused):
+        generate_file(Echo(), records, out)
+    records.write_text(text, "utf-8")
+    (tmp_path / "images" / "a.png").write_bytes(b"another picture")
+    with pytest.raises(InputError, match=refused):
+        generate_file(Echo(), records, out)
+    (tmp_path / "images" / "a.png").unlink()
+    with pytest.raises(InputError, match=r"can't be compared.*a.png: can't be read"):
+        generate_file(Echo(), records, out)
+    assert out.read_bytes() == whole
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    old = [json.dumps({"id": f"病例{i}", "text": "?"}) + "\n" for i in range(3)]
+    out.write_text("".join(old))
+    with pytest.raises(InputError, match="has no fingerprint"):
+        generate_file(Echo(), records, out)
+    drawn = tmp_path / "drawn.jsonl"
+    generate_file(Echo(), records, drawn, temperature=1.0)
+    records.write_text("".join(reversed(text.splitlines(keepends=True))), "utf-8")
+    with pytest.raises(InputError, match=refused):
+        generate_file(Echo(), records, drawn, temperature=1.0)
+
+
+def test_two_processes_never_write_one_file(tmp_path):
+    records, out = write_records(tmp_path, count=2), tmp_path / "out.jsonl"
+    out.touch()
+    with Lock(out), pytest.raises(InputError, match=r"out\.jsonl: another process is writing"):
+        generate_file(Echo(), records, out)
+    assert out.read_bytes() == b""
 
 
 @pytest.mark.parametrize("cut", [1, 2, 9, 30])

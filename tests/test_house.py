@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "convert.layerwise": _CONVERT | {"model", "ops"},  # parity's forward pass
     "convert.upcycle": _CONVERT | {"processing"},  # its measurement's prompt
     "storage": {"progress"},
+    "verify": {"storage"},
     "checkpoint": {"config", "mesh", "storage", "progress"},
     "train": {
         *("config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint"),

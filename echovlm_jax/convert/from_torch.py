@@ -179,6 +179,11 @@ def _make_model(plan: Plan, partial: Path, journal: Journal) -> int:
     except InputError:
         raise
     except ValueError as error:
+        if store.reason(error).startswith("DATA_LOSS"):
+            raise store.LostChunksError(
+                f"{partial}: what had been written is damaged; run the same command again to start"
+                " over"
+            ) from error
         # TensorStore's way to say that the disk refused.
         raise InputError(
             f"{partial}: writing failed ({store.reason(error)}); free some space and run the same"

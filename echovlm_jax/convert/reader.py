@@ -152,8 +152,8 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _chunk_steps(store: ts.TensorStore) -> tuple[int, ...]:
-    found = store.chunk_layout.read_chunk.shape
-    return tuple(found) if found is not None else tuple(store.shape)
+    found = store.chunk_layout.read_chunk.shape or store.shape
+    return tuple(int(size or 1) for size in found)
 
 
 def _whole_chunks(

@@ -27,7 +27,7 @@ class Model(Protocol):
     config: ModelConfig
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> Any: ...  # a text
 
     @property
     def processor(self) -> Any: ...

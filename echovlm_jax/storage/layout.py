@@ -14,7 +14,7 @@ A training run:
   XXH128SUMS                       the digests of these two
   checkpoints/STEP/state/          parameters and the optimizer's state
   checkpoints/STEP/extra/          the training configuration that the step was made with
-  checkpoints/STEP/model/          the run's model/, as it was at that step
+  checkpoints/STEP/extra/model/    the run's model/, as it was at that step
   checkpoints/STEP/XXH128SUMS      the digest of every file of the checkpoint
 
 So a checkpoint needs nothing outside itself, and a run nothing outside its folder.
@@ -34,6 +34,7 @@ SUMS = "XXH128SUMS"
 PARAMS, REPORT = "params", "conversion.json"
 TREE = "_METADATA"  # Orbax's list of the arrays in `params` or `state`
 CHECKPOINTS, MODEL, STATE, EXTRA = "checkpoints", "model", "state", "extra"
+OWN_MODEL = "extra/model"  # in a checkpoint; beside `state`, Orbax would warn of it
 EXTRA_FILE = "metadata"  # Orbax's name for what `extra` holds
 TRAINABLE, METRICS, ROUTING = "trainable.txt", "metrics.jsonl", "routing.jsonl"
 
@@ -64,13 +65,13 @@ def run_step(path: Path) -> tuple[Path, int] | None:
 
 def model_files(path: Path) -> Path:
     """Where a MODEL folder has config.json and its tokenizer: a checkpoint of a run in its own
-    model/ (RUN/model before there were these, or before the first step); any other folder itself.
+    copy (RUN/model before there were these, or before the first step); any other folder itself.
     """
     run = path.parent.parent if path.parent.name == CHECKPOINTS else path
     if not (run / CHECKPOINTS).is_dir():
         return path
     there = [int(path.name)] if run != path and path.name.isdecimal() else steps(run / CHECKPOINTS)
-    own = run / CHECKPOINTS / str(there[-1]) / MODEL if there else run / MODEL
+    own = run / CHECKPOINTS / str(there[-1]) / OWN_MODEL if there else run / MODEL
     found = own if (own / CONFIG).is_file() else run / MODEL
     return found if (found / CONFIG).is_file() else path
 

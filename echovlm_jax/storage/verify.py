@@ -12,7 +12,7 @@ from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests
 from echovlm_jax.storage.layout import (
     CHECKPOINTS,
-    MODEL,
+    OWN_MODEL,
     PARAMS,
     STATE,
     SUMS,
@@ -87,11 +87,11 @@ def run_problems(run: Path) -> tuple[dict[str, str], list[str]]:
     """What is wrong with a run's own files, and which of them have no digests to tell by.
 
     They have none where the run is from before there were any, and then its checkpoints have no
-    model/ either; otherwise the digests were lost.
+    copies either; otherwise the digests were lost.
     """
     names = run_files(run)
     if digests.read(run) == digests.MISSING:
-        kept = [run / CHECKPOINTS / str(step) / MODEL for step in steps(run / CHECKPOINTS)]
+        kept = [run / CHECKPOINTS / str(step) / OWN_MODEL for step in steps(run / CHECKPOINTS)]
         return ({SUMS: digests.MISSING}, []) if any(map(Path.is_dir, kept)) else ({}, names)
     return digests.check(run, names=names), []
 

@@ -31,7 +31,15 @@ from echovlm_jax.data.settings import Settings
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests, files
-from echovlm_jax.storage.layout import CHECKPOINTS, CONFIG, MODEL, TRAINABLE, run_files, steps
+from echovlm_jax.storage.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    MODEL,
+    OWN_MODEL,
+    TRAINABLE,
+    run_files,
+    steps,
+)
 from echovlm_jax.storage.verify import run_problems
 from echovlm_jax.train.config_file import check_config, differences
 from echovlm_jax.train.log import Log, was_evaluated
@@ -202,7 +210,7 @@ def _frozen(folder: Path, change_config: bool) -> Start | None:
     problems, unchecked = run_problems(folder)
     problems.pop(CONFIG, None)  # compared with the configuration asked for
     if problems and not change_config:
-        newest = folder / CHECKPOINTS / str(steps(folder / CHECKPOINTS)[-1]) / MODEL
+        newest = folder / CHECKPOINTS / str(steps(folder / CHECKPOINTS)[-1]) / OWN_MODEL
         raise InputError(
             f"{folder}: is broken: {digests.told(problems)}; put back what changed ({newest} has a"
             " copy), or take it as it is with --change-config"

@@ -19,6 +19,7 @@ from echovlm_jax.evaluate.harness import evaluate
 from echovlm_jax.evaluate.metrics import TEXT_METRICS, score
 from echovlm_jax.evaluate.summary import METRICS
 from echovlm_jax.load import fingerprint, load_model
+from echovlm_jax.storage.lock import Lock
 from tests.evaluate.models import SMALL, answer_by_hash, make_model
 
 FEW = {**SMALL, "limit": 7, "batch_size": 3}
@@ -186,6 +187,13 @@ def test_another_model_is_refused(model, quick, tmp_path):
     leaf = loaded.params["text"]["lm_head"]["kernel"]
     loaded.params["text"]["lm_head"]["kernel"] = leaf + 1e-6
     assert fingerprint(loaded.params) != mark
+
+
+def test_a_second_evaluation_is_refused(model, quick, tmp_path):
+    (tmp_path / "out").mkdir()
+    with Lock(tmp_path / "out"), pytest.raises(InputError, match="out: another process is writing"):
+        evaluate(model, "phantom", tmp_path / "out", **FEW)
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_what_does_not_fit_has_no_prediction(model, quick, tmp_path, monkeypatch):

@@ -185,6 +185,82 @@ def test_a_run_is_a_model(undisturbed, tmp_path):
     assert load_model(damaged / "checkpoints" / "4").config == MODEL
 
 
+def edit(path, before, after):
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+
+
+def test_whatever_decides_a_runs_function_is_checked(undisturbed, tmp_path):
+    """A run's own files are named; a checkpoint is read with what lies in it."""
+    assert verify(undisturbed)["ok"] and "unchecked" not in verify(undisturbed)
+    run, name = tmp_path / "run", "text/layers/mlp/gate/kernel"
+    shutil.copytree(undisturbed, run)
+    index = tuple(slice(0, size) for size in leaf_shapes(MODEL)[name])
+    before = open_model(run).read(name, index)
+    for file, was, now in (
+        ("model/config.json", '"rope_theta": 1000000.0', '"rope_theta": 9000000.0'),
+        ("model/tokenizer.json", '"model"', '"model" '),
+        ("config.json", '"alpha": 16', '"alpha": 61'),
+    ):
+        edit(run / file, was, now)
+        assert verify(run)["corrupt"] == [file]
+        with pytest.raises(InputError, match=f"run: is broken: {file} differs; put back what"):
+            load_model(run)
+        np.testing.assert_array_equal(
+            open_model(run / "checkpoints" / "6").read(name, index), before
+        )
+        edit(run / file, now, was)
+    (run / "model" / "chat_template.jinja").write_text("another")
+    assert verify(run)["corrupt"] == ["model/chat_template.jinja"]
+    (run / "model" / "chat_template.jinja").unlink()
+    (run / digests.SUMS).unlink()
+    assert verify(run)["corrupt"] == [digests.SUMS]
+    edit(run / "config.json", '"alpha": 16', '"alpha": 61')  # as --change-config does
+    digests.write(run, names=run_files(run))
+    np.testing.assert_array_equal(open_model(run).read(name, index), before)
+
+
+def test_a_run_from_before_there_were_digests(undisturbed, tmp_path, capsys):
+    """Its model's files lie in RUN/model alone; it says that they are unchecked."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / digests.SUMS).unlink()
+    for step in (2, 4, 6):
+        shutil.rmtree(run / "checkpoints" / str(step) / "extra" / "model")
+        digests.write(run / "checkpoints" / str(step))
+    told = verify(run)
+    assert told["ok"] and {"config.json", "model/config.json"} < set(told["unchecked"])
+    assert load_model(run).config == MODEL
+    assert "model/config.json" in capsys.readouterr().err
+
+
+def test_a_begun_run_needs_nothing_of_its_base(undisturbed, model_folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "checkpoints" / "6")
+    monkeypatch.setattr(loop, "starting_point", None)
+    train(config(model_folder), run)
+    assert_same_run(run, undisturbed)
+    kept = (run / "model" / "config.json").read_bytes()
+    assert train(config(model_folder), run)["final_step"] == SMALL["steps"]
+    assert (run / "model" / "config.json").read_bytes() == kept
+    edit(run / "model" / "config.json", '"rope_theta": 1000000.0', '"rope_theta": 9000000.0')
+    with pytest.raises(
+        InputError, match=r"model/config.json differs; .*checkpoints/6/extra/model has"
+    ):
+        train(config(model_folder), run)
+
+
+def test_a_refused_second_run_leaves_everything(undisturbed, model_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with Lock(run / "checkpoints"), pytest.raises(InputError, match="another process is writing"):
+        train(config(model_folder, stage="alignment"), run, change_config=True)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def test_evaluation_takes_organs_as_they_are(monkeypatch):
     seen = []
 
@@ -449,6 +525,12 @@ from echovlm_jax.train.config_file import load_config
 from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.loop import train
 from echovlm_jax.train.stages import merge
+from echovlm_jax.storage import digests
+from echovlm_jax.storage.layout import run_files
+from echovlm_jax.storage.lock import Lock
+from echovlm_jax.storage.verify import verify
+from echovlm_jax.convert.folder import open_model
+from echovlm_jax.convert.table import leaf_shapes
 from tests.distributed.train_steps import random_batch
 import json
 train(load_config(sys.argv[1], json.loads(sys.argv[3])), sys.argv[2])

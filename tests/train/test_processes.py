@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from echovlm_jax import demo, digests
+from echovlm_jax import demo
 from echovlm_jax.config import preset
 from echovlm_jax.convert.store import Reader
+from echovlm_jax.storage import digests
 
 ROOT = Path(__file__).parents[2]
 MODEL = preset("tiny").replace(
