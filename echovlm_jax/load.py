@@ -131,7 +131,8 @@ class Model:
         beside them, or by how images are read."""
         beside = side_files(self._folder) if self._folder.is_dir() else []
         own = {path.name: digests.of_file(path) for path in beside if path.suffix}
-        return digests.of_json([fingerprint(self.params), repr(self.config), own, self._media])
+        how = [self._media, self._control_tokens]
+        return digests.of_json([fingerprint(self.params), repr(self.config), own, how])
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:

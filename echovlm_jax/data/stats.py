@@ -46,7 +46,7 @@ def stats(
       `packing_efficiency`: as `review.counted`; of each organ also its exams, its share, how often
       one comes up in an epoch, its lengths, and how full rows of it alone would be. `samples` and
       `languages`: what is trained on. `suggested`: patches a row for these tokens a row, and what
-      they would give. groups, ungrouped, unnamed, largest_group and near_duplicates: as `data build`
+      they would give. groups, ungrouped, unnamed, largest_group and near_duplicates: as `build`
       counted them.
 
     Raises:

@@ -31,6 +31,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom_identity import Identity, dicom_identity
 from echovlm_jax.processing.files import file_kind, shown
 from echovlm_jax.processing.images import decode_image
+from echovlm_jax.processing.volumes import picture_files
 
 SURVEY, FOUND = "survey.json", "survey.bin"
 LOOK = np.dtype(
@@ -224,7 +225,9 @@ def _identity(file: Path) -> Identity:
 
 def _digest(file: Path) -> tuple[bytes, int]:
     try:
-        return bytes.fromhex(digest_of(file))[:16], file.stat().st_size
+        files = picture_files(file)
+        size = sum(one.stat().st_size for one in files)
+        return _short("".join(map(digest_of, files)).encode()), size
     except (OSError, ValueError):  # an InputError too: the record will be refused
         return b"\0" * 16, 0
 

@@ -13,6 +13,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.generate.decode import Inputs, check_new_tokens
 from echovlm_jax.ops.sampling import check_sampling
 from echovlm_jax.processing.files import allowed_links, locate, shown
+from echovlm_jax.processing.volumes import picture_files
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests
 from echovlm_jax.storage.lock import Lock
@@ -180,7 +181,7 @@ class _Asked:
             return digests.of_json([self._model, record, self._settings])
         images, prompt, system = _read_record(record, self.folders)
         try:
-            pictures = [digests.of_file(image) for image in images]
+            pictures = [digests.of_file(file) for image in images for file in picture_files(image)]
         except OSError as error:
             raise InputError(f"image {error.filename}: can't be read ({error.strerror})") from None
         # Where something is drawn, the draw goes by the row.
@@ -236,7 +237,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_record(
-    record: Mapping[str, Any], folders: list[Path]
+    record: Mapping[str, Any], folders: Sequence[Path]
 ) -> tuple[list[Path], str, str | None]:
     """Images, prompt and system prompt. Raises InputError."""
     if record.get("broken"):

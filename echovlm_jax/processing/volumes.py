@@ -85,6 +85,15 @@ def data_file(path: str | Path) -> Path | None:
     return _data_file(path, header)
 
 
+def picture_files(path: Path) -> list[Path]:
+    """Every file that a picture is made of: itself, and where it is a MetaImage its data file."""
+    try:
+        other = data_file(path) if file_kind(path) == "metaimage" else None
+    except InputError:  # a picture that can't be used is refused where it is read
+        other = None
+    return [path] if other is None else [path, other]
+
+
 def _to_rgb(frames: np.ndarray, say: Say) -> np.ndarray:
     levels = to_levels(frames, say, colour=frames.shape[-1] == 3)
     return levels if levels.shape[-1] == 3 else np.repeat(levels, 3, axis=-1)
