@@ -236,20 +236,20 @@ def _finished(target: Path, plan: Plan) -> dict[str, Any] | None:
     there = report.get("identity") if isinstance(report, dict) else None
     mend = "delete it or choose another place"
     if not isinstance(there, dict) or "files" not in there:
-        raise InputError(f"{target}: exists, and doesn't say what it was made of; {mend}")
+        raise InputError(f"{target}: exists; {mend}: it doesn't say what it was made of")
     for key, wanted in plan.identity.items():
         if there.get(key) != wanted and key not in _STAMPS:
             what = key
             if isinstance(wanted, dict):
                 old = there.get(key) or {}
                 what = min(n for n in wanted | old if wanted.get(n) != old.get(n))
-            raise InputError(f"{target}: exists, and was made with another {what}; {mend}")
+            raise InputError(f"{target}: exists; {mend}: it was made with another {what}")
     with progress(digests.nbytes(target), "B", "check") as tick:
         problems, _ = without_added(digests.check(target, tick=tick))
     if problems:
         raise InputError(f"{target}: is broken: {digests.told(problems)}; {mend}")
     if there != plan.identity and (other := _other_weights(plan, report)):
-        raise InputError(f"{target}: exists, and was made of other weights ({other}); {mend}")
+        raise InputError(f"{target}: exists; {mend}: it was made of other weights ({other})")
     return {k: value for k, value in report.items() if k not in ("identity", "sha256", "chunks")}
 
 

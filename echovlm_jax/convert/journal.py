@@ -108,7 +108,7 @@ class Journal:
         self._file.truncate(end)
         done: dict[str, str] = {}
         for line in lines[1:]:
-            name, digest = line.get("name"), line.get("digests")
+            name, digest = line.get("name"), line.get("sha256")
             if not isinstance(name, str) or not isinstance(digest, str):
                 raise self._damaged()
             done[name] = digest
@@ -140,7 +140,7 @@ class Journal:
     def add(self, name: str, digest: str) -> None:
         """Notes a tensor whose data is durable, with its digests as `done` has them."""
         self.done[name] = digest
-        self._append({"name": name, "digests": digest})
+        self._append({"name": name, "sha256": digest})
 
     def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")

@@ -13,6 +13,7 @@ from echovlm_jax.config import to_hf
 from echovlm_jax.convert import convert, export, inspect, load_params, safetensors
 from echovlm_jax.convert.to_torch import parse_size
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage import digests as sums
 from tests.convert.checkpoints import DENSE, MINI, Tensors, digests, new_name, tensors, write
 
 HEAD = "lm_head.weight"
@@ -247,6 +248,7 @@ def test_not_a_model(tmp_path: Path) -> None:
 def test_a_damaged_report(tmp_path: Path, report: dict, says: str) -> None:
     convert(write(tmp_path / "source", tensors()), tmp_path / "ours")
     (tmp_path / "ours/conversion.json").write_text(json.dumps(report))
+    sums.write(tmp_path / "ours")
     for what in (inspect, lambda model: export(model, tmp_path / "back")):
         with pytest.raises(InputError, match=rf"conversion\.json: {says}.*; convert again"):
             what(tmp_path / "ours")
@@ -284,6 +286,7 @@ def test_a_converted_folder_with_another_config(tmp_path: Path) -> None:
     convert(write(tmp_path / "source", tensors()), tmp_path / "ours")
     other = MINI.replace(text={"mlp_dim": 40})
     (tmp_path / "ours/config.json").write_text(json.dumps(to_hf(other)))
+    sums.write(tmp_path / "ours")
     with pytest.raises(
         InputError, match=r"text/layers/mlp/down/kernel has shape \[2, 32, 48\], ex"
     ):

@@ -144,7 +144,7 @@ def test_damage_is_found_on_export(tmp_path: Path) -> None:
     for path in (tmp_path / "ours/params").rglob("d/*"):
         data = path.read_bytes()
         path.write_bytes(data.replace(weights, weights[:-1] + bytes([weights[-1] ^ 1])))
-    with pytest.raises(InputError, match=r"embed_tokens\.weight differs from its digest in conv"):
+    with pytest.raises(InputError, match="text/embed/embedding differs from its digest"):
         export(tmp_path / "ours", tmp_path / "back")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "source"]
 
