@@ -17,10 +17,16 @@ import pytest
 
 from echovlm_jax import demo
 from echovlm_jax.config import preset
+from echovlm_jax.convert.folder import open_model
+from echovlm_jax.convert.table import leaf_shapes
 from echovlm_jax.convert.to_torch import export
 from echovlm_jax.errors import InputError
 from echovlm_jax.load import load_model
 from echovlm_jax.model import EchoVLM
+from echovlm_jax.storage import digests
+from echovlm_jax.storage.layout import run_files
+from echovlm_jax.storage.lock import Lock
+from echovlm_jax.storage.verify import verify
 from echovlm_jax.train import loop
 from echovlm_jax.train.config_file import check_config, load_config
 from echovlm_jax.train.loop import train
@@ -401,12 +407,6 @@ from echovlm_jax.train.config_file import load_config
 from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.loop import train
 from echovlm_jax.train.stages import merge
-from echovlm_jax.storage import digests
-from echovlm_jax.storage.layout import run_files
-from echovlm_jax.storage.lock import Lock
-from echovlm_jax.storage.verify import verify
-from echovlm_jax.convert.folder import open_model
-from echovlm_jax.convert.table import leaf_shapes
 from tests.distributed.train_steps import random_batch
 import json
 train(load_config(sys.argv[1], json.loads(sys.argv[3])), sys.argv[2])
