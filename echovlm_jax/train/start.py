@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,15 @@ from echovlm_jax.convert.load import load_params
 from echovlm_jax.data.tokenizer import byte_tokenizer
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.images import ImageConfig
+from echovlm_jax.processing.tokenizer import load_tokenizer
 from echovlm_jax.train.program import Program
 from echovlm_jax.train.stages import merge
+
+# What a tokenizer, and the template that goes with it, is read from.
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja"),
+)
 
 
 class Start(NamedTuple):
@@ -46,9 +54,23 @@ class Start(NamedTuple):
         else:
             copy_side_files(self.files, folder)
         if config.get("tokenizer"):
-            copy_side_files(Path(config.tokenizer), folder, config=described)
+            _copy_tokenizer(Path(config.tokenizer), folder)
         elif self.files is None:
             byte_tokenizer(self.config).save(str(folder / "tokenizer.json"))
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Puts a folder's tokenizer in the place of the model's own; nothing of that may be left, or it
+    could be read instead.
+
+    Raises:
+      InputError: there is none.
+    """
+    load_tokenizer(source)
+    for name in _TOKENIZER:
+        (folder / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def frozen_start(folder: Path) -> Start:

@@ -454,3 +454,19 @@ def test_kills_at_any_moment_change_nothing(kills, model_folder, tmp_path):
     assert died == kills
     finish("killed")
     assert_same_run(tmp_path / "killed", tmp_path / "undisturbed", steps)
+
+
+def test_another_tokenizer_takes_the_place_of_the_models(model_folder, tmp_path):
+    """Nothing of the model's own is left to be read instead, and nothing else is replaced."""
+    other, kept = tmp_path / "other", tmp_path / "kept"
+    other.mkdir()
+    (other / "vocab.json").write_text(json.dumps({"a": 0}))
+    (other / "merges.txt").write_text("#version: 0.2\n")
+    (other / "preprocessor_config.json").write_text("{}")
+    start = loop.starting_point(str(model_folder))
+    start.keep(kept, config(model_folder, tokenizer=str(other)))
+    names = {path.name for path in kept.iterdir()}
+    assert {"vocab.json", "merges.txt", "config.json"} <= names and "tokenizer.json" not in names
+    assert (kept / "config.json").read_bytes() == (model_folder / "config.json").read_bytes()
+    for path in (other / "vocab.json", other / "merges.txt"):
+        assert (kept / path.name).read_bytes() == path.read_bytes()
