@@ -91,14 +91,14 @@ def training_settings(run: Path, step: int) -> dict[str, Any]:
     Raises:
       InputError: it is missing or damaged.
     """
-    path = run / CHECKPOINTS / str(step) / EXTRA / EXTRA_FILE
-    own = path.is_file()
-    path = path if own else run / CONFIG
+    own, path = run / CHECKPOINTS / str(step) / EXTRA / EXTRA_FILE, run / CONFIG
     try:
-        found = json.loads(path.read_text("utf-8"))
-        settings = found["config"] if own else found
+        if own.is_file() and "config" in (found := json.loads(own.read_text("utf-8"))):
+            path, settings = own, found["config"]
+        else:
+            settings = json.loads(path.read_text("utf-8"))
         if isinstance(settings, dict):
             return settings
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, RecursionError):
         pass
     raise InputError(f"{path}: is missing or damaged; it says how step {step} was trained")

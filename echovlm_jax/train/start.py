@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,15 @@ from echovlm_jax.data.fit import training_images
 from echovlm_jax.data.tokenizer import byte_tokenizer, images_of_preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.processor import pixel_configs, stated_pixels
+from echovlm_jax.processing.tokenizer import load_tokenizer
 from echovlm_jax.train.program import Program
 from echovlm_jax.train.stages import merge
+
+# What a tokenizer, and the template that goes with it, is read from.
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja"),
+)
 
 
 class Start(NamedTuple):
@@ -39,13 +47,27 @@ class Start(NamedTuple):
             images, _ = pixel_configs(self.files, None)
             copy_side_files(self.files, folder)
         if config.get("tokenizer"):
-            copy_side_files(Path(config.tokenizer), folder, config=described)
+            _copy_tokenizer(Path(config.tokenizer), folder)
         elif self.files is None:
             byte_tokenizer(self.config).save(str(folder / "tokenizer.json"))
         images = training_images(images, config.max_image_patches, config.max_patches)
         frames = open_dataset(config.data, config.get("split") or "train").num_frames
         for name, said in stated_pixels(folder, images, frames).items():
             write_json(folder / name, said)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Puts a folder's tokenizer in the place of the model's own; nothing of that may be left, or it
+    could be read instead.
+
+    Raises:
+      InputError: there is none.
+    """
+    load_tokenizer(source)
+    for name in _TOKENIZER:
+        (folder / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def frozen_start(folder: Path) -> Start:

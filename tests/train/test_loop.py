@@ -19,10 +19,16 @@ import pytest
 
 from echovlm_jax import demo
 from echovlm_jax.config import preset
+from echovlm_jax.convert.folder import open_model
+from echovlm_jax.convert.table import leaf_shapes
 from echovlm_jax.convert.to_torch import export
 from echovlm_jax.errors import InputError
 from echovlm_jax.load import load_model
 from echovlm_jax.model import EchoVLM
+from echovlm_jax.storage import digests
+from echovlm_jax.storage.layout import run_files
+from echovlm_jax.storage.lock import Lock
+from echovlm_jax.storage.verify import verify
 from echovlm_jax.train import loop
 from echovlm_jax.train.config_file import check_config, load_config
 from echovlm_jax.train.loop import train
@@ -525,12 +531,6 @@ from echovlm_jax.train.config_file import load_config
 from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.loop import train
 from echovlm_jax.train.stages import merge
-from echovlm_jax.storage import digests
-from echovlm_jax.storage.layout import run_files
-from echovlm_jax.storage.lock import Lock
-from echovlm_jax.storage.verify import verify
-from echovlm_jax.convert.folder import open_model
-from echovlm_jax.convert.table import leaf_shapes
 from tests.distributed.train_steps import random_batch
 import json
 train(load_config(sys.argv[1], json.loads(sys.argv[3])), sys.argv[2])
@@ -578,3 +578,19 @@ def test_kills_at_any_moment_change_nothing(kills, model_folder, tmp_path):
     assert died == kills
     finish("killed")
     assert_same_run(tmp_path / "killed", tmp_path / "undisturbed", steps)
+
+
+def test_another_tokenizer_takes_the_place_of_the_models(model_folder, tmp_path):
+    """Nothing of the model's own is left to be read instead, and nothing else is replaced."""
+    other, kept = tmp_path / "other", tmp_path / "kept"
+    other.mkdir()
+    (other / "vocab.json").write_text(json.dumps({"a": 0}))
+    (other / "merges.txt").write_text("#version: 0.2\n")
+    (other / "preprocessor_config.json").write_text("{}")
+    start = loop.starting_point(str(model_folder))
+    start.keep(kept, config(model_folder, tokenizer=str(other)))
+    names = {path.name for path in kept.iterdir()}
+    assert {"vocab.json", "merges.txt", "config.json"} <= names and "tokenizer.json" not in names
+    assert (kept / "config.json").read_bytes() == (model_folder / "config.json").read_bytes()
+    for path in (other / "vocab.json", other / "merges.txt"):
+        assert (kept / path.name).read_bytes() == path.read_bytes()

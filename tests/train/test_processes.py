@@ -12,7 +12,7 @@ import pytest
 
 from echovlm_jax import demo
 from echovlm_jax.config import preset
-from echovlm_jax.convert.store import Reader
+from echovlm_jax.convert.reader import Reader
 from echovlm_jax.storage import digests
 
 ROOT = Path(__file__).parents[2]
