@@ -64,7 +64,8 @@ _ARTICLE = re.compile(
 # Letters that are spoken of together: "A, B and C", "A、B", "A B".
 _LIST = re.compile(
     r"(?<![A-Za-z0-9])[A-Z](?:\s*,\s*[A-Z](?![A-Za-z0-9]))*"
-    r"(?:(?:\s*[、/&]\s*|[ \t]+(?=[B-H]\b)|\s*,?\s*(?:\b(?:and|or|nor)\b|[和或及与跟])\s*)[A-Z](?![A-Za-z0-9]))+"
+    r"(?:(?:\s*[、/&]\s*|[ \t]+(?=[B-H]\b)"
+    r"|\s*,?\s*(?:\b(?:and|or|nor)\b|[和或及与跟])\s*)[A-Z](?![A-Za-z0-9]))+"
 )
 _BOTH = re.compile(r"良[、/ ]?恶性")  # names two labels at once, and decides for none
 
