@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import ExtraMissing, locate_beside, open_file, shown
+from echovlm_jax.processing.files import ExtraMissing, file_kind, locate_beside, open_file, shown
 from echovlm_jax.processing.levels import Say, check_loop, picks, silent, to_levels
 
 _MAX_HEADER_BYTES = 2**16  # of a MetaImage
