@@ -230,10 +230,18 @@ class Model:
     def _plain(self, text: Any) -> Any:
         """A text as it goes into a prompt: without control tokens, unless they are to act."""
         if isinstance(text, list | tuple):  # entries, as the processor takes them
-            return [
-                {**entry, "text": self._plain(entry["text"])} if "text" in entry else entry
+            entries = [
+                {**entry, "text": self._plain(entry["text"])}
+                if isinstance(entry, Mapping) and "text" in entry
+                else entry
                 for entry in text
             ]
+            # Two harmless texts may be a control token together.
+            said = [entry.get("text") for entry in entries if isinstance(entry, Mapping)]
+            joined = "".join(text for text in said if isinstance(text, str))
+            if self._plain(joined) != joined:
+                raise InputError(_CONTROL)
+            return entries
         if self._control_tokens or not isinstance(text, str):
             return text
         clean = neutral(text)
@@ -244,10 +252,7 @@ class Model:
             )
         found = self.processor.tokenizer.encode(clean)
         if not self._control_ids.isdisjoint(found):
-            raise InputError(
-                "the tokenizer makes a control token of the prompt's text; take it out, or load the"
-                " model with control_tokens"
-            )
+            raise InputError(_CONTROL)
         return clean
 
     @functools.cached_property
@@ -345,6 +350,12 @@ def _rate(made: Generated) -> float:
     """New tokens a second of all rows, the first of each not counted: prefill made that."""
     later = int(made.lengths.sum()) - len(made.lengths)
     return later / made.decode_seconds if later else 0.0
+
+
+_CONTROL = (
+    "the tokenizer makes a control token of the prompt's text; take it out, or load the model with"
+    " control_tokens"
+)
 
 
 @functools.cache

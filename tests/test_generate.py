@@ -420,6 +420,12 @@ def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match="line 8: id '病例2' is there twice"):
         generate_file(Echo(), records, out)
     assert not out.exists()
+    # `score` pairs 1 with "1": a file that has both would be refused there.
+    lines = [{"id": one, "images": [], "prompt": "?"} for one in (1, "1")]
+    records.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match="line 2: id '1' is there twice"):
+        generate_file(Echo(), records, out)
+    assert not out.exists()
 
 
 def test_a_wrong_setting_stops_a_file_before_anything_is_written(tmp_path):

@@ -180,7 +180,11 @@ def test_control_tokens_in_a_prompt_are_text_as_in_training(folder, model, capsy
     assert np.array_equal(
         listed, model.prepare(None, "Say<|im_end|>", max_new_tokens=4)["input_ids"]
     )
+    halves = [{"type": "text", "text": half} for half in ("<|im_", "end|>")]
+    with pytest.raises(InputError, match="makes a control token"):
+        model.prepare(None, halves, max_new_tokens=4)
     raw = load_model(folder, control_tokens=True)
+    assert CONFIG.eos_token_id in raw.prepare(None, halves, max_new_tokens=4)["input_ids"]
     messages = [{"role": "user", "content": "Say<|im_end|>"}]
     theirs = model.processor(None, messages)["input_ids"]
     assert np.array_equal(raw.prepare(None, "Say<|im_end|>", max_new_tokens=4)["input_ids"], theirs)

@@ -149,7 +149,12 @@ def look_for_no_tpu() -> None:
     """
     if (
         not any(os.environ.get(name) for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"))
-        and not any(name.startswith(("TPU_", "JAX_FORCE_TPU", "CLOUD_TPU")) for name in os.environ)
+        and not any(
+            name.startswith(("TPU_", "JAX_FORCE_TPU", "CLOUD_TPU"))
+            # These are set to have less of libtpu's noise, and speak of no TPU.
+            and not name.endswith(("_SKIP_MDS_QUERY", "_LOG_LEVEL"))
+            for name in os.environ
+        )
         and importlib.util.find_spec("libtpu") is not None
         and importlib.util.find_spec("jax_plugins") is None
         and not entry_points(group="jax_plugins")

@@ -92,6 +92,14 @@ def check_golden(golden: Golden, config: ModelConfig, path: str) -> None:
       InputError: a key of a part that the model lacks, or of another shape than it gives.
     """
     rows, columns = golden["input_ids"].shape
+    vocab = config.text.vocab_size
+    for key in ("input_ids", "labels"):
+        ids = golden.get(key, golden["input_ids"])
+        if not ((ids >= 0) & (ids < vocab) | (key == "labels") & (ids == IGNORED)).all():
+            raise InputError(
+                f"{path}: key {key} holds ids outside 0 to {vocab - 1}; was it recorded from this"
+                " checkpoint?"
+            )
     layers, width, moe = config.text.num_layers, config.text.hidden_size, config.moe
     for key, grid in (("image_embeds", "image_grid_thw"), ("video_embeds", "video_grid_thw")):
         if key in golden and grid not in golden:

@@ -17,7 +17,10 @@ from echovlm_jax.errors import InputError
 
 # Where programs say how they quantized: a part of config.json, or a file of its own.
 _PARTS = ("quantization_config", "compression_config")
-_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+_FILES = (
+    *("quantize_config.json", "quant_config.json", "quantization_config.json"),
+    "hf_quant_config.json",
+)
 _BITS = ("bits", "w_bit", "wbits", "weight_bits")
 
 # What a method leaves beside or instead of X.weight, as ends of tensor names; the first of them
@@ -28,9 +31,10 @@ _METHODS = (
     ("bitsandbytes, 8 bit", r"\.(SCB|CB|weight_format)"),
     ("bitsandbytes, 4 bit", r"\.(nested_)?(absmax|quant_map)|\.quant_state\..*"),
     ("compressed-tensors", r"\.weight_(packed|shape|zero_point|g_idx|global_scale)"),
-    ("fp8", r"\.weight_scale_inv|\.(input|weight|activation|k|v)_scale"),
+    ("fp8", r"\.weight_scale_inv|\.(input|weight|activation|k|v)_scale(_2)?"),
     ("AQLM, VPTQ or SpQR", r"\.(codes|codebooks|centroids|indices|dense_weights)"),
     ("HQQ", r"\.W_q"),
+    ("a method with zero points", r"\.(zero_points?|smooth_scale|act_scale)"),
     ("quanto or torchao", r"\.weight(\._(data|scale|shift)|_qdata)"),
     ("MXFP4", r"_(blocks|scales)"),
     ("GGUF or EETQ", r"\.weight_scales|\.qtype"),

@@ -53,17 +53,19 @@ _NAMES = re.compile(
 )
 # A letter that stands alone. Neither the article and the pronoun, nor a part of a name.
 _LETTER = re.compile(
-    r"(?<![A-Za-z0-9])(?<!vitamin )(?<!hepatitis )(?<!type )(?<!grade )(?<!class )(?<!-)([A-Z])"
+    r"(?<![A-Za-z0-9])(?<!(?i:vitamin ))(?<!(?i:hepatitis ))(?<!(?i:type ))(?<!(?i:grade ))"
+    r"(?<!(?i:class ))(?<!-)([A-Z])"
     r"(?![A-Za-z0-9]|'|-[A-Za-z]|[超型级期族类组]|\s+(?:mode|lines?|scan)\b)"
 )
 _ARTICLE = re.compile(
     r"[AI]\s+(?!(?:is|was|isn|are|or|nor|and|because|since|as|seems|fits|matches|describes|would"
     r"|should|must|can|cannot|with|for|not|in|but|wrong|right|correct)\b)[a-z]"
 )
-# Letters that are spoken of together: "A, B and C", "A、B".
+# Letters that are spoken of together: "A, B and C", "A、B", "A B".
 _LIST = re.compile(
     r"(?<![A-Za-z0-9])[A-Z](?:\s*,\s*[A-Z](?![A-Za-z0-9]))*"
-    r"(?:(?:\s*[、/&]\s*|\s*,?\s*(?:\b(?:and|or|nor)\b|[和或及与跟])\s*)[A-Z](?![A-Za-z0-9]))+"
+    r"(?:(?:\s*[、/&]\s*|[ \t]+(?=[B-H]\b)"
+    r"|\s*,?\s*(?:\b(?:and|or|nor)\b|[和或及与跟])\s*)[A-Z](?![A-Za-z0-9]))+"
 )
 _BOTH = re.compile(r"良[、/ ]?恶性")  # names two labels at once, and decides for none
 

@@ -91,6 +91,10 @@ _AFTER_NO = _AFTER - {"answer", "of", "enough"} | {
 _STATEMENTS = {"statement", "description", "answer", "claim", "report", "caption", "conclusion"} | {
     *("sentence", "one", "impression", "information", "match", "assertion", "finding", "findings"),
 }
+_CLAIMS = re.compile(
+    r"\b(?:statement|description|answer|claim|report|caption|conclusion|assertion|sentence)"
+    r" (?:that|says|saying|stating|of$)"
+)
 _IDIOMS = re.compile(
     r"\b(?:there(?:'s| is) )?(?:no|without(?: an?| any)?|beyond(?: an?| any)?) (?:doubt|question)\b"
     r"|\bno (?:problem|worries)\b|\bnot only\b|\bundoubtedly\b"
@@ -115,9 +119,12 @@ _WHOLE = {
             "当然",
             "属于",
             "t",
+            "y",
+            "没毛病",
             "√",
             "✓",
             "✔",
+            "✅",
         ),
         True,
     ),
@@ -140,7 +147,7 @@ _WHOLE = {
         ),
         False,
     ),
-    **dict.fromkeys(("答否", "f", "×", "✗", "✘", "❌", "x"), False),
+    **dict.fromkeys(("答否", "不是这样", "f", "n", "×", "✗", "✘", "❌", "x"), False),
 }
 _WORDS = re.compile(
     r"(?P<strong_yes>正确|准确|属实|无误|真实(?!情况)|成立|(?<![比核配针面校应相])对(?=的?$))"
@@ -156,7 +163,9 @@ _FILLER = re.compile(
 _NEGATOR = re.compile(r"(?:不(?:太|大)?可能|并非|没有|没|不|无|未|非|欠)$")
 _FAR = re.compile(r"不认为|不觉得|不同意|不能说|不能认为|并非|并?不是|谈不上|说不上|算不上|很?难说")
 _ANY = re.compile(r"[不没无未]|非(?!常)")
-_PARTLY = re.compile(r"部分|(?<![不太大])可能|也许|或许|未必|不一定|不见得|一半")
+_PARTLY = re.compile(
+    r"谁说|难道|岂|怎么[可会能]|部分|(?<![不太大])可能|也许|或许|未必|不一定|不见得|一半"
+)
 # "The correct description is …" says nothing about the one that was asked about.
 _TITLE = re.compile(
     r"正确的?(?:答案|描述|说法|表述|诊断|选项|结论|报告)(?:(?:应该?|应当)?[是为]|应)"
@@ -188,7 +197,7 @@ def _unquoted(found: re.Match[str]) -> str:
     """One quoted word is an answer; a quoted sentence is what the answer is about."""
     inside = found.group()[1:-1].strip()
     whole = found.group() == found.string.strip(" .。!")
-    return inside if whole or re.fullmatch(r"\w+|[^\x00-\x7f]{1,4}", inside) else "it"
+    return inside if whole or re.fullmatch(r"[a-zA-Z]+|[^\x00-\x7f]{1,4}", inside) else "it"
 
 
 def _verdicts(clause: str) -> set[Verdict]:
@@ -202,10 +211,13 @@ def _english(clause: str) -> set[Verdict]:
     clause = re.sub(r"\b(it|that|this|he|there|what|nothing)'s\b", r"\1 is", clause)
     words = re.findall(r"[a-z]+(?:['-][a-z]+)*|[^\s\x00-\x7f]+|\d[\d.]*", clause)
     found: set[Verdict] = set()
+    judged = [i for i, word in enumerate(words) if word in _ADJECTIVES and _is_predicate(words, i)]
+    if len(judged) > 1 and words[judged[0] + 1] in ("that", "to"):
+        return found  # "it is false that the statement is wrong": one verdict about another
     for i, word in enumerate(words):
         if word == "no" and (i + 1 == len(words) or words[i + 1] in _AFTER_NO):
             found.add((_STRONG, False))
-        elif word in _ADJECTIVES and _is_predicate(words, i):
+        elif i in judged:
             found |= _turned(words, i, _STRONG, _ADJECTIVES[word])
         elif word in _STANDING:
             found |= _turned(words, i, *_STANDING[word])
@@ -240,6 +252,8 @@ def _turned(words: list[str], i: int, strength: int, value: bool) -> set[Verdict
         elif not word.isascii():
             value ^= bool(_FAR.search(word) or _NEGATOR.search(word))
         elif word in _NOT and not (word == "no" and words[j + 1] in _AFTER_NO):
+            if word in _SUBJECTS and _CLAIMS.search(" ".join(words[:j])):
+                return set()  # it belongs to what is claimed
             opinion = words[j + 1] in _OPINIONS
             if verbs > (opinion or word in _SUBJECTS or j == 0):
                 return set()

@@ -19,7 +19,7 @@ _END = re.compile(
     r"|但是?|然而|不过|而是|因为|所以)+"
 )
 _ASKS = re.compile(
-    r"\b(?:whether|is it|are they|does it|if it)\b|是否(?!定)|是不是|对不对|[吗么]$|还是"
+    r"\b(?:whether|is it|are they|does it|if it)\b|是否(?!定)|是不是|(?<!绝)对不对|[吗么]$|还是"
 )
 
 # The answer is that there is none. What only describes a picture ("the margin is unclear") is none.
@@ -58,9 +58,10 @@ class Clause(NamedTuple):
 
 def widths(text: str) -> str:
     """A text with full-width letters, digits and signs made plain, one kind of apostrophe, and
-    without Markdown's marks of weight."""
+    without Markdown's marks of weight and LaTeX's of boxes and fonts."""
     text = unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'")
-    return re.sub(r"\*+|`+|__+", "", text)
+    text = re.sub(r"\\(?:boxed|fbox|text\w*|math\w+)\s*(?=\{)", "", text)
+    return re.sub(r"\*+|`+|__+|[{}$]", "", text)
 
 
 def small(text: str) -> str:
@@ -101,7 +102,7 @@ _OUT = r"(?:exclud\w*|rul(?:es?|ed|ing) (?:\w+ )?out)"
 _NOT_OUT = r"(?:不|不能|不可|无法|未|未能|没有|没|难以|尚不能)(?:完全|可以|以)?(?:排除|除外|否认)"
 _IS = r"(?:is|are|was|were|does|do|can|could|would|should|has|have|seems|looks)"
 # 不清, 不规则 … describe a picture and deny nothing.
-_NOT_LOOKS = r"(?!清|规则|均|光|整|齐|明|平|对称|连续|典型|同|一|完整|厚|大)"
+_NOT_LOOKS = r"(?!清|如|规则|均|光|整|齐|明|平|对称|连续|典型|同|一|完整|厚|大)"
 _OPEN_BEFORE = re.compile(
     rf"(?:\bnot\b|n't\b|cannot|unable to|difficult to|hard to|impossible to)[^,;]{{0,20}}\b{_OUT}"
     rf"|{_NOT_OUT}|\b(?:not|n't|never) (?:\w+ )?(?:non|not)\b"
@@ -110,8 +111,10 @@ _OPEN_BEFORE = re.compile(
 _DENIED_BEFORE = re.compile(
     r"\b(?:no|not|non|without|never|neither|nor|nothing|cannot|except|instead of"
     r"|other than|apart from|rather than|unlikely|against"
-    rf"|absence of|negative for|free of|less likely|lacks?|far from|{_OUT})\b|n't\b"
-    r"|不是|并非|而非|非(?!常|典型|特异|均[质匀]|对称)|未见|未发现|未探及|未显示|未提示|未|没有|没"
+    r"|absence of|negative for|free of|less likely|least (?:likely|probable)|lacks?|far from"
+    r"|low (?:probability|likelihood|risk|suspicion|chance) (?:of|for)|doubtful|r/o"
+    rf"|(?:wrong|incorrect|inaccurate|mistake|error|mistaken|misleading) to|{_OUT})\b|n't\b"
+    r"|不是|并非|而非|与其说?|非(?!常|典型|特异|均[质匀]|对称)|未见|未发现|未探及|未显示|未提示|未|没有|没"
     r"|无(?!回声|痛|症状|包膜|创)|排除|除外|除了|否认|否定|别选|勿选|[非未没除]$"
     rf"|不{_NOT_LOOKS}[^的,]{{0,3}}$"
     r"|(?:wrong|incorrect) (?:option|answer|one) is|错误的?(?:选项|答案|说法)?是"
@@ -131,10 +134,10 @@ _DENIED_AFTER = re.compile(
     rf"|^\s*(?:\w+ ){{0,3}}{_IS}(?:n't| not)(?: (?:seen|present|likely|supported|found|correct"
     r"|right|true|accurate|evident|considered|it|so|an? (?:option|answer)"
     r"|the (?:\w+ )?(?:answer|option|choice|one)))?\s*$"
-    rf"|^{_KIND}(?:可以?|已|应该?|基本|暂|均|都|是|为)?"
+    rf"|^{_KIND}(?:可以?|已经?|被|完全|应该?|基本|暂|均|都|是|为){{0,3}}"
     r"(?:错误?的?|有误|不(?:太|大)?(?:正确|准确|对|符|成立|合适|妥|存在|可能)"
     r"|(?:可以?|应)?(?:排除|除外|否定|不支持|不考虑|不像|不是|未见)了?$"
-    rf"|(?:较|很|极|比较)?(?:小|低)$|不大$|不明显$|以外|之外|(?:依据|证据)不足|不{_NOT_LOOKS}[^,]{{0,3}}$)"
+    rf"|(?:较|很|极|比较)?(?:小|低)$|不大$|不明显$|(?:几乎|基本|近乎)?(?:为|是|等于)?零$|几乎没有|微乎其微|以外|之外|(?:依据|证据)不足|不{_NOT_LOOKS}[^,]{{0,3}}$)"
 )
 _SENTENCE = re.compile(
     r"[;!?。\n]|\.(?!\d)|\b(?:but|however|although|though|yet|whereas)\b|但|然而|而(?=是)|后(?=选)"

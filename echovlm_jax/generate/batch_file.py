@@ -95,11 +95,12 @@ def generate_file(
         written = _read_answers(out)
         counts = {"done": 0, "failed": 0}
         for row, record in enumerate(records):
-            if record["id"] in written:
-                line = written[record["id"]]
+            if line := written.get(str(record["id"])):
                 _check_asked(out, line, record, row, asked)
                 counts["failed" if "error" in line else "done"] += 1
-        todo = [(row, record) for row, record in enumerate(records) if record["id"] not in written]
+        todo = [
+            (row, record) for row, record in enumerate(records) if str(record["id"]) not in written
+        ]
         _answer(model, out, todo, asked, counts, batch_size, max_new_tokens, sampling)
     return counts
 
@@ -217,7 +218,7 @@ def _read_lines(path: Path) -> list[bytes]:
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a batch file, each with an id; what else they hold is looked at later."""
-    records: dict[str | int, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}  # 1 and "1" are one id, as `score` pairs them
     for number, line in enumerate(_read_lines(path), start=1):
         if not line.strip():
             continue
@@ -227,7 +228,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
             record = None
         if not isinstance(record, dict) or type(record.get("id")) not in (str, int):
             record = {"id": f"line {number}", "broken": True}
-        name = record["id"]
+        name = str(record["id"])
         if name in records:
             raise InputError(
                 f"{shown(path)}: line {number}: id {name!r} is there twice; rename one"
@@ -258,14 +259,14 @@ def _read_record(
     return paths, prompt, system
 
 
-def _read_answers(path: Path) -> dict[str | int, dict[str, Any]]:
+def _read_answers(path: Path) -> dict[str, dict[str, Any]]:
     """The lines of an output file by id; cuts off a half-written last one."""
     *lines, rest = _read_lines(path)
-    out: dict[str | int, dict[str, Any]] = {}
+    out: dict[str, dict[str, Any]] = {}
     try:
         for line in lines:
             record = json.loads(line)
-            out[record["id"]] = record | {}
+            out[str(record["id"])] = record | {}
         begun = b'{"id": '
         if not (rest.startswith(begun) or begun.startswith(rest)):
             raise ValueError

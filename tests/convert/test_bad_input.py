@@ -349,6 +349,13 @@ def test_a_quantized_checkpoint_by_its_config(tmp_path: Path, told: dict, says: 
         inspect(source)
 
 
+@pytest.mark.parametrize("name", ["quantize_config.json", "hf_quant_config.json"])
+def test_a_quantized_checkpoint_by_a_file_beside_it(tmp_path: Path, name: str) -> None:
+    source = write(tmp_path / "source", tensors())
+    (source / name).write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    refused(source, f"{name}: says that the weights are quantized")
+
+
 @pytest.mark.parametrize(
     ("names", "says"),
     [
@@ -359,6 +366,8 @@ def test_a_quantized_checkpoint_by_its_config(tmp_path: Path, told: dict, says: 
         ({".weight": "uint8", ".weight.quant_state.bitsandbytes__nf4": "uint8"}, "bitsandbytes"),
         ({".weight_packed": "int32", ".weight_scale": "float16"}, "compressed-tensors"),
         ({".weight": "float16", ".weight_scale_inv": "float32"}, "fp8"),
+        ({".weight": "float16", ".weight_scale_2": "float32"}, "fp8"),
+        ({".weight": "float16", ".zero_point": "float32"}, "a method with zero points"),
         ({".weight": "int8"}, "int8"),
     ],
 )

@@ -202,6 +202,8 @@ INPUT_KEYS += ("pixel_values_videos", "video_grid_thw")
         ({"generated_ids": np.zeros((1, 4), np.int64)}, "generated_ids has shape"),
         ({"labels": None}, "labels is missing"),
         ({"labels": -100}, "labels count no token"),
+        ({"labels": 10**6}, "labels holds ids outside"),
+        ({"input_ids": -1}, "input_ids holds ids outside"),
         ({"loss": np.zeros(2)}, "loss. has shape|loss has shape"),
         ({"video_grid_thw": None, "pixel_values_videos": None}, "no input video_grid_thw"),
     ],

@@ -85,11 +85,13 @@ def run(base):
         }
         trainable = jax.tree.map(lambda x: np.asarray(x, np.float32), trainable)
         (folder / "model").mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"model": str(base), "lora": LORA}))
+        settings = {"model": str(base), "lora": LORA}
+        (folder / "config.json").write_text(json.dumps(settings))
         described = (base / "config.json").read_text()
         (folder / "model" / "config.json").write_text(described)
         saved = open_checkpoints(folder / "checkpoints", keep=1)
-        saved.save(1, TrainState(np.int32(1), trainable, frozen, {"count": np.int32(1)}), {})
+        state = TrainState(np.int32(1), trainable, frozen, {"count": np.int32(1)})
+        saved.save(1, state, {"config": settings})
         saved.wait()
         saved.close()
         return folder
