@@ -159,7 +159,7 @@ def _options(args: argparse.Namespace, **shares: float) -> Any:
 
     return Options(
         num_frames=args.num_frames,
-        crop=args.crop,
+        crop=args.crop or False,
         organs=args.organs,
         group_pattern=args.group_pattern,
         allow_links=args.allow_links,

@@ -75,7 +75,6 @@ def add_crop(command: argparse.ArgumentParser, require: str) -> None:
         "--crop",
         action="store_const",
         const=True,
-        default=False,
         help="cut DICOM frames to their ultrasound regions; what can't be cut is counted",
     )
     command.add_argument(
@@ -83,7 +82,6 @@ def add_crop(command: argparse.ArgumentParser, require: str) -> None:
         dest="crop",
         action="store_const",
         const="require",
-        default=False,
         help=f"the same, and {require}",
     )
 

@@ -10,7 +10,6 @@ from typing import Any
 from echovlm_jax.cli.frame import MODEL, Result, add_allow_links, add_command, add_crop
 from echovlm_jax.cli.printing import lines, show
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import shown
 
 LOADING = ("dtype", "num_frames", "crop", "max_pixels", "control_tokens")
 SAMPLING = {
@@ -37,9 +36,11 @@ def add_generate(commands: Any) -> None:
             from echovlm_jax.load import load_model
 
             model = load_model(args.model, **loading)
-            links = {"allow_links": args.allow_links}
+            links = {"allow_links": args.allow_links} if args.allow_links else {}
             counts = generate_file(model, args.batch, args.out, **links, **sampling)
             if counts["failed"] and not counts["done"]:
+                from echovlm_jax.processing.files import shown
+
                 print(
                     f"echovlm: no record was answered; {shown(args.out)} says why, a line each",
                     file=sys.stderr,

@@ -133,10 +133,8 @@ def test_wrong_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
 
 
 def test_dtype_that_no_weight_has(tmp_path: Path) -> None:
-    for kind in (np.int8, np.float64):
-        value = np.zeros((64, 32), kind)
-        source = changed(tmp_path / np.dtype(kind).name, **{HEAD: value})
-        refused(source, rf"{HEAD} has the dtype {np.dtype(kind).name}; weights must be")
+    source = changed(tmp_path / "float64", **{HEAD: np.zeros((64, 32), np.float64)})
+    refused(source, rf"{HEAD} has the dtype float64; weights must be")
 
 
 def test_dtype_option(tmp_path: Path) -> None:
