@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from echovlm_jax.convert.store import array_key, kvstore, piece_shape, reason
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage import digests
 from echovlm_jax.storage.layout import TREE
@@ -29,6 +28,7 @@ from echovlm_jax.storage.layout import TREE
 AGAIN = "convert again"
 _CACHE_BYTES = 256 * 2**20
 _THREADS = min(8, os.cpu_count() or 1)
+_REASON_CHARS = 200  # of an error's line
 
 
 class Reader:
@@ -189,3 +189,44 @@ def _within(part: tuple[slice, ...], whole: tuple[slice, ...]) -> tuple[slice, .
 
 def _common(a: slice, b: slice) -> slice:
     return slice(max(a.start, b.start), min(a.stop, b.stop))
+
+
+def piece_shape(piece: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(s.stop - s.start for s in piece)
+
+
+def kvstore(folder: Path, *, create: bool) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{folder.resolve()}/"}
+    spec: dict[str, Any] = {"driver": "ocdbt", "base": base}
+    if create:
+        # The data files have random names and are found through the manifest only, so that they
+        # need no rename; the manifest does. The rest is what Orbax asks for.
+        spec |= {
+            "base": {**base, "file_io_locking": {"mode": "non_atomic"}},
+            "manifest": base,
+            "target_data_file_size": 2**31,
+            "assume_config": True,
+            "config": {
+                "max_inline_value_bytes": 1024,
+                "max_decoded_node_bytes": 100_000_000,
+                "manifest_kind": "single",
+            },
+        }
+    return spec
+
+
+def array_key(path: str) -> str:
+    return path.replace("/", ".")
+
+
+def reason(error: Exception) -> str:
+    """An error of TensorStore's on one line, cut between its clauses where it is long."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    # What was asked for follows in brackets, as JSON.
+    clauses = line.split(" [tensorstore_spec=")[0].split(": ")
+    text = clauses[0]
+    for clause in clauses[1:]:
+        if len(text) + len(clause) > _REASON_CHARS:
+            break
+        text += f": {clause}"
+    return text

@@ -20,6 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
+# What both sides need is the reader's; it is at hand here too.
+from echovlm_jax.convert.reader import Reader as Reader
+from echovlm_jax.convert.reader import array_key, kvstore, reason
+from echovlm_jax.convert.reader import piece_shape as piece_shape
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage.layout import TREE
 
@@ -29,7 +33,6 @@ CHUNK_BYTES = 16 * 2**20
 # Orbax's layout of one process's data, which its readers reach through the merged database.
 _PROCESS = "ocdbt.process_0"
 DATA_FILES = f"{_PROCESS}/d/*"  # what the values are in
-_REASON_CHARS = 200
 
 
 def chunk_shape(part: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -58,30 +61,6 @@ def pieces(part: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
             slice(i * step, min((i + 1) * step, size))
             for i, step, size in zip(place, chunk, part, strict=True)
         )
-
-
-def piece_shape(piece: tuple[slice, ...]) -> tuple[int, ...]:
-    return tuple(s.stop - s.start for s in piece)
-
-
-def kvstore(folder: Path, *, create: bool) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{folder.resolve()}/"}
-    spec: dict[str, Any] = {"driver": "ocdbt", "base": base}
-    if create:
-        # The data files have random names and are found through the manifest only, so that they
-        # need no rename; the manifest does. The rest is what Orbax asks for.
-        spec |= {
-            "base": {**base, "file_io_locking": {"mode": "non_atomic"}},
-            "manifest": base,
-            "target_data_file_size": 2**31,
-            "assume_config": True,
-            "config": {
-                "max_inline_value_bytes": 1024,
-                "max_decoded_node_bytes": 100_000_000,
-                "manifest_kind": "single",
-            },
-        }
-    return spec
 
 
 class LostChunksError(InputError):
@@ -218,10 +197,6 @@ def _data_files(database: Path) -> set[Path]:
     return files
 
 
-def array_key(path: str) -> str:
-    return path.replace("/", ".")
-
-
 def _zarr_dtype(dtype: np.dtype) -> str:
     return "bfloat16" if dtype == jnp.bfloat16 else np.dtype(dtype).str
 
@@ -273,16 +248,3 @@ def _orbax_files(arrays: Mapping[str, Any], chunks: Any) -> dict[str, Any]:
             ]
         },
     }
-
-
-def reason(error: Exception) -> str:
-    """An error of TensorStore's on one line, cut between its clauses where it is long."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    # What was asked for follows in brackets, as JSON.
-    clauses = line.split(" [tensorstore_spec=")[0].split(": ")
-    text = clauses[0]
-    for clause in clauses[1:]:
-        if len(text) + len(clause) > _REASON_CHARS:
-            break
-        text += f": {clause}"
-    return text

@@ -21,7 +21,7 @@ def test_padding_is_no_useful_work(tmp_path, monkeypatch):
     tiny = preset("tiny")
     program = SimpleNamespace(model=tiny, how=None, schedule=lambda step: 0.1)
     monkeypatch.setattr(log_module, "_peak_flops", lambda program: 1e15)
-    step = {"loss": 1.0, "grad_norm": 1.0, "skipped": 0.0}
+    step = {"loss": 1.0, "grad_norm": 1.0, "skipped": 0.0, "updates": 0.0}
     with Log(tmp_path, config, program, 0) as log:
         log.add(0, {**step, "tokens": 4 * 128 * 0.25, "patches": 4 * 256 * 0.5})
         log.add(1, {**step, "tokens": 4 * 128 * 0.75, "patches": 0.0})
