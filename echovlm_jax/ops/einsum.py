@@ -194,12 +194,12 @@ def add_bias(y: Array, bias: Array, layout: Layout = Layout()) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _biased(y: Array, bias: Array, sums: Any) -> jax.Array:
-    return y + bias.astype(y.dtype)
+    return jnp.asarray(y) + bias.astype(y.dtype)
 
 
 def _biased_bwd(sums: Any, bias: Array, gradient: Array) -> tuple[jax.Array, jax.Array]:
     over = tuple(range(gradient.ndim - bias.ndim))
-    return gradient, jnp.sum(gradient, axis=over, dtype=sums).astype(bias.dtype)
+    return jnp.asarray(gradient), jnp.sum(gradient, axis=over, dtype=sums).astype(bias.dtype)
 
 
 _biased.defvjp(lambda y, bias, sums: (_biased(y, bias, sums), bias), _biased_bwd)
