@@ -318,6 +318,51 @@ def test_rule_tells_good_from_bad(rule: Rule, module: str, source: str, breaks: 
     assert bool(rule(module, source)) == breaks
 
 
+def _circles(sources: dict[str, str]) -> list[str]:
+    """The modules that import each other in a circle, imports inside functions included.
+
+    A module is dropped once nothing that is left imports it, or it imports nothing that is left;
+    what stays is tied.
+    """
+
+    def target(name: str) -> str:
+        while name and name not in sources:
+            name = name.rpartition(".")[0]
+        return name
+
+    imports = {
+        module: {target(name) for name, _ in _imports(module, source)} - {module, ""}
+        for module, source in sources.items()
+    }
+    while True:
+        imported = set().union(*imports.values()) if imports else set()
+        free = {module for module, names in imports.items() if not names or module not in imported}
+        if not free:
+            return sorted(imports)
+        imports = {module: names - free for module, names in imports.items() if module not in free}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    sources = {}
+    for file in (ROOT / PACKAGE).rglob("*.py"):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        sources[module.removesuffix(".__init__")] = file.read_text(encoding="utf-8")
+    assert len(sources) > 100 and not _circles(sources)
+
+
+def test_the_check_for_circles_can_fail() -> None:
+    straight = {
+        "echovlm_jax.a": "from echovlm_jax import b",
+        "echovlm_jax.b": "from echovlm_jax.c import x",
+        "echovlm_jax.c": "",
+    }
+    assert not _circles(straight)
+    planted = straight | {"echovlm_jax.c": "def f():\n    from echovlm_jax.a import y"}
+    assert _circles(planted) == ["echovlm_jax.a", "echovlm_jax.b", "echovlm_jax.c"]
+    inside = straight | {"echovlm_jax.c": "def f():\n    import echovlm_jax.b as z"}
+    assert _circles(inside) == ["echovlm_jax.b", "echovlm_jax.c"]
+
+
 def _misplaced(entries: set[str]) -> list[str]:
     missing = [f"{name} is missing" for name in sorted(TOP_LEVEL - entries)]
     extra = [f"{name} does not belong" for name in sorted(entries - TOP_LEVEL - TOP_LEVEL_LATER)]

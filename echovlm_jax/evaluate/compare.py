@@ -9,7 +9,7 @@ from typing import Any
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.bootstrap import Statistic, paired
-from echovlm_jax.evaluate.harness import METRICS, PREDICTIONS, SETTINGS, with_bertscore
+from echovlm_jax.evaluate.folder import METRICS, PREDICTIONS, SETTINGS, with_bertscore
 from echovlm_jax.evaluate.metrics import signature
 from echovlm_jax.evaluate.summary import METRICS as NAMES
 from echovlm_jax.evaluate.summary import Line, statistics

@@ -19,8 +19,15 @@ import numpy as np
 from echovlm_jax.data.dataset import Dataset, open_dataset
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.answers import read_answer
+from echovlm_jax.evaluate.folder import (
+    BERTSCORE,
+    METRICS,
+    PREDICTIONS,
+    SETTINGS,
+    with_bertscore,
+)
 from echovlm_jax.evaluate.samples import NO_LIMIT, Limits, Sample, inputs_of, make_samples
-from echovlm_jax.evaluate.summary import KINDS, NO_BERTSCORE, Line, summarise, undecided
+from echovlm_jax.evaluate.summary import KINDS, NO_BERTSCORE, summarise, undecided
 from echovlm_jax.load import load_model
 from echovlm_jax.processing.files import read_json_if_there, shown
 from echovlm_jax.progress import progress as progress_bar
@@ -28,8 +35,6 @@ from echovlm_jax.storage.files import write_json
 from echovlm_jax.storage.layout import run_step, training_settings
 from echovlm_jax.storage.lock import Lock
 
-SETTINGS, PREDICTIONS = "settings.json", "predictions.jsonl"
-METRICS, BERTSCORE = "metrics.json", "bertscore.json"
 # A label, a letter or a word: what comes after so many tokens is no part of the answer.
 SHORT = 64
 _MEDIA_BYTES = 2**28  # of decoded images kept for an exam's other questions
@@ -184,12 +189,6 @@ def _finish(
 
         write_report(out, title="Evaluation")
     return result | {"out": str(out)}
-
-
-def with_bertscore(lines: Sequence[Line], out: Path) -> list[dict[str, Any]]:
-    """The lines, those of reports with the "bertscore" that the folder has for them."""
-    known = read_json_if_there(out / BERTSCORE) or {}
-    return [{**line, "bertscore": known.get(line["id"])} for line in lines]
 
 
 def _answer(

@@ -17,6 +17,7 @@ from echovlm_jax.data.dataset import Dataset, open_dataset
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.cases import Case, Chosen, choose, marked, thumbnails
 from echovlm_jax.evaluate.figures import heatmaps, training
+from echovlm_jax.evaluate.folder import METRICS, PREDICTIONS, REPORT
 from echovlm_jax.evaluate.results import (
     NAMES,
     Metrics,
@@ -30,7 +31,6 @@ from echovlm_jax.evaluate.runs import json_lines, read_run
 from echovlm_jax.processing.files import read_json, shown
 from echovlm_jax.storage.files import write_text
 
-REPORT, METRICS, PREDICTIONS = "report.html", "metrics.json", "predictions.jsonl"
 PAGE = Path(__file__).parent / "page"
 
 IMAGE_NOTES = {

@@ -194,7 +194,7 @@ def add_bias(y: Array, bias: Array, layout: Layout = Layout()) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _biased(y: Array, bias: Array, sums: Any) -> jax.Array:
-    return jnp.asarray(y + bias.astype(y.dtype))
+    return jnp.asarray(y) + bias.astype(y.dtype)
 
 
 def _biased_bwd(sums: Any, bias: Array, gradient: Array) -> tuple[jax.Array, jax.Array]:

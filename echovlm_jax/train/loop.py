@@ -52,7 +52,7 @@ EVALUATING = ".evaluating"  # the step whose evaluation is being made up for
 PROFILE, PLANS = "profile", "plans"
 VALIDATION = "validation"
 # What a run's model/ is made from. A run that has begun keeps that, unless one of these is changed.
-_MADE_FROM = ("model", "tokenizer", "max_image_patches", "max_patches")
+_MADE_FROM = ("model", "tokenizer", "max_image_patches", "max_patches", "data", "split")
 
 
 def train(

@@ -111,11 +111,12 @@ def balancing_part(
     counted: Bool[Array, "B T"],
     chosen: Float[Array, "E"],
     tokens: Float[Array, ""],
-) -> Float[Array, ""]:
+) -> jax.Array:
     """A part's share of a whole batch's `load_balancing_loss`: over all parts they add up to it.
 
-    E · Σ_e f_e · P_e with f_e = chosen_e / (L · tokens), of the whole batch, and P_e the sum of the
-    part's probabilities over the same. f has no gradient, so that of the sum is the batch's too.
+    E · Σ_e f_e · P_e, [] float32, with f_e = chosen_e / (L · tokens), of the whole batch, and P_e
+    the sum of the part's probabilities over the same. f has no gradient, so that of the sum is the
+    batch's too.
 
     Args:
       router_logits, counted: of the part, as of `load_balancing_loss`.
