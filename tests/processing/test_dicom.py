@@ -240,6 +240,11 @@ def test_regions_that_reach_out_are_cut_or_said(colour, tmp_path):
     loop = read_loop(path, crop="require")
     np.testing.assert_array_equal(loop.frames, colour[:, 4:])
     assert loop.cropped and not loop.burned_in
+    for unknown in (9, None):  # of no known format, it may be what was to be shown
+        two = [region(1, 2, 3, 5, 6), region(9, 4, 5, 7, 9)]
+        two[1].RegionSpatialFormat = unknown
+        save(new_dicom(colour, "RGB", SequenceOfUltrasoundRegions=two), tmp_path / "c.dcm")
+        assert not read_loop(tmp_path / "c.dcm", crop=True).cropped
     two = [region(1, 2, 3, 5, 6), region(1, 4, 5, 500, 9)]
     dataset = new_dicom(colour, "RGB", SequenceOfUltrasoundRegions=two, BurnedInAnnotation="YES")
     path = save(dataset, tmp_path / "b.dcm")
