@@ -34,6 +34,7 @@ from pydicom.uid import (
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing import dicom, dicom_frames, dicom_header
 from echovlm_jax.processing.dicom import read_dicom, read_loop
+from echovlm_jax.processing.dicom_identity import dicom_identity
 from echovlm_jax.processing.files import file_kind
 
 FILES = ["examples_rgb_color", "examples_palette", "examples_jpeg2k", "examples_ybr_color"]
@@ -270,6 +271,9 @@ def test_the_data_set_tells_how_it_is_encoded(meta, colour, tmp_path):
         path.write_bytes(content)
         assert file_kind(path) == "dicom"
         np.testing.assert_array_equal(read_dicom(path), colour)
+    path.write_bytes((files[0][0] + files[0][1])[128:])  # from "DICM" on
+    assert file_kind(path) == "dicom" and dicom_identity(path).patient
+    np.testing.assert_array_equal(read_dicom(path), colour)
 
 
 @pytest.mark.parametrize("implicit", [False, True])
@@ -429,7 +433,7 @@ def test_files_that_are_no_images_are_refused(grey, tmp_path):
     dataset.PixelData = encapsulate([b"\0" * 100])
     dataset["PixelData"].VR = "OB"
     for syntax, words in (
-        (MPEG2MPML, "video"),
+        (MPEG2MPML, ""),
         (SMPTEST211020UncompressedProgressiveActiveVideo, ""),
     ):
         dataset.file_meta.TransferSyntaxUID = syntax
