@@ -22,12 +22,13 @@ KINDS = {
     "study_id": "study",
     "dicom_study": "study",
     "exam_id": "exam",
+    "entry": "entry",
     "file": "file",
     "pixels": "pixels",
 }
 NUMBERS = {kind: n for n, kind in enumerate(KINDS)}
 _PATIENT = [n for kind, n in NUMBERS.items() if KINDS[kind] == "patient"]
-_PICTURE = [NUMBERS["file"], NUMBERS["pixels"]]
+_SHARED = [NUMBERS["entry"], NUMBERS["file"], NUMBERS["pixels"]]  # these name nobody
 TIE = np.dtype([("row", "<u4"), ("kind", "u1"), ("key", "<u8")])
 SPLITS = ("train", "validation", "test")
 _SALT = 0x5EED  # so that a split does not lean on other uses of the same hashes
@@ -65,14 +66,14 @@ def group(own: np.ndarray, ties: np.ndarray, *, validation: float, test: float) 
       validation, test: about this share of the groups goes to each.
 
     Returns:
-      the grouping; counts: groups {kind: how many patients, studies … it names, and of `file` and
-      `pixels` how many are in more than one record}; ungrouped, records that no kind but those two
-      names; unnamed, records of which no patient is named; largest_group, its records.
+      the grouping; counts: groups {kind: how many patients, studies … it names, and of `entry`,
+      `file` and `pixels` how many more than one record has}; ungrouped, records that no kind but
+      those three names; unnamed, records of which no patient is named; largest_group, its records.
     """
     found = _join(len(own), ties)
     _, place, sizes = np.unique(found, return_inverse=True, return_counts=True)
     together = np.where(sizes[place] > 1, found, -1)
-    named = ties[~np.isin(ties["kind"], _PICTURE)]
+    named = ties[~np.isin(ties["kind"], _SHARED)]
     of_patients = ties[np.isin(ties["kind"], _PATIENT)]
     counts = {
         "groups": _counts(ties),
@@ -112,7 +113,7 @@ def _counts(ties: np.ndarray) -> dict[str, int]:
         first = np.ones(len(some), bool)  # of a record that has a key several times
         first[1:] = (keys[1:] != keys[:-1]) | (rows[1:] != rows[:-1])
         _, records = np.unique(keys[first], return_counts=True)
-        found = int((records > 1).sum()) if number in _PICTURE else len(records)
+        found = int((records > 1).sum()) if number in _SHARED else len(records)
         if found:
             out[kind] = found
     return out

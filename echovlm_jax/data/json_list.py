@@ -18,6 +18,7 @@ from echovlm_jax.processing.files import open_file, shown
 MAX_ENTRY = 2**24  # characters of one entry; a long conversation takes a few thousand
 _READ = 2**20
 WRAPPERS = ("data", "records", "items", "samples", "examples", "exams", "dataset")
+_RECORD_KEYS = {"conversations", "messages", "images"}
 _SPACE = re.compile(r"[ \t\r\n]*")
 DUPLICATE = "\0twice"  # a key, put into an object that has some key twice
 
@@ -97,7 +98,8 @@ class _Text:
         while True:
             try:
                 value, _ = _decoder.raw_decode(self._text, self._at)
-                return not any(isinstance(value.get(key), list) for key in WRAPPERS)
+                wrapped = any(isinstance(value.get(key), list) for key in WRAPPERS)
+                return not wrapped and not any(map(_holds_records, value.values()))
             except RecursionError:
                 return False
             except json.JSONDecodeError:
@@ -185,6 +187,12 @@ class _Text:
 
     def _broken(self, what: str) -> InputError:
         return InputError(f"{shown(self._path)}: line {self._line}: {what}; mend the file")
+
+
+def _holds_records(value: Any) -> bool:
+    """Whether a value of an object is a list of records, so that the object itself is none."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and not _RECORD_KEYS.isdisjoint(first)
 
 
 def _unfinished(data: bytes) -> int:

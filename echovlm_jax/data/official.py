@@ -136,7 +136,8 @@ def pattern_groups(raw: Any, pattern: re.Pattern[str]) -> list[str]:
 
 
 def _first_group(pattern: re.Pattern[str], text: str) -> str:
-    match = pattern.search(text)
+    """Of `text` as a path that "/" separates, as of one file's two names; else of it as written."""
+    match = pattern.search(text.replace("\\", "/").removeprefix("./")) or pattern.search(text)
     return (match[1] or "").strip() if match else ""
 
 

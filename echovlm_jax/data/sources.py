@@ -82,7 +82,8 @@ def read_sources(
             digests.append(digest_of(path))
             for number, entry in enumerate(read_entries(path)):
                 ignored.update(set(unknown_keys(entry.value)))
-                for part, (ending, value) in enumerate(conversations_of(entry.value)):
+                several = conversations_of(entry.value)
+                for part, (ending, value) in enumerate(several):
                     row = len(keys)
                     place = (n, number, part, entry.offset, entry.size)
                     for column, cell in zip(columns.values(), place, strict=True):
@@ -90,6 +91,8 @@ def read_sources(
                     id = record_id(value, number) + ending
                     keys.append(text_key(f"{stem}/{id}"))
                     found = group_ids(value)
+                    if len(several) > 1:  # the same in other words, it may be
+                        found.append(("entry", f"{n}/{number}"))
                     if pattern is not None:
                         matched = pattern_groups(value, pattern)
                         found += [("pattern", group) for group in matched]

@@ -29,9 +29,9 @@ MAX_FRAME_PIXELS = 2**24  # 4096 x 4096, several times any ultrasound frame
 MAX_SAMPLED_PIXELS = 2**26  # all sampled frames of one loop together: 200 MB as RGB
 MAX_FRAMES = 2**17  # more than half an hour at 60 frames a second
 
-# Region Spatial Format (PS3.3 C.8.5.5.1.1): 2-D, M-mode and spectral Doppler are images;
-# 4 waveform and 5 graphics are not.
-_SPATIAL_FORMATS = {1, 2, 3}
+# Region Spatial Format (PS3.3 C.8.5.5.1.1): 2-D, M-mode and spectral Doppler are images; none,
+# waveform and graphics are not.
+_SPATIAL_FORMATS, _OTHER_FORMATS = {1, 2, 3}, {0, 4, 5}
 # A region may end this far outside the frame: so many pixels, or this share of the side.
 _OUTSIDE_PIXELS, _OUTSIDE_SHARE = 4, 0.01
 
@@ -168,7 +168,7 @@ def _region(dataset: Any, header: PixelHeader) -> tuple[tuple[int, int, int, int
     """
     boxes, unused = [], 0
     for item in dataset.get("SequenceOfUltrasoundRegions") or []:
-        if item.get("RegionSpatialFormat") not in _SPATIAL_FORMATS:
+        if (format := whole(item, "RegionSpatialFormat", -1)) in _OTHER_FORMATS:
             continue
         left, top, right, bottom = (
             whole(item, f"RegionLocation{edge}", -1)
@@ -180,7 +180,7 @@ def _region(dataset: Any, header: PixelHeader) -> tuple[tuple[int, int, int, int
             and end <= side + max(_OUTSIDE_PIXELS, _OUTSIDE_SHARE * side)
             for start, end, side in ((left, right, header.columns), (top, bottom, header.rows))
         )
-        if all(fits):
+        if format in _SPATIAL_FORMATS and all(fits):
             boxes.append((top, min(bottom + 1, header.rows), left, min(right + 1, header.columns)))
         else:
             unused += 1

@@ -18,7 +18,7 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.filereader import read_dataset, read_partial
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import is_dicom
+from echovlm_jax.processing.files import is_dicom, with_preamble
 
 MAX_HEADER_BYTES = 4 * 2**20  # read (not skipped) before the pixels; palettes need 400 kB at most
 MAX_HEADER_READS = 2**16  # each element or item read costs pydicom a kilobyte, however short it is
@@ -93,7 +93,7 @@ def read_header(file: BinaryIO) -> Opened:
     """
     if not is_dicom(file.read(132)):
         raise InputError("is not a DICOM file, whatever its name says")
-    file.seek(0)
+    file = with_preamble(file)
     found = _PixelElement(file)
     try:
         dataset = read_partial(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pydicom.filereader import read_partial
 
-from echovlm_jax.processing.files import open_file
+from echovlm_jax.processing.files import open_file, with_preamble
 
 _PATIENT_ID, _STUDY = 0x00100020, 0x0020000D  # what follows is not parsed
 
@@ -32,7 +32,7 @@ def dicom_identity(path: Path) -> Identity:
         with warnings.catch_warnings(), open_file(path) as file:
             warnings.simplefilter("ignore")
             dataset = read_partial(
-                file,
+                with_preamble(file),
                 stop_when=lambda tag, vr, length: int(tag) > _STUDY,
                 specific_tags=[_PATIENT_ID, _STUDY],
                 force=True,

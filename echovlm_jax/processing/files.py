@@ -3,6 +3,7 @@ errors."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -242,7 +243,7 @@ def is_dicom(head: bytes) -> bool:
     Some devices leave out the preamble, or the file meta information as well: then the first
     element must be of group 2 or 8, and state a VR or a length that such an element can have.
     """
-    if head[128:132] == b"DICM":
+    if head[128:132] == b"DICM" or head.startswith(b"DICM\2\0"):
         return True
     little, big = head[:2] in (b"\2\0", b"\x08\0"), head[:2] == b"\0\x08"
     if (little or big) and head[4:6] in _FIRST_VRS:
@@ -250,6 +251,44 @@ def is_dicom(head: bytes) -> bool:
     length = int.from_bytes(head[4:8], "little")
     after = head[8 + length : 10 + length]
     return head[:2] == b"\x08\0" and length <= 64 and after in (b"\x08\0", b"\x10\0")
+
+
+def with_preamble(file: BinaryIO) -> BinaryIO:
+    """A DICOM file as its readers want it, where it begins with the "DICM" behind the preamble."""
+    file.seek(0)
+    lacks = file.read(4) == b"DICM"
+    file.seek(0)
+    return io.BufferedReader(_Preamble(file)) if lacks else file
+
+
+class _Preamble(io.RawIOBase):
+    """A file behind 128 zeros."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._at = file, 0
+        self.name = file.name  # which pydicom asks for
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence == 2:
+            self._at = self._file.seek(offset, 2) + 128
+        else:
+            self._at = offset + (self._at if whence else 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        zeros = max(0, 128 - self._at)
+        if not zeros:
+            self._file.seek(self._at - 128)
+        data = b"\0" * min(zeros, len(buffer)) if zeros else self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:

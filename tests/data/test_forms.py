@@ -238,6 +238,7 @@ def test_a_record_a_line_and_a_list_under_a_name(tmp_path, monkeypatch, text, co
         ('{"data": [{"id": 1}]}\n{"id": 2}', "something follows"),
         ('{"data": [{"id": 1}', "line 1: "),
         ('{"data": [1] "a": 2}', "',' or '}' is missing"),
+        ('{"train": [{"messages": []}], "test": []}', "has a list under 'train'"),
         ('"text"', "must hold a JSON list"),
     ],
 )

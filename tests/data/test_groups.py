@@ -99,6 +99,9 @@ def test_what_a_pattern_finds():
     assert pattern_groups({"id": "other", "image": []}, pattern) == []  # its group took no part
     for nothing in ("text", {}, {"id": None}, {"id": ["p1"]}, {"image": 7}, {"id": "q"}):
         assert pattern_groups(nothing, pattern) == []
+    for one_file in ("p4/a.png", r"p4\a.png", "./p4/a.png", r".\p4\a.png"):
+        assert pattern_groups({"image": one_file}, re.compile("^([^/]+)")) == ["p4"]
+    assert pattern_groups({"image": r"p4\a.png"}, re.compile(r"(p\d)\\")) == ["p4"]
     assert pattern_groups({"id": 31}, re.compile(r"(\d)\d")) == ["3"]
     assert group_ids({"patient_id": " p1 ", "study_id": " "}) == [("patient_id", "p1")]
 

@@ -58,6 +58,26 @@ def test_one_picture_under_two_names_is_in_one_split(tmp_path):
     assert pairs_are_together(tmp_path / "out", 12)
 
 
+def test_conversations_of_one_entry_are_in_one_split(tmp_path):
+    """Without a picture too, that would tie them: they may say the same in other words."""
+
+    def turns(text):
+        return [{"from": "human", "value": text}, {"from": "gpt", "value": text}]
+
+    entries = [
+        {"id": n, "conversations_zh": turns("甲"), "conversations_en": turns("A")}
+        for n in range(24)
+    ]
+    sources, images = write(tmp_path, [])
+    sources[0].write_text(json.dumps(entries))
+    report = build(sources, images, tmp_path / "out", SHARES)
+    assert report["groups"] == {"entry": 24} and report["ungrouped"] == 48
+    found = splits_of(tmp_path / "out")
+    assert len(set(found.values())) == 3
+    for n in range(24):
+        assert len({found[f"liver/{n}/conversations_{name}"] for name in ("zh", "en")}) == 1
+
+
 def test_splits_do_not_hang_on_the_order_of_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "SHARD_RECORDS", 7)
     records = [record(n, patient_id=n % 7) for n in range(20)]

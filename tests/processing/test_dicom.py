@@ -34,6 +34,7 @@ from pydicom.uid import (
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing import dicom, dicom_frames, dicom_header
 from echovlm_jax.processing.dicom import read_dicom, read_loop
+from echovlm_jax.processing.dicom_identity import dicom_identity
 from echovlm_jax.processing.files import file_kind
 
 FILES = ["examples_rgb_color", "examples_palette", "examples_jpeg2k", "examples_ybr_color"]
@@ -240,6 +241,11 @@ def test_regions_that_reach_out_are_cut_or_said(colour, tmp_path):
     loop = read_loop(path, crop="require")
     np.testing.assert_array_equal(loop.frames, colour[:, 4:])
     assert loop.cropped and not loop.burned_in
+    for unknown in (9, None):  # of no known format, it may be what was to be shown
+        two = [region(1, 2, 3, 5, 6), region(9, 4, 5, 7, 9)]
+        two[1].RegionSpatialFormat = unknown
+        save(new_dicom(colour, "RGB", SequenceOfUltrasoundRegions=two), tmp_path / "c.dcm")
+        assert not read_loop(tmp_path / "c.dcm", crop=True).cropped
     two = [region(1, 2, 3, 5, 6), region(1, 4, 5, 500, 9)]
     dataset = new_dicom(colour, "RGB", SequenceOfUltrasoundRegions=two, BurnedInAnnotation="YES")
     path = save(dataset, tmp_path / "b.dcm")
@@ -265,6 +271,9 @@ def test_the_data_set_tells_how_it_is_encoded(meta, colour, tmp_path):
         path.write_bytes(content)
         assert file_kind(path) == "dicom"
         np.testing.assert_array_equal(read_dicom(path), colour)
+    path.write_bytes((files[0][0] + files[0][1])[128:])  # from "DICM" on
+    assert file_kind(path) == "dicom" and dicom_identity(path).patient
+    np.testing.assert_array_equal(read_dicom(path), colour)
 
 
 @pytest.mark.parametrize("implicit", [False, True])
@@ -424,7 +433,7 @@ def test_files_that_are_no_images_are_refused(grey, tmp_path):
     dataset.PixelData = encapsulate([b"\0" * 100])
     dataset["PixelData"].VR = "OB"
     for syntax, words in (
-        (MPEG2MPML, "video"),
+        (MPEG2MPML, ""),
         (SMPTEST211020UncompressedProgressiveActiveVideo, ""),
     ):
         dataset.file_meta.TransferSyntaxUID = syntax
