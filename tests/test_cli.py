@@ -163,19 +163,21 @@ def test_generate_batch(fake, capsys) -> None:
     fake("echovlm_jax.generate", generate_file=_recorder(calls, {"done": 2, "failed": 1}))
     line = ["generate", "m", "--batch", "f.jsonl", "--out", "g.jsonl", "--seed", "3"]
     assert main([*line, "--json"]) == 0
-    assert calls == [(("model m", Path("f.jsonl"), Path("g.jsonl")), {"seed": 3})]
+    assert calls == [
+        (("model m", Path("f.jsonl"), Path("g.jsonl")), {"allow_links": None, "seed": 3})
+    ]
     assert json.loads(capsys.readouterr().out) == {"done": 2, "failed": 1}
 
 
 def test_a_batch_in_which_all_failed_exits_1(fake, capsys) -> None:
     fake("echovlm_jax.load", load_model=lambda path, **_: path)
-    fake("echovlm_jax.generate", generate_file=lambda *_: {"done": 0, "failed": 2})
+    fake("echovlm_jax.generate", generate_file=lambda *_, **__: {"done": 0, "failed": 2})
     line = ["generate", "m", "--batch", "f.jsonl", "--out", "g.jsonl", "--json"]
     assert main(line) == 1
     out = capsys.readouterr()
     assert json.loads(out.out) == {"done": 0, "failed": 2, "ok": False}
     assert out.err == "echovlm: no record was answered; g.jsonl says why, a line each\n"
-    fake("echovlm_jax.generate", generate_file=lambda *_: {"done": 0, "failed": 0})
+    fake("echovlm_jax.generate", generate_file=lambda *_, **__: {"done": 0, "failed": 0})
     assert main(line) == 0
 
 
