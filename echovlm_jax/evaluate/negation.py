@@ -60,7 +60,7 @@ def widths(text: str) -> str:
     """A text with full-width letters, digits and signs made plain, one kind of apostrophe, and
     without Markdown's marks of weight and LaTeX's of boxes and fonts."""
     text = unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'")
-    text = re.sub(r"\\(?:boxed|fbox|text\w*|math\w+)\s*(?=\{)", "", text)
+    text = re.sub(r"\\(?:boxed|fbox|text\w*|math\w+)\s*(?=\{)", "", text, flags=re.IGNORECASE)
     return re.sub(r"\*+|`+|__+|[{}$]", "", text)
 
 

@@ -99,7 +99,7 @@ def train(
     program = make_program(config, model=start.config)
     # Before anything is written.
     settings = _data_settings(config, folder, own=start.files == folder / MODEL)
-    seen = _review(settings, own_cache=not config.get("data_cache"))
+    seen = _review(settings, own=not config.get("data_cache"))
     checkpoints = open_checkpoints(
         folder / CHECKPOINTS,
         keep=config.checkpoint_keep,
@@ -256,16 +256,16 @@ def _data_settings(config: Config, folder: Path, *, own: bool) -> Config:
     return settings
 
 
-def _review(config: Config, own_cache: bool) -> dict[str, Any]:
+def _review(config: Config, own: bool = False) -> dict[str, Any]:
     """Tells what the first epoch shows and what it leaves out, by task and organ; counts of it.
 
-    With `own_cache`, data_cache is this run's alone, also where it goes on with other rows.
+    With `own`, data_cache is this run's alone, also where it goes on with other rows.
 
     Raises InputError where the configuration doesn't allow as much to be left out.
     """
     settings, allowed = Settings.from_config(config), config.get("allow_dropped")
     plans = settings.cache or Path()
-    before = set(plans.glob("*")) if own_cache else set()
+    before = set(plans.glob("*")) if own else set()
     seen = review(settings, ALLOWED if allowed is None else allowed)
     _say(table(seen, settings))
     if before and set(plans.glob("*")) - before:
@@ -328,13 +328,13 @@ def _evaluation(config: Config, program: Program) -> Callable[[TrainState], dict
         settings.mix_temperature = 1.0
         if "organ_weights" in settings:
             del settings.organ_weights
-    with contextlib.suppress(InputError):  # what is wrong with the split is said when it is used
-        seen = review(Settings.from_config(settings), 1.0)
-        _say(f"the split {VALIDATION}: {losses(seen)}")
     compiled = None
     if VALIDATION not in split_names(config.data):
         _say(f"{config.data} has no split {VALIDATION}: nothing is evaluated on the way")
         return lambda state: {}
+    with contextlib.suppress(InputError):  # what is wrong with the split is said when it is used
+        seen = review(Settings.from_config(settings), 1.0)
+        _say(f"the split {VALIDATION}: {losses(seen)}")
 
     def read() -> Any:
         return make_batches(

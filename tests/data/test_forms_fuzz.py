@@ -8,7 +8,7 @@ import pytest
 
 from echovlm_jax.data.forms import conversations_of, unknown_keys
 from echovlm_jax.data.json_list import parse_entry, read_entries
-from echovlm_jax.data.official import group_texts, read_record, record_id
+from echovlm_jax.data.official import group_ids, read_record, record_id
 from echovlm_jax.data.quarantine import REASONS, Refused
 from echovlm_jax.errors import InputError
 from tests.data.test_forms import FORMS
@@ -121,7 +121,7 @@ def fuzz(cases, seed):
         list(unknown_keys(raw))
         for ending, part in found:
             record_id(part, 0)
-            group_texts(part)
+            group_ids(part)
             try:
                 official = read_record(part, id="1", organ="liver", source="s", group="")
             except Refused as refused:

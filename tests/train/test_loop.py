@@ -413,7 +413,7 @@ def test_a_split_that_can_not_be_evaluated_is_told_before_compiling(monkeypatch,
 
     monkeypatch.setattr(loop, "make_batches", none)
     evaluate = loop._evaluation(load_config(CONFIG, SMALL), None)  # no program: nothing compiles
-    assert "can't be evaluated" in (told := capsys.readouterr().err) and told.count("\n") == 1
+    assert capsys.readouterr().err.count("can't be evaluated") == 1
     assert evaluate(None) == {"eval_error": "none of its samples can be used"}
 
 

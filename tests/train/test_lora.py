@@ -131,6 +131,7 @@ def noises(step_number: int, *, grad_accum: int = 1, seed: int = 0, rate: float 
         grad_accum=grad_accum,
         lora_dropout=rate,
         seed=seed,
+        balance_over="row",  # over the batch it asks the model itself
     )
     after, _ = jax.jit(update)(state, TINY_BATCH)
     moved = after.trainable["lora"]["vision"]["merger"]
