@@ -163,9 +163,7 @@ def test_generate_batch(fake, capsys) -> None:
     fake("echovlm_jax.generate", generate_file=_recorder(calls, {"done": 2, "failed": 1}))
     line = ["generate", "m", "--batch", "f.jsonl", "--out", "g.jsonl", "--seed", "3"]
     assert main([*line, "--json"]) == 0
-    assert calls == [
-        (("model m", Path("f.jsonl"), Path("g.jsonl")), {"allow_links": None, "seed": 3})
-    ]
+    assert calls == [(("model m", Path("f.jsonl"), Path("g.jsonl")), {"seed": 3})]
     assert json.loads(capsys.readouterr().out) == {"done": 2, "failed": 1}
 
 

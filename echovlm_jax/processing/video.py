@@ -104,7 +104,9 @@ def decode_video(
 def _open(av: Any, file: BinaryIO, container: str) -> Any:
     av.logging.set_level(None)
     file.seek(0)
-    return av.open(file, format=container, options=_OPTIONS, metadata_errors="replace")
+    # until: PyAV 19 is the oldest supported (Python 3.11 gets 18.1): 18 reads metadata strictly.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    return av.open(file, format=container, options=_OPTIONS, **lenient)
 
 
 def _stream(opened: Any) -> Any:
