@@ -54,6 +54,10 @@ def must_be_read(case: Case) -> bool:
         and not (case.photometric == "YBR_FULL_422" and case.planar)
         and not (case.length == "odd" and height * width * case.frames * case.allocated % 16 == 0)
         and (case.native or case.syntax == uid.RLELossless)
+        # Words of 16 bits that are an odd number of bytes: pydicom can't read them either.
+        and not (
+            case.length == "odd" and case.syntax == uid.ExplicitVRBigEndian and case.vr == "OW"
+        )
     )
 
 
