@@ -278,10 +278,10 @@ def _check_length(opened: Opened) -> None:
         raise InputError("its pixels are in fragments, where its transfer syntax says uncompressed")
     needed = header.frames * header.frame_bytes
     there = min(length, opened.file.seek(0, 2) - opened.start)
-    if opened.vr and there % 2:
+    if opened.vr == "OW" and not header.little_endian and there % 2:
         raise InputError(
-            f"its pixels are words of 16 bits ({opened.vr}), and {there} bytes are no whole number of"
-            " them"
+            f"its pixels are big-endian words of 16 bits, and {there} bytes are no whole number"
+            " of them"
         )
     opened.file.seek(opened.start + needed)
     rest = there - needed
