@@ -278,18 +278,20 @@ def _check_length(opened: Opened) -> None:
         raise InputError("its pixels are in fragments, where its transfer syntax says uncompressed")
     needed = header.frames * header.frame_bytes
     there = min(length, opened.file.seek(0, 2) - opened.start)
-    if opened.vr == "OW" and not header.little_endian and there % 2:
+    swapped = opened.vr == "OW" and not header.little_endian and header.bits_allocated == 8
+    if swapped and there % 2:
         raise InputError(
             f"its pixels are big-endian words of 16 bits, and {there} bytes are no whole number"
             " of them"
         )
-    opened.file.seek(opened.start + needed)
     rest = there - needed
     # An even length takes one byte whatever it is. More of them are zeros, and fewer than a frame:
     # one more black frame would be one that the header does not state.
     if 0 <= rest <= needed % 2:
         return
-    if 0 <= rest < header.frame_bytes and not opened.file.read(rest).strip(b"\0"):
+    last = needed % 2 if swapped else 0  # the last pixel stands behind its word's spare byte
+    opened.file.seek(opened.start + needed + last)
+    if 0 <= rest < header.frame_bytes and not opened.file.read(rest - last).strip(b"\0"):
         return
     what = "is truncated" if there < needed else "holds more pixels than its header says"
     raise InputError(
