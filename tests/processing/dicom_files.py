@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import tempfile
@@ -272,7 +273,8 @@ def encode(case: Case, frame: np.ndarray, dataset: Dataset) -> bytes:
     single.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     single.file_meta.MediaStorageSOPClassUID = single.SOPClassUID = dataset.SOPClassUID
     single.file_meta.MediaStorageSOPInstanceUID = single.SOPInstanceUID = "1.2.3"
-    single.update({element.tag: element for element in dataset if element.tag >> 16 == 0x28})
+    pixels = [element for element in dataset if element.tag >> 16 == 0x28]
+    single.update({element.tag: copy.deepcopy(element) for element in pixels})
     single.NumberOfFrames, single.PlanarConfiguration = 1, 0
     single.PixelData = frame.tobytes() + b"\0" * (frame.nbytes % 2)
     single["PixelData"].VR = "OW"
