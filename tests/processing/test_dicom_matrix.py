@@ -96,7 +96,7 @@ def run(cases: list[Case], tmp_path: Path) -> Counter:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_of_the_matrix(kind, tmp_path, decode_here):
     cases = list(getattr(dicom_files, f"{kind}_cases")())
-    counts = run(random.Random(0).sample(cases, 60), tmp_path)
+    counts = run(random.Random(0).sample(cases, 150), tmp_path)
     assert counts["equal"] >= 4, counts
 
 
