@@ -30,7 +30,6 @@ from echovlm_jax.convert.table import slots
 from echovlm_jax.data.build import Options, build
 from echovlm_jax.data.dataset import open_dataset
 from echovlm_jax.data.examples import texts_of
-from echovlm_jax.data.phantom import write_exams
 from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.data.tokenizer import SPECIAL, byte_tokenizer, train_sentencepiece
 from echovlm_jax.errors import InputError
@@ -38,6 +37,7 @@ from echovlm_jax.evaluate.cases import Case
 from echovlm_jax.evaluate.harness import evaluate
 from echovlm_jax.evaluate.report import write_report
 from echovlm_jax.load import load_model
+from echovlm_jax.phantom import write_exams
 from echovlm_jax.processing.images import load_media
 from echovlm_jax.train.config_file import load_config, own_config
 from echovlm_jax.train.loop import train

@@ -23,9 +23,9 @@ from echovlm_jax.ops.layout import Layout
 # In the order of how often they talk, the most talkative last: it gets the closest neighbours.
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
-Rule = str | tuple[str, ...] | None
+Rules = Mapping[str, str | tuple[str, ...] | None]
 
-RULES: dict[str, Rule] = {
+RULES: Rules = {
     # Parameters. Every product splits its wide side over `tensor` (Megatron's column and row form)
     # and its model width over all devices that hold different rows of a batch: fsdp and expert.
     # Inside the routed experts the expert dimension takes the expert axis, and fsdp is left for
@@ -223,9 +223,7 @@ def preset_sizes(topology: str) -> dict[str, int]:
     return dict(PRESETS[topology])
 
 
-def activation_layout(
-    mesh: Mesh, rules: Mapping[str, Rule] = RULES, *, sum_dtype: str = "float32"
-) -> Layout:
+def activation_layout(mesh: Mesh, rules: Rules = RULES, *, sum_dtype: str = "float32") -> Layout:
     """The rules that split something on this mesh, for the model's activations.
 
     Args:
@@ -240,7 +238,7 @@ def activation_layout(
     return Layout(live, sum_dtype)
 
 
-def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Mapping[str, Rule] = RULES) -> Any:
+def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """How each parameter is laid out.
 
     Args:
@@ -290,7 +288,7 @@ def _spec(
     axes: tuple[str | None, ...],
     shape: tuple[int, ...],
     mesh: Mesh,
-    rules: Mapping[str, Rule],
+    rules: Rules,
     cuts: list[Cut],
 ) -> PartitionSpec:
     """One parameter's spec; adds its split dimensions to `cuts`."""
@@ -332,7 +330,7 @@ def _mend(targets: tuple[str, ...], mesh: Mesh, cuts: list[Cut]) -> str:
     return f"make mesh.{' × mesh.'.join(targets)} a divisor of {common}"
 
 
-def _live(axis: str, rules: Mapping[str, Rule], mesh: Mesh) -> tuple[str, ...]:
+def _live(axis: str, rules: Rules, mesh: Mesh) -> tuple[str, ...]:
     """The mesh axes of size above 1 that a logical axis is split over."""
     rule = rules.get(axis) or ()
     targets = (rule,) if isinstance(rule, str) else rule

@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "model": {"config", "ops"},
     "processing": {"config", "storage"},
     "data": {"config", "processing", "storage", "progress"},
+    "data.dataset": {"config", "data", "phantom", "processing"},
+    "phantom": {"data", "processing", "progress"},
     "convert": _CONVERT,
     "convert.parity": _CONVERT | {"model", "ops", "processing", "generate", "load"},
     "convert.layerwise": _CONVERT | {"model", "ops"},  # parity's forward pass

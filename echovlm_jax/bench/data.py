@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 from echovlm_jax.data.build import build
+from echovlm_jax.data.epoch import Epochs
 from echovlm_jax.data.examples import example, open_source
-from echovlm_jax.data.phantom import write_exams
-from echovlm_jax.data.plan import Plan
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.data.tokenizer import byte_tokenizer
 from echovlm_jax.errors import InputError
+from echovlm_jax.phantom import write_exams
 from echovlm_jax.processing.chat import qwen2_vl_prompt
 from echovlm_jax.progress import progress
 
@@ -144,8 +144,8 @@ def _write_job(folder: Path, workers: int) -> dict[str, Any]:
         for record in json.loads((folder / "exams" / _JSON).read_text(encoding="utf-8"))
     }
     source = open_source(Settings.from_config(config))
-    plan = Plan(source)
-    epoch = plan.epoch(0)
+    epochs = Epochs(source)
+    epoch = epochs.epoch(0)
     exams = []
     for record, key in zip(epoch.record.tolist(), epoch.key.tolist(), strict=True):
         made = example(source, record, key)

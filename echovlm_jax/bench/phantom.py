@@ -18,7 +18,7 @@ from echovlm_jax.evaluate.compare import compare
 from echovlm_jax.evaluate.harness import evaluate
 from echovlm_jax.processing.files import read_json, shown
 
-METRICS = ("bleu1", "rouge1", "diagnosis_accuracy")
+COMPARED = ("bleu1", "rouge1", "diagnosis_accuracy")
 RARE = "vessel"  # a fifteenth of gynaecology in the paper's data, and so in the phantom's
 _STEPS = 600
 # Both sides learn what they are asked.
@@ -116,7 +116,7 @@ def bench_phantom(
     single = [compare(before, after) for before, after in zip(*found, strict=True)]
     rows = []
     for part in study.parts:
-        for metric in METRICS:
+        for metric in COMPARED:
             if metric not in _part(pooled, part):  # too few exams to have one of the organ
                 continue
             row = _part(pooled, part)[metric]

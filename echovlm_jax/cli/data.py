@@ -237,7 +237,7 @@ def _show_stats(result: Result, args: argparse.Namespace) -> None:
 
 def _add_phantom(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
-        from echovlm_jax.data.phantom import contact_sheet, write_exams
+        from echovlm_jax.phantom import contact_sheet, write_exams
 
         if (args.out is None) == (args.sheet is None):
             raise InputError("give either --out DIR, for exams, or --sheet F.png, for an overview")

@@ -37,7 +37,7 @@ WEIGHT_DTYPES = ("bfloat16", "float32", "float16")
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
-class Model(Protocol):
+class StoredModel(Protocol):
     """An open model folder.
 
     Attributes:
@@ -59,7 +59,7 @@ class Model(Protocol):
         ...
 
 
-def open_model(path: str | os.PathLike[str]) -> Model:
+def open_model(path: str | os.PathLike[str]) -> StoredModel:
     """Opens a MODEL folder without reading its weights.
 
     Raises:

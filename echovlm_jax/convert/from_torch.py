@@ -39,7 +39,7 @@ _CHECKERS = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class Conversion:
     """What a folder of ours is made of.
 
     Attributes:
@@ -105,29 +105,29 @@ def convert(
       InputError: the source is incomplete, damaged or not of its config.json; DST exists; no space.
     """
     wanted = folder.as_dtype(dtype)
-    return carry_out(lambda: _make_plan(src, wanted, adapter), dst)
+    return carry_out(lambda: _prepare(src, wanted, adapter), dst)
 
 
-def carry_out(make_plan: Callable[[], Plan], dst: str | os.PathLike[str]) -> dict[str, Any]:
-    """Makes a planned folder, as `convert` says; the plan is asked for where `dst` may be made."""
+def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> dict[str, Any]:
+    """Makes a folder, as `convert` says; the job is asked for where `dst` may be made."""
     started = time.monotonic()
     target = Path(os.path.abspath(dst))
     partial = work_folder(target, ".partial")
     if not (target / folder.REPORT).is_file():
         folder.check_new(target)
-    plan = make_plan()
-    if finished := _finished(target, plan):
-        _drop_leftover(partial, plan.identity)
+    job = make()
+    if finished := _finished(target, job):
+        _drop_leftover(partial, job.identity)
         return finished
     folder.check_new(target)
     made = make_folder(partial)
-    with Journal(partial / JOURNAL, plan.identity) as journal:
+    with Journal(partial / JOURNAL, job.identity) as journal:
         try:
             folder.check_new(target)  # again: the last one to hold the lock may have made it
-            _check_left(plan, partial, journal)
+            _check_left(job, partial, journal)
             data = partial / MODEL / folder.PARAMS
             with digests.Watch(lambda: data.glob(store.DATA_FILES)) as watch:
-                resumed = _make_model(plan, partial, journal)
+                resumed = _make_model(job, partial, journal)
         except store.LostChunksError:
             discard(partial)  # the journal promises what is gone
             raise
@@ -136,12 +136,12 @@ def carry_out(make_plan: Callable[[], Plan], dst: str | os.PathLike[str]) -> dic
             if made and not journal.done:
                 discard(partial)
             raise
-        report = _report(plan, resumed, time.monotonic() - started)
-        of_tensors = {name: journal.done[name].split(" ", 1)[0] for name in plan.slots}
-        of_chunks = _by_parameter(plan, journal)
+        report = _report(job, resumed, time.monotonic() - started)
+        of_tensors = {name: journal.done[name].split(" ", 1)[0] for name in job.slots}
+        of_chunks = _by_parameter(job, journal)
         folder.write_json(
             partial / MODEL / folder.REPORT,
-            {**report, "identity": plan.identity, "sha256": of_tensors, "chunks": of_chunks},
+            {**report, "identity": job.identity, "sha256": of_tensors, "chunks": of_chunks},
         )
         digests.write(partial / MODEL, seen=watch.seen)
         os.replace(partial / MODEL, target)
@@ -150,32 +150,32 @@ def carry_out(make_plan: Callable[[], Plan], dst: str | os.PathLike[str]) -> dic
     return report
 
 
-def _check_left(plan: Plan, partial: Path, journal: Journal) -> None:
+def _check_left(job: Conversion, partial: Path, journal: Journal) -> None:
     """Refuses a journal of other tensors, and a disk that can't take those that are left."""
-    if odd := journal.done.keys() - plan.slots.keys():
+    if odd := journal.done.keys() - job.slots.keys():
         raise InputError(
             f"{partial}: its {JOURNAL} names {table.quoted(min(odd))}, which is no tensor of this"
             " model; delete that folder to start over"
         )
-    left = plan.slots.keys() - journal.done.keys()
-    folder.check_space(partial, sum(map(plan.nbytes, left)))
+    left = job.slots.keys() - journal.done.keys()
+    folder.check_space(partial, sum(map(job.nbytes, left)))
 
 
-def _by_parameter(plan: Plan, journal: Journal) -> dict[str, list[str]]:
+def _by_parameter(job: Conversion, journal: Journal) -> dict[str, list[str]]:
     """The digests of each parameter's chunks, in row-major order."""
     out: dict[str, list[str]] = {}
-    for slot in sorted(plan.slots.values(), key=lambda slot: slot.index):
+    for slot in sorted(job.slots.values(), key=lambda slot: slot.index):
         out.setdefault(slot.path, []).extend(journal.done[slot.name].split(" ")[1:])
     return out
 
 
-def _make_model(plan: Plan, partial: Path, journal: Journal) -> int:
+def _make_model(job: Conversion, partial: Path, journal: Journal) -> int:
     """Everything of the model folder but its report. Returns how many tensors were there."""
     model = partial / MODEL
     if not journal.done:
         shutil.rmtree(model, ignore_errors=True)
     try:
-        resumed = _write_params(plan, model / folder.PARAMS, journal)
+        resumed = _write_params(job, model / folder.PARAMS, journal)
     except InputError:
         raise
     except ValueError as error:
@@ -189,16 +189,16 @@ def _make_model(plan: Plan, partial: Path, journal: Journal) -> int:
             f"{partial}: writing failed ({store.reason(error)}); free some space and run the same"
             " command again"
         ) from error
-    dtype = folder.as_dtype(plan.identity["dtype"])
-    folder.copy_side_files(plan.source.folder, model, dtype, plan.config)
+    dtype = folder.as_dtype(job.identity["dtype"])
+    folder.copy_side_files(job.source.folder, model, dtype, job.config)
     return resumed
 
 
-def _make_plan(
+def _prepare(
     src: str | os.PathLike[str],
     dtype: np.dtype | None,
     adapter: str | os.PathLike[str] | None = None,
-) -> Plan:
+) -> Conversion:
     source, model = folder.open_checkpoint(src, once=True)
     slots = table.slots(model)
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
@@ -209,7 +209,7 @@ def _make_plan(
     added = None if adapter is None else open_adapter(adapter, model)
     if added:
         identity["adapter"] = added.fingerprint
-    return Plan(source, slots, match, dtypes, identity, adapter=added)
+    return Conversion(source, slots, match, dtypes, identity, adapter=added)
 
 
 def identity_of(source: sources.Source, dtype: np.dtype | None) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def identity_of(source: sources.Source, dtype: np.dtype | None) -> dict[str, Any
     }
 
 
-def _finished(target: Path, plan: Plan) -> dict[str, Any] | None:
+def _finished(target: Path, job: Conversion) -> dict[str, Any] | None:
     """The report of a conversion that is there already.
 
     Raises:
@@ -237,7 +237,7 @@ def _finished(target: Path, plan: Plan) -> dict[str, Any] | None:
     mend = "delete it or choose another place"
     if not isinstance(there, dict) or "files" not in there:
         raise InputError(f"{target}: exists; {mend}: it doesn't say what it was made of")
-    for key, wanted in plan.identity.items():
+    for key, wanted in job.identity.items():
         if there.get(key) != wanted and key not in _STAMPS:
             what = key
             if isinstance(wanted, dict):
@@ -248,16 +248,16 @@ def _finished(target: Path, plan: Plan) -> dict[str, Any] | None:
         problems, _ = without_added(digests.check(target, tick=tick))
     if problems:
         raise InputError(f"{target}: is broken: {digests.told(problems)}; {mend}")
-    if there != plan.identity and (other := _other_weights(plan, report)):
+    if there != job.identity and (other := _other_weights(job, report)):
         raise InputError(f"{target}: exists; {mend}: it was made of other weights ({other})")
     return {k: value for k, value in report.items() if k not in ("identity", "sha256", "chunks")}
 
 
-def _other_weights(plan: Plan, report: dict[str, Any]) -> str | None:
+def _other_weights(job: Conversion, report: dict[str, Any]) -> str | None:
     """A tensor that would be converted to other bytes than a report tells of; all are read."""
-    with progress(sum(map(plan.nbytes, plan.slots)), "B", "compare") as tick:
+    with progress(sum(map(job.nbytes, job.slots)), "B", "compare") as tick:
         digest = hashlib.sha256()
-        for name, _, _, values, last in _values(plan, set()):
+        for name, _, _, values, last in _values(job, set()):
             digest.update(values.reshape(-1).view(np.uint8).data)
             tick(values.nbytes)
             if last:
@@ -274,27 +274,27 @@ def _drop_leftover(partial: Path, identity: dict[str, Any]) -> None:
             discard(partial)
 
 
-def _report(plan: Plan, resumed: int, seconds: float) -> dict[str, Any]:
-    names = sorted({dtype.name for dtype in plan.dtypes.values()})
+def _report(job: Conversion, resumed: int, seconds: float) -> dict[str, Any]:
+    names = sorted({dtype.name for dtype in job.dtypes.values()})
     return {
-        "tensors": len(plan.slots),
-        "bytes": sum(map(plan.nbytes, plan.slots)),
+        "tensors": len(job.slots),
+        "bytes": sum(map(job.nbytes, job.slots)),
         "seconds": round(seconds, 3),
         "peak_rss_bytes": folder.peak_rss_bytes(),
         "missing": [],
         "unexpected": [],
-        "ignored": plan.match.ignored,
-        "duplicates": plan.match.duplicates,
+        "ignored": job.match.ignored,
+        "duplicates": job.match.duplicates,
         "dtype": "+".join(names),
         "resumed": resumed,
     }
 
 
-def _write_params(plan: Plan, target: Path, journal: Journal) -> int:
+def _write_params(job: Conversion, target: Path, journal: Journal) -> int:
     """Streams every tensor that the journal lacks, in the order of the source's files. Returns how
     many it had."""
-    writer = store.Writer(target, plan.arrays())
-    _forget_damaged(plan, writer, journal)
+    writer = store.Writer(target, job.arrays())
+    _forget_damaged(job, writer, journal)
     resumed = len(journal.done)
     pending: deque[_Chunk] = deque()
     chunks: dict[str, list[str]] = {}
@@ -310,7 +310,7 @@ def _write_params(plan: Plan, target: Path, journal: Journal) -> int:
         tick(chunk.nbytes)
         return chunk.nbytes
 
-    total = sum(map(plan.nbytes, plan.slots))
+    total = sum(map(job.nbytes, job.slots))
     try:
         # One thread each, so that a tensor's pieces are hashed in order.
         with (
@@ -318,8 +318,8 @@ def _write_params(plan: Plan, target: Path, journal: Journal) -> int:
             ThreadPoolExecutor(1) as hasher,
             ThreadPoolExecutor(1) as other,
         ):
-            tick(sum(map(plan.nbytes, journal.done)))
-            for chunk in _chunks(plan, writer, hasher, other, set(journal.done)):
+            tick(sum(map(job.nbytes, journal.done)))
+            for chunk in _chunks(job, writer, hasher, other, set(journal.done)):
                 pending.append(chunk)
                 in_flight += chunk.nbytes
                 while in_flight > _IN_FLIGHT_BYTES:
@@ -334,7 +334,7 @@ def _write_params(plan: Plan, target: Path, journal: Journal) -> int:
     return resumed
 
 
-def _forget_damaged(plan: Plan, writer: store.Writer, journal: Journal) -> None:
+def _forget_damaged(job: Conversion, writer: store.Writer, journal: Journal) -> None:
     """Compares what the journal says is written with its digests; what differs is done again.
 
     Raises:
@@ -342,14 +342,14 @@ def _forget_damaged(plan: Plan, writer: store.Writer, journal: Journal) -> None:
     """
 
     def damaged(name: str) -> bool:
-        slot = plan.slots[name]
-        cuts = list(store.pieces(slot.part, plan.dtypes[slot.path].itemsize))
+        slot = job.slots[name]
+        cuts = list(store.pieces(slot.part, job.dtypes[slot.path].itemsize))
         found = [digests.of_array(writer.read(slot.path, (*slot.index, *cut))) for cut in cuts]
-        tick(plan.nbytes(name))
+        tick(job.nbytes(name))
         return found != journal.done[name].split(" ")[1:]
 
     names = list(journal.done)
-    total = sum(map(plan.nbytes, names))
+    total = sum(map(job.nbytes, names))
     with progress(total, "B", "check") as tick, ThreadPoolExecutor(_CHECKERS) as pool:
         for name, bad in zip(names, pool.map(damaged, names), strict=True):
             if bad:
@@ -376,14 +376,14 @@ class _Chunk:
 
 
 def _chunks(
-    plan: Plan,
+    job: Conversion,
     writer: store.Writer,
     hasher: ThreadPoolExecutor,
     other: ThreadPoolExecutor,
     done: set[str],
 ) -> Iterator[_Chunk]:
     digest = hashlib.sha256()
-    for name, slot, cut, values, last in _values(plan, done):
+    for name, slot, cut, values, last in _values(job, done):
         hashed = hasher.submit(digest.update, values.reshape(-1).view(np.uint8).data)
         own = other.submit(digests.of_array, values)
         written = writer.write(slot.path, (*slot.index, *cut), values)
@@ -393,24 +393,24 @@ def _chunks(
 
 
 def _values(
-    plan: Plan, done: set[str]
+    job: Conversion, done: set[str]
 ) -> Iterator[tuple[str, table.Slot, tuple[slice, ...], np.ndarray, bool]]:
     """What is to be stored, chunk by chunk, in the order of the source's files: each one's tensor,
     its place in it, the values, and whether it is the tensor's last."""
-    tensors = plan.source.tensors
-    names = [name for name in plan.slots if name not in done]
-    for name in sorted(names, key=lambda name: tensors[plan.match.found[name]].order):
-        slot, tensor = plan.slots[name], tensors[plan.match.found[name]]
-        dtype = plan.dtypes[slot.path]
+    tensors = job.source.tensors
+    names = [name for name in job.slots if name not in done]
+    for name in sorted(names, key=lambda name: tensors[job.match.found[name]].order):
+        slot, tensor = job.slots[name], tensors[job.match.found[name]]
+        dtype = job.dtypes[slot.path]
         cuts = list(store.pieces(slot.part, dtype.itemsize))
         start = 0
         for cut in cuts:
             shape = store.piece_shape(cut)
             stop = start + int(np.prod(shape))
             values = tensor.read(start, stop)
-            if plan.adapter:
+            if job.adapter:
                 row = slot.size // slot.shape[0]
-                values = plan.adapter.merged(name, values, start, row)
+                values = job.adapter.merged(name, values, start, row)
             values = folder.cast(values, dtype, name).reshape(shape)
             start = stop
             yield name, slot, cut, values, cut is cuts[-1]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from echovlm_jax.convert.folder import Model
+from echovlm_jax.convert.folder import StoredModel
 from echovlm_jax.convert.table import leaf_shapes, unflatten
 from echovlm_jax.model.decoder import DecoderLayer, LayerOutput, make_context
 from echovlm_jax.model.echovlm import Batch, Output, insert_images
@@ -25,7 +25,7 @@ _LAYERS = "text/layers/"
 _HEAD_ROWS = 16384  # of the embedding and the output head that are in memory at once
 
 
-def forward(model: Model, batch: Batch) -> tuple[Output, np.ndarray]:
+def forward(model: StoredModel, batch: Batch) -> tuple[Output, np.ndarray]:
     """What `EchoVLM.__call__` and `.logits` give in float32, with keep_hidden.
 
     Args:
@@ -71,7 +71,7 @@ def forward(model: Model, batch: Batch) -> tuple[Output, np.ndarray]:
     return output, _logits(model, hidden)
 
 
-def _embeddings(model: Model, tokens: np.ndarray) -> np.ndarray:
+def _embeddings(model: StoredModel, tokens: np.ndarray) -> np.ndarray:
     """The embeddings [N, D] of ascending tokens [N]."""
     found = []
     for row in range(0, model.config.text.vocab_size, _HEAD_ROWS):
@@ -82,7 +82,7 @@ def _embeddings(model: Model, tokens: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _logits(model: Model, hidden: Array) -> np.ndarray:
+def _logits(model: StoredModel, hidden: Array) -> np.ndarray:
     tied = model.config.text.tie_word_embeddings
     path = "text/embed/embedding" if tied else "text/lm_head/kernel"
     rows = range(0, model.config.text.vocab_size, _HEAD_ROWS)
@@ -91,7 +91,7 @@ def _logits(model: Model, hidden: Array) -> np.ndarray:
     return np.concatenate([product(hidden, w.astype(np.float32)) for w in pieces], axis=-1)
 
 
-def _read_tree(model: Model, prefix: str, layer: int | None = None) -> dict[str, Any]:
+def _read_tree(model: StoredModel, prefix: str, layer: int | None = None) -> dict[str, Any]:
     """The parameters below `prefix` in float32; of one layer only, if given."""
     rows = slice(None) if layer is None else slice(layer, layer + 1)
     paths = [path for path in leaf_shapes(model.config) if path.startswith(prefix)]
@@ -101,7 +101,7 @@ def _read_tree(model: Model, prefix: str, layer: int | None = None) -> dict[str,
     return unflatten({path.removeprefix(prefix): values for path, values in read.items()})
 
 
-def _read(model: Model, path: str, rows: slice = slice(None)) -> np.ndarray:
+def _read(model: StoredModel, path: str, rows: slice = slice(None)) -> np.ndarray:
     """Some rows of a parameter, as stored."""
     shape = leaf_shapes(model.config)[path]
     ends = slice(*rows.indices(shape[0])[:2])

@@ -14,7 +14,7 @@ from echovlm_jax.errors import InputError
 
 
 def load_params(
-    model: str | os.PathLike[str] | folder.Model, *, dtype: Any = None, shardings: Any = None
+    model: str | os.PathLike[str] | folder.StoredModel, *, dtype: Any = None, shardings: Any = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Loads a MODEL folder.
 
@@ -47,7 +47,7 @@ def load_params(
 
 
 def _load(
-    model: folder.Model,
+    model: folder.StoredModel,
     path: str,
     shape: tuple[int, ...],
     dtype: np.dtype | None,
@@ -70,7 +70,7 @@ def _load(
 
 
 def _read(
-    model: folder.Model, path: str, index: tuple[slice, ...], dtype: np.dtype | None
+    model: folder.StoredModel, path: str, index: tuple[slice, ...], dtype: np.dtype | None
 ) -> np.ndarray:
     """A block in the target dtype; a cast goes piece by piece, never with both copies whole."""
     if dtype is None or dtype == model.dtypes[path]:

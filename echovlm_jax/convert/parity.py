@@ -20,7 +20,7 @@ import numpy as np
 
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.convert import layerwise
-from echovlm_jax.convert.folder import Model, open_model
+from echovlm_jax.convert.folder import StoredModel, open_model
 from echovlm_jax.convert.golden import IGNORED, INPUTS, Golden, check_golden, read_golden
 from echovlm_jax.convert.load import load_params
 from echovlm_jax.convert.table import flatten, leaf_shapes, slots
@@ -111,7 +111,7 @@ def parity(
 
 
 def compare(
-    config: ModelConfig, params: Params | None, golden: Golden, atol: float, opened: Model
+    config: ModelConfig, params: Params | None, golden: Golden, atol: float, opened: StoredModel
 ) -> dict[str, Any]:
     """`parity` on an opened model; without parameters in memory it is streamed."""
     inputs = {key: golden[key] for key in INPUTS if key in golden}

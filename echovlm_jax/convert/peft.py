@@ -222,11 +222,11 @@ def _full(run: Run) -> dict[str, _Entry]:
 
 def _config(run: Run) -> dict[str, Any]:
     patterns = [
-        re.escape(rule.name.removesuffix(".weight"))
+        re.escape(row.name.removesuffix(".weight"))
         .replace(r"\{l\}", r"\d+")
         .replace(r"\{e\}", r"\d+")
-        for rule in table.RULES
-        if rule.path in run.updated
+        for row in table.TABLE
+        if row.path in run.updated
     ]
     tied = run.config.text.tie_word_embeddings
     return {

@@ -59,7 +59,7 @@ def open_run(path: Path) -> Run | None:
 
 
 class Run:
-    """`folder.Model` of a run's checkpoint, whose every byte is checked first.
+    """`folder.StoredModel` of a run's checkpoint, whose every byte is checked first.
 
     Attributes:
       trained: the parameters that train in full, by path.

@@ -23,7 +23,7 @@ from echovlm_jax.model import abstract_params
 
 
 @dataclass(frozen=True)
-class Rule:
+class Row:
     """One row.
 
     Attributes:
@@ -39,22 +39,22 @@ class Rule:
     join: str = ""
 
 
-def _affine(name: str, path: str, join: str = "") -> tuple[Rule, Rule]:
+def _affine(name: str, path: str, join: str = "") -> tuple[Row, Row]:
     """The rows of a Linear with a bias; the bias has the weight's output axes."""
     out = re.match(r"\([^)]*\)", join)
     return (
-        Rule(f"{name}.weight", f"{path}/kernel", join),
-        Rule(f"{name}.bias", f"{path}/bias", out[0] if out else ""),
+        Row(f"{name}.weight", f"{path}/kernel", join),
+        Row(f"{name}.bias", f"{path}/bias", out[0] if out else ""),
     )
 
 
-def _norm(name: str, path: str) -> tuple[Rule, Rule]:
-    return Rule(f"{name}.weight", f"{path}/scale"), Rule(f"{name}.bias", f"{path}/bias")
+def _norm(name: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{name}.weight", f"{path}/scale"), Row(f"{name}.bias", f"{path}/bias")
 
 
-def _gated(name: str, path: str) -> tuple[Rule, ...]:
+def _gated(name: str, path: str) -> tuple[Row, ...]:
     return tuple(
-        Rule(f"{name}.{part}_proj.weight", f"{path}/{part}/kernel")
+        Row(f"{name}.{part}_proj.weight", f"{path}/{part}/kernel")
         for part in ("gate", "up", "down")
     )
 
@@ -62,8 +62,8 @@ def _gated(name: str, path: str) -> tuple[Rule, ...]:
 _BLOCK, _OUR_BLOCK = "visual.blocks.{l}", "vision/blocks"
 _LAYER, _OUR_LAYER = "model.layers.{l}", "text/layers"
 
-RULES: tuple[Rule, ...] = (
-    Rule("visual.patch_embed.proj.weight", "vision/patch_embed/kernel"),
+TABLE: tuple[Row, ...] = (
+    Row("visual.patch_embed.proj.weight", "vision/patch_embed/kernel"),
     *_norm(f"{_BLOCK}.norm1", f"{_OUR_BLOCK}/norm1"),
     *_affine(f"{_BLOCK}.attn.qkv", f"{_OUR_BLOCK}/attn/qkv", "(3 N H) D"),
     *_affine(f"{_BLOCK}.attn.proj", f"{_OUR_BLOCK}/attn/proj", "D (N H)"),
@@ -73,21 +73,21 @@ RULES: tuple[Rule, ...] = (
     *_norm("visual.merger.ln_q", "vision/merger/ln_q"),
     *_affine("visual.merger.mlp.0", "vision/merger/fc1"),
     *_affine("visual.merger.mlp.2", "vision/merger/fc2"),
-    Rule("model.embed_tokens.weight", "text/embed/embedding"),
-    Rule(f"{_LAYER}.input_layernorm.weight", f"{_OUR_LAYER}/attn_norm/scale"),
+    Row("model.embed_tokens.weight", "text/embed/embedding"),
+    Row(f"{_LAYER}.input_layernorm.weight", f"{_OUR_LAYER}/attn_norm/scale"),
     *_affine(f"{_LAYER}.self_attn.q_proj", f"{_OUR_LAYER}/attn/q", "(N H) D"),
     *_affine(f"{_LAYER}.self_attn.k_proj", f"{_OUR_LAYER}/attn/k", "(K H) D"),
     *_affine(f"{_LAYER}.self_attn.v_proj", f"{_OUR_LAYER}/attn/v", "(K H) D"),
-    Rule(f"{_LAYER}.self_attn.o_proj.weight", f"{_OUR_LAYER}/attn/o/kernel", "D (N H)"),
-    Rule(f"{_LAYER}.post_attention_layernorm.weight", f"{_OUR_LAYER}/mlp_norm/scale"),
+    Row(f"{_LAYER}.self_attn.o_proj.weight", f"{_OUR_LAYER}/attn/o/kernel", "D (N H)"),
+    Row(f"{_LAYER}.post_attention_layernorm.weight", f"{_OUR_LAYER}/mlp_norm/scale"),
     *_gated(f"{_LAYER}.mlp", f"{_OUR_LAYER}/mlp"),
-    Rule(f"{_LAYER}.moe.gate.weight", f"{_OUR_LAYER}/moe/router/kernel"),
+    Row(f"{_LAYER}.moe.gate.weight", f"{_OUR_LAYER}/moe/router/kernel"),
     *_gated(f"{_LAYER}.moe.experts.{{e}}", f"{_OUR_LAYER}/moe/experts"),
     *_gated(f"{_LAYER}.moe.shared_expert", f"{_OUR_LAYER}/moe/shared"),
-    Rule(f"{_LAYER}.moe.shared_expert_gate.weight", f"{_OUR_LAYER}/moe/shared_gate/kernel"),
+    Row(f"{_LAYER}.moe.shared_expert_gate.weight", f"{_OUR_LAYER}/moe/shared_gate/kernel"),
     *_affine(f"{_LAYER}.coefficient", f"{_OUR_LAYER}/coefficient"),
-    Rule("model.norm.weight", "text/final_norm/scale"),
-    Rule("lm_head.weight", "text/lm_head/kernel"),
+    Row("model.norm.weight", "text/final_norm/scale"),
+    Row("lm_head.weight", "text/lm_head/kernel"),
 )
 
 # What newer exporters write in front, and the released form of it.
@@ -164,23 +164,23 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
     """
     leaves = leaf_shapes(config)
     out: dict[str, Slot] = {}
-    for rule in RULES:
-        shape = leaves.pop(rule.path, None)
+    for row in TABLE:
+        shape = leaves.pop(row.path, None)
         if shape is None:
             continue
-        stacked = rule.name.count("{")
+        stacked = row.name.count("{")
         part = shape[stacked:]
-        merged = _merged(part, rule.join)
+        merged = _merged(part, row.join)
         for index in np.ndindex(shape[:stacked]):
-            name = rule.name.format(**dict(zip("le", index, strict=False)))
-            out[name] = Slot(name, rule.path, tuple(int(i) for i in index), merged, part)
+            name = row.name.format(**dict(zip("le", index, strict=False)))
+            out[name] = Slot(name, row.path, tuple(int(i) for i in index), merged, part)
     if leaves:
-        raise KeyError(f"no rule for the parameters {sorted(leaves)}")
+        raise KeyError(f"no row for the parameters {sorted(leaves)}")
     return out
 
 
 def _merged(part: tuple[int, ...], join: str) -> tuple[int, ...]:
-    """The checkpoint's shape of our `part`, by the rule's bracketed axes."""
+    """The checkpoint's shape of our `part`, by the row's bracketed axes."""
     if not join:
         return part
     sizes = iter(part)

@@ -110,18 +110,18 @@ def parse_size(text: str | int) -> int:
     return size
 
 
-def _tensors(model: folder.Model) -> dict[str, table.Slot]:
+def _tensors(model: folder.StoredModel) -> dict[str, table.Slot]:
     """Every tensor to write; a repeated lm_head points to the embedding's values."""
     slots = table.slots(model.config)
     return {**slots, **{name: slots[original] for name, original in model.duplicates.items()}}
 
 
-def _nbytes(model: folder.Model, slot: table.Slot) -> int:
+def _nbytes(model: folder.StoredModel, slot: table.Slot) -> int:
     return slot.size * model.dtypes[slot.path].itemsize
 
 
 def _shards(
-    model: folder.Model, tensors: dict[str, table.Slot], limit: int
+    model: folder.StoredModel, tensors: dict[str, table.Slot], limit: int
 ) -> list[dict[str, table.Slot]]:
     shards: list[dict[str, table.Slot]] = [{}]
     size = 0
@@ -135,7 +135,7 @@ def _shards(
 
 
 def _write_shards(
-    model: folder.Model,
+    model: folder.StoredModel,
     tensors: dict[str, table.Slot],
     work: Path,
     limit: int,
@@ -175,7 +175,7 @@ def _write_shards(
 
 
 def _read_ahead(
-    model: folder.Model, slot: table.Slot, pool: ThreadPoolExecutor
+    model: folder.StoredModel, slot: table.Slot, pool: ThreadPoolExecutor
 ) -> Iterator[np.ndarray]:
     """A tensor's pieces in order, a few of them being read while one is used."""
     lead = tuple(slice(i, i + 1) for i in slot.index)

@@ -30,7 +30,7 @@ import numpy as np
 from echovlm_jax.config import PRESETS, ModelConfig, MoEConfig, from_hf, preset, to_hf
 from echovlm_jax.convert import folder, layerwise, table
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert.from_torch import Plan, carry_out, identity_of
+from echovlm_jax.convert.from_torch import Conversion, carry_out, identity_of
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.batch import make_batch
 
@@ -91,7 +91,7 @@ def upcycle(
     after = before.replace(moe=moe)
     if init == "sliced":
         _check_slices(after)
-    report = carry_out(lambda: _make_plan(src, raw, after, init, seed, target_dtype), dst)
+    report = carry_out(lambda: _prepare(src, raw, after, init, seed, target_dtype), dst)
     opened = folder.open_model(src), folder.open_model(dst)
     change = logit_change(*opened, seed)
     bound = _released_bound(opened[0]) if init == "released" else PRESERVED
@@ -191,14 +191,14 @@ def _new_config(raw: Mapping[str, Any], after: ModelConfig) -> dict[str, Any]:
 # --- The tensors ----------------------------------------------------------------------------------
 
 
-def _make_plan(
+def _prepare(
     src: str | os.PathLike[str],
     raw: Mapping[str, Any],
     after: ModelConfig,
     init: str,
     seed: int,
     dtype: np.dtype | None,
-) -> Plan:
+) -> Conversion:
     source, _ = folder.open_checkpoint(src, once=True)
     dense, slots = table.slots(after.replace(moe=None)), table.slots(after)
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
@@ -227,7 +227,7 @@ def _make_plan(
         "upcycle": {"init": init, "seed": seed, "std": std, **dataclasses.asdict(after.moe)},
     }
     dtypes = folder.leaf_dtypes(made, slots, own, dtype)
-    return Plan(made, slots, own, dtypes, identity, config)
+    return Conversion(made, slots, own, dtypes, identity, config)
 
 
 def _new_tensors(
@@ -328,7 +328,7 @@ def _doubled(original: Read, name: str) -> Read:
 # --- The measurement ------------------------------------------------------------------------------
 
 
-def logit_change(before: folder.Model, after: folder.Model, seed: int = 0) -> float:
+def logit_change(before: folder.StoredModel, after: folder.StoredModel, seed: int = 0) -> float:
     """The largest change of a logit, over a random prompt with an image; in float32.
 
     Both models are read layer by layer, so that they may be larger than memory.
@@ -354,7 +354,7 @@ def _random_prompt(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     return make_batch(config, inputs)
 
 
-def _released_bound(model: folder.Model) -> float:
+def _released_bound(model: folder.StoredModel) -> float:
     """2 √D · max_v ‖final_norm · lm_head_v‖: the farthest that two logits of one head can be."""
     text = model.config.text
     path = "text/embed/embedding" if text.tie_word_embeddings else "text/lm_head/kernel"

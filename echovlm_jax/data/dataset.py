@@ -58,7 +58,7 @@ def open_dataset(data: str | Path, split: str = "train") -> Dataset:
       InputError: there is no such dataset or split, or it is damaged.
     """
     if str(data) == PHANTOM:
-        from echovlm_jax.data.phantom import PhantomDataset
+        from echovlm_jax.phantom import PhantomDataset
 
         return PhantomDataset(split)
     return FolderDataset(data, split)
@@ -67,7 +67,7 @@ def open_dataset(data: str | Path, split: str = "train") -> Dataset:
 def split_names(data: str | Path) -> tuple[str, ...]:
     """The splits of a dataset. Raises InputError where there is none."""
     if str(data) == PHANTOM:
-        from echovlm_jax.data.phantom.dataset import SIZES
+        from echovlm_jax.phantom.dataset import SIZES
 
         return tuple(SIZES)
     return tuple(folder.read_manifest(Path(data))["splits"])

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from echovlm_jax.data import rows
+from echovlm_jax.data.epoch import Epoch, Epochs, Sample, make_epoch
 from echovlm_jax.data.examples import Source, open_source
-from echovlm_jax.data.plan import Epoch, Plan, Sample, plan_epoch
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.data.workers import Workers
 from echovlm_jax.errors import InputError
@@ -77,10 +77,12 @@ def make_batches(
     if settings.max_patches % unit:
         raise InputError(f"max_patches {settings.max_patches} must be a multiple of {unit}")
     ahead = _Ahead(settings)
-    plan = Plan(source, ahead.epoch)
-    plan.locate(start_step)  # now: what is wrong with the data is said before anything is compiled
+    epochs = Epochs(source, ahead.epoch)
+    epochs.locate(
+        start_step
+    )  # now: what is wrong with the data is said before anything is compiled
     count = size // process_count
-    return _batches(plan, ahead, process_index * count, count, start_step)
+    return _batches(epochs, ahead, process_index * count, count, start_step)
 
 
 def global_arrays(batch: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,11 +103,13 @@ def global_arrays(batch: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> d
     }
 
 
-def _batches(plan: Plan, ahead: _Ahead, first: int, count: int, start_step: int) -> Iterator[Batch]:
+def _batches(
+    epochs: Epochs, ahead: _Ahead, first: int, count: int, start_step: int
+) -> Iterator[Batch]:
     """Rows `first` to `first + count` of each global batch."""
     import grain  # here: it imports JAX, which worker processes do without
 
-    source, settings = plan.source, plan.source.settings
+    source, settings = epochs.source, epochs.source.settings
     layout = rows.row_layout(settings, source.model)
     building: dict[int, Batch] = {}  # by step; Grain asks for a row at a time, in order
     lock = threading.Lock()
@@ -113,7 +117,7 @@ def _batches(plan: Plan, ahead: _Ahead, first: int, count: int, start_step: int)
     def row(i: int) -> tuple[int, Batch]:
         """Builds the i-th row of this process where it belongs: in its batch, which is returned."""
         step, at = start_step + i // count, i % count
-        samples = plan.row(step, first + at)
+        samples = epochs.row(step, first + at)
         with lock:
             if step not in building:
                 building[step] = {
@@ -187,15 +191,15 @@ class _Ahead:
         self._workers: Workers | None = None
 
     def epoch(self, source: Source, number: int) -> Epoch:
-        """`plan_epoch`, once what is being planned already is there. Then the next one is begun."""
+        """`make_epoch`, once what is being planned already is there. Then the next one is begun."""
         if coming := self._coming.pop(number, None):
             coming.result()
-            epoch = plan_epoch(source._replace(settings=self._with_cache()), number)
+            epoch = make_epoch(source._replace(settings=self._with_cache()), number)
             if self._folder:
                 for file in self._folder.iterdir():
                     file.unlink()
         else:
-            epoch = plan_epoch(source, number)
+            epoch = make_epoch(source, number)
         self._latest = (number, len(epoch.record))
         if self._on:
             self.start()
@@ -228,7 +232,7 @@ class _Ahead:
 
 
 def _plan_in_worker(settings: Settings, number: int, out: Batch, note: Any) -> None:
-    plan_epoch(open_source(settings), number)
+    make_epoch(open_source(settings), number)
 
 
 def _settle(future: Future[None], workers: Workers, number: int) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from echovlm_jax.data.epoch import Epoch, make_beginning, make_epoch, mend
 from echovlm_jax.data.examples import ALONE, REASONS, Source, open_source
-from echovlm_jax.data.plan import Epoch, mend, plan_beginning, plan_epoch
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.errors import InputError
@@ -35,7 +35,7 @@ def review(settings: Settings, allowed: float = ALLOWED) -> dict[str, Any]:
         mend it), or the data can't be used.
     """
     source = open_source(settings)
-    return counted(source, plan_epoch(source, 0, partial(_check, source, allowed)))
+    return counted(source, make_epoch(source, 0, partial(_check, source, allowed)))
 
 
 def expected_filling(settings: Settings) -> dict[str, float]:
@@ -45,7 +45,7 @@ def expected_filling(settings: Settings) -> dict[str, float]:
       InputError: the data can't be used.
     """
     source = open_source(settings)
-    begun = plan_beginning(source)
+    begun = make_beginning(source)
     return filled(begun.tokens, begun.patches, len(begun.offsets) - 1, settings)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.encode import IGNORED, encode
+from echovlm_jax.data.epoch import Sample
 from echovlm_jax.data.examples import Source, example, open_source
 from echovlm_jax.data.fit import Grid, cut
-from echovlm_jax.data.plan import Sample
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.data.workers import Layout

@@ -11,10 +11,10 @@ import numpy as np
 
 from echovlm_jax.data import folder
 from echovlm_jax.data.dataset import PHANTOM
+from echovlm_jax.data.epoch import Epoch, make_epoch
 from echovlm_jax.data.examples import Source, open_source
 from echovlm_jax.data.fit import NO_LIMIT, fit
 from echovlm_jax.data.packing import WINDOW, pack
-from echovlm_jax.data.plan import Epoch, plan_epoch
 from echovlm_jax.data.record import LANGUAGES
 from echovlm_jax.data.review import counted, filled, rows_of
 from echovlm_jax.data.settings import Settings
@@ -74,7 +74,7 @@ def _grouping(data: str | Path) -> dict[str, Any]:
 
 def stats_of(source: Source) -> dict[str, Any]:
     """`stats` of a dataset that is open."""
-    settings, epoch = source.settings, plan_epoch(source, 0)
+    settings, epoch = source.settings, make_epoch(source, 0)
     rows, seen = len(epoch.offsets) - 1, counted(source, epoch)
     return seen | {
         "records": len(source.dataset),

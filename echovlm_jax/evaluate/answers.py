@@ -26,9 +26,9 @@ from echovlm_jax.evaluate.negation import (
     widths,
 )
 
-__all__ = ["NO", "RULES", "YES", "choice", "diagnosis", "judgement", "label", "macro_f1"]
+__all__ = ["NO", "READING", "YES", "choice", "diagnosis", "judgement", "label", "macro_f1"]
 
-RULES = {
+READING = {
     "choice": "an option's text alone; else the letter that the answer begins with or names as its"
     " choice; else the one letter that it mentions; else the one option whose text occurs; what is"
     " denied, left open or asked does not count",
@@ -85,7 +85,7 @@ def options_of(question: str) -> dict[str, str]:
 
 
 def choice(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter that an answer chooses among lettered options; see RULES."""
+    """The letter that an answer chooses among lettered options; see READING."""
     said, text = plain(text), widths(text)
     named = {letter: plain(option) for letter, option in options.items()}
     alone = [letter for letter, option in named.items() if option and option == said]
@@ -151,7 +151,7 @@ def _ends_letter(rest: str, option: str) -> bool:
 
 
 def diagnosis(text: str, labels: Iterable[str]) -> str | None:
-    """The label that an answer names, as `label` writes it; see RULES."""
+    """The label that an answer names, as `label` writes it; see READING."""
     named = {name: name for name in map(label, labels) if name}
     said = label(text)
     if said in named and not _asks(widths(text)):

@@ -9,10 +9,9 @@ from typing import Any
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.bootstrap import Statistic, paired
-from echovlm_jax.evaluate.folder import METRICS, PREDICTIONS, SETTINGS, with_bertscore
+from echovlm_jax.evaluate.folder import FIGURES, PREDICTIONS, SETTINGS, with_bertscore
 from echovlm_jax.evaluate.metrics import signature
-from echovlm_jax.evaluate.summary import METRICS as NAMES
-from echovlm_jax.evaluate.summary import Line, statistics
+from echovlm_jax.evaluate.summary import METRICS, Line, statistics
 from echovlm_jax.processing.files import read_json, shown
 
 _SAME = ("question", "reference", "task", "language")
@@ -98,7 +97,7 @@ def _differences(
     first, second = ([[lines[i] for i in rows] for lines in system] for system in (a, b))
     out = {}
     before, after = _together(first), _together(second)
-    for name in NAMES:
+    for name in METRICS:
         if name in before and name in after:
             found = paired(before[name], after[name], seed)
             if found is not None:
@@ -123,9 +122,9 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     """The predictions of a finished evaluation. Raises InputError where there is none."""
     if not (folder / SETTINGS).is_file():
         raise InputError(f"{shown(folder)}: holds no evaluation; name what `echovlm eval` left")
-    if not (folder / METRICS).is_file():
+    if not (folder / FIGURES).is_file():
         raise InputError(f"{shown(folder)}: the evaluation isn't finished; start it again")
-    path, wanted = folder / PREDICTIONS, read_json(folder / METRICS).get("n")
+    path, wanted = folder / PREDICTIONS, read_json(folder / FIGURES).get("n")
     try:
         raw = path.read_bytes()
         lines = [json.loads(line) for line in raw.split(b"\n") if line]

@@ -10,7 +10,7 @@ from echovlm_jax.evaluate.summary import Line
 from echovlm_jax.processing.files import read_json_if_there
 
 SETTINGS, PREDICTIONS = "settings.json", "predictions.jsonl"
-METRICS, BERTSCORE = "metrics.json", "bertscore.json"
+FIGURES, BERTSCORE = "metrics.json", "bertscore.json"
 REPORT = "report.html"
 
 

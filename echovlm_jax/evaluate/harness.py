@@ -21,7 +21,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.answers import read_answer
 from echovlm_jax.evaluate.folder import (
     BERTSCORE,
-    METRICS,
+    FIGURES,
     PREDICTIONS,
     SETTINGS,
     with_bertscore,
@@ -183,7 +183,7 @@ def _finish(
     result["undecided"] = undecided(lines)
     result["failed_by_task"] = dict(Counter(line["task"] for line in failed))
     result["first_failure"] = failed[0]["error"] if failed else None
-    write_json(out / METRICS, result)
+    write_json(out / FIGURES, result)
     if report:
         from echovlm_jax.evaluate.report import write_report
 

@@ -17,7 +17,7 @@ from echovlm_jax.data.dataset import Dataset, open_dataset
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.cases import Case, Chosen, choose, marked, thumbnails
 from echovlm_jax.evaluate.figures import heatmaps, training
-from echovlm_jax.evaluate.folder import METRICS, PREDICTIONS, REPORT
+from echovlm_jax.evaluate.folder import FIGURES, PREDICTIONS, REPORT
 from echovlm_jax.evaluate.results import (
     NAMES,
     Metrics,
@@ -30,6 +30,7 @@ from echovlm_jax.evaluate.results import (
 from echovlm_jax.evaluate.runs import json_lines, read_run
 from echovlm_jax.processing.files import read_json, shown
 from echovlm_jax.storage.files import write_text
+from echovlm_jax.storage.layout import CHECKPOINTS
 
 PAGE = Path(__file__).parent / "page"
 
@@ -124,10 +125,10 @@ def read_result(folder: Path) -> dict[str, Any]:
       InputError: one is missing or of another form.
     """
     folder = Path(folder)
-    metrics = read_json(folder / METRICS)
+    metrics = read_json(folder / FIGURES)
     for key in ("overall", "by_organ", "by_task"):
         if not isinstance(metrics.get(key), dict):
-            raise InputError(f"{shown(folder / METRICS)}: has no {key}; evaluate again")
+            raise InputError(f"{shown(folder / FIGURES)}: has no {key}; evaluate again")
     settings = metrics.get("settings")
     predictions = list(json_lines(folder / PREDICTIONS))
     wanted = {"record": int, "organ": str, "task": str, "kind": str}
@@ -200,7 +201,7 @@ def _cut(text: str) -> str:
 def _about(out: Path, settings: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict:
     """What the page's first lines say; paths by their ends alone."""
     try:
-        at = (out / PREDICTIONS if (out / PREDICTIONS).exists() else out / METRICS).stat().st_mtime
+        at = (out / PREDICTIONS if (out / PREDICTIONS).exists() else out / FIGURES).stat().st_mtime
         date = datetime.datetime.fromtimestamp(at, datetime.UTC).date().isoformat()
     except OSError:
         date = ""
@@ -222,7 +223,7 @@ def _exams(predictions: Sequence[Mapping[str, Any]]) -> set[int]:
 def _name(path: Any) -> str:
     """The last part of a path; of a run's checkpoint RUN/checkpoints/STEP three."""
     parts = Path(str(path or "")).parts
-    return "/".join(parts[-3:] if parts[-2:-1] == ("checkpoints",) else parts[-1:])
+    return "/".join(parts[-3:] if parts[-2:-1] == (CHECKPOINTS,) else parts[-1:])
 
 
 def _flat(value: Any) -> list[tuple[str, str]]:

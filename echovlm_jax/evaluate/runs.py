@@ -13,7 +13,7 @@ import numpy as np
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import read_json_if_there, read_text, shown
-from echovlm_jax.storage.layout import CONFIG, METRICS, ROUTING
+from echovlm_jax.storage.layout import CONFIG, METRICS_LOG, ROUTING
 
 MAX_BYTES = 2**30  # of one log
 
@@ -44,10 +44,10 @@ def read_run(folder: Path) -> Run:
     config = read_json_if_there(folder / CONFIG) or {}
     curves: dict[str, Curve] = {}
     steps = skipped = 0
-    for line in json_lines(folder / METRICS):
+    for line in json_lines(folder / METRICS_LOG):
         step = line.get("step")
         if not isinstance(step, int):
-            raise InputError(f"{shown(folder / METRICS)}: a line has no step; is it of a run?")
+            raise InputError(f"{shown(folder / METRICS_LOG)}: a line has no step; is it of a run?")
         steps = max(steps, step)
         skipped += bool(line.get("skipped"))
         for key in ("loss", "eval_loss", "lr"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from echovlm_jax.evaluate.answers import RULES, macro_f1
+from echovlm_jax.evaluate.answers import READING, macro_f1
 from echovlm_jax.evaluate.bootstrap import Statistic, mean_of
 from echovlm_jax.evaluate.metrics import TEXT_METRICS, percentages, signature, text_statistics
 
@@ -61,7 +61,7 @@ def summarise(lines: Sequence[Line], seed: int, reasons: Mapping[str, str]) -> d
         "overall": table(lines, seed),
         "by_organ": _by(lines, "organ", lambda part: table(part, seed)),
         "by_task": _by(lines, "task", lambda part: table(part, seed)),
-        "signature": signature(languages, seed=seed) | RULES,
+        "signature": signature(languages, seed=seed) | READING,
     }
     absent = {
         name: f"no sample of the kind {'report' if name in TEXT_METRICS else name.split('_')[0]}"

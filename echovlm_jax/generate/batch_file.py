@@ -22,7 +22,7 @@ from echovlm_jax.storage.lock import Lock
 _SAMPLED = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 
 
-class Model(Protocol):
+class Answerer(Protocol):
     """What `generate_file` asks of a model; `load.Model` is one."""
 
     config: ModelConfig
@@ -41,7 +41,7 @@ class Model(Protocol):
 
 
 def generate_file(
-    model: Model,
+    model: Answerer,
     batch: str | Path,
     out: str | Path,
     *,
@@ -106,7 +106,7 @@ def generate_file(
 
 
 def _answer(
-    model: Model,
+    model: Answerer,
     out: Path,
     todo: Sequence[tuple[int, dict[str, Any]]],
     asked: _Asked,

@@ -36,7 +36,7 @@ TREE = "_METADATA"  # Orbax's list of the arrays in `params` or `state`
 CHECKPOINTS, MODEL, STATE, EXTRA = "checkpoints", "model", "state", "extra"
 OWN_MODEL = "extra/model"  # in a checkpoint; beside `state`, Orbax would warn of it
 EXTRA_FILE = "metadata"  # Orbax's name for what `extra` holds
-TRAINABLE, METRICS, ROUTING = "trainable.txt", "metrics.jsonl", "routing.jsonl"
+TRAINABLE, METRICS_LOG, ROUTING = "trainable.txt", "metrics.jsonl", "routing.jsonl"
 
 
 def steps(folder: Path) -> list[int]:

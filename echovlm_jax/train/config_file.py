@@ -21,7 +21,7 @@ from echovlm_jax.train.stages import STAGES, read_rules
 from echovlm_jax.train.step import BALANCES
 
 
-class Rule(NamedTuple):
+class Constraint(NamedTuple):
     """What a key's value must be."""
 
     type: type
@@ -30,29 +30,29 @@ class Rule(NamedTuple):
     optional: bool = False  # the key may be missing, or None
 
 
-def _at_least(least: int) -> Rule:
-    return Rule(int, lambda value: value >= least, f"a whole number of at least {least}")
+def _at_least(least: int) -> Constraint:
+    return Constraint(int, lambda value: value >= least, f"a whole number of at least {least}")
 
 
-def _one_of(names: Sequence[str], optional: bool = False) -> Rule:
-    return Rule(str, lambda value: value in names, f"one of {', '.join(names)}", optional)
+def _one_of(names: Sequence[str], optional: bool = False) -> Constraint:
+    return Constraint(str, lambda value: value in names, f"one of {', '.join(names)}", optional)
 
 
-_NAMED = Rule(str, bool, "a name, or a folder's path")
-_ABOVE_0 = Rule(float, lambda value: value > 0, "a number above 0")
-_BELOW_1 = Rule(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-_NOT_NEGATIVE = Rule(float, lambda value: value >= 0, "a number of at least 0")
-_AXIS = Rule(int, lambda value: value == -1 or value >= 1, "at least 1, or -1 to be inferred")
+_NAMED = Constraint(str, bool, "a name, or a folder's path")
+_ABOVE_0 = Constraint(float, lambda value: value > 0, "a number above 0")
+_BELOW_1 = Constraint(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+_NOT_NEGATIVE = Constraint(float, lambda value: value >= 0, "a number of at least 0")
+_AXIS = Constraint(int, lambda value: value == -1 or value >= 1, "at least 1, or -1 to be inferred")
 _DTYPE = _one_of(("float32", "bfloat16"))
 
 # Every key of a configuration; a dot stands between a group and its key.
-RULES: Mapping[str, Rule] = {
+CONSTRAINTS: Mapping[str, Constraint] = {
     "seed": _at_least(0),
     "model": _NAMED,
     "data": _NAMED,
     "stage": _one_of(tuple(STAGES)),
     # What each may be, `stages.read_rules` says.
-    "stage_rules": Rule(tuple, bool, "a tuple of (pattern, how)", optional=True),
+    "stage_rules": Constraint(tuple, bool, "a tuple of (pattern, how)", optional=True),
     "steps": _at_least(1),
     "global_batch_size": _at_least(1),
     "grad_accum": _at_least(1),
@@ -61,12 +61,12 @@ RULES: Mapping[str, Rule] = {
     "max_image_patches": _at_least(1),
     "mix_temperature": _ABOVE_0._replace(optional=True),
     **{f"task_weights.{task}": _NOT_NEGATIVE._replace(optional=True) for task in TASKS},
-    "allow_dropped": Rule(float, lambda value: 0 <= value <= 1, "a number from 0 to 1", True),
+    "allow_dropped": Constraint(float, lambda value: 0 <= value <= 1, "a number from 0 to 1", True),
     "tokenizer": _NAMED._replace(optional=True),
     "data_workers": _at_least(0)._replace(optional=True),
     "data_cache": _NAMED._replace(optional=True),
     "learning_rate": _ABOVE_0,
-    "warmup_fraction": Rule(float, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "warmup_fraction": Constraint(float, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
     "adam_b1": _BELOW_1,
     "adam_b2": _BELOW_1,
     "adam_eps": _ABOVE_0,
@@ -136,16 +136,16 @@ def check_config(config: ConfigDict) -> None:
     """
     flat = dict(_flatten(config))
     for key in flat:
-        if _rule(key) is None:
-            raise InputError(f"config key {key} is unknown; {_nearest(key, RULES)}")
-    missing = [key for key, rule in RULES.items() if key not in flat and not rule.optional]
+        if _must_be(key) is None:
+            raise InputError(f"config key {key} is unknown; {_nearest(key, CONSTRAINTS)}")
+    missing = [key for key, must in CONSTRAINTS.items() if key not in flat and not must.optional]
     if missing:
         raise InputError(f"the configuration lacks {', '.join(missing)}; see configs/ for examples")
     for key, value in flat.items():
-        rule = _rule(key)
-        if rule and not (value is None and rule.optional) and not _allowed(value, rule):
-            none = ", or none" if rule.optional else ""
-            raise InputError(f"config key {key} must be {rule.text}{none}; found {value!r}")
+        must = _must_be(key)
+        if must and not (value is None and must.optional) and not _allowed(value, must):
+            none = ", or none" if must.optional else ""
+            raise InputError(f"config key {key} must be {must.text}{none}; found {value!r}")
     if flat.get("capacity_factor") is not None and flat["moe_dispatch"] != "einsum":
         raise InputError(
             f"config key capacity_factor is of moe_dispatch einsum; {flat['moe_dispatch']} drops"
@@ -210,14 +210,14 @@ def _pair(word: str) -> tuple[str, str]:
 
 def _override(config: ConfigDict, key: str, value: Any) -> None:
     flat = dict(_flatten(config))
-    rule = _rule(key)
-    if key not in flat and rule is None:
-        known = {**flat, **RULES}
+    must = _must_be(key)
+    if key not in flat and must is None:
+        known = {**flat, **CONSTRAINTS}
         inside = [name for name in known if name.startswith(f"{key}.")]
         hint = f"it is the group of {', '.join(inside)}" if inside else _nearest(key, known)
         raise InputError(f"config key {key} is unknown; {hint}")
-    if rule:
-        wanted, optional = rule.type, rule.optional
+    if must:
+        wanted, optional = must.type, must.optional
     else:  # a file's own key
         wanted, optional = type(flat[key]), flat[key] is None
     *groups, last = key.split(".")
@@ -267,14 +267,14 @@ def _is(value: Any, wanted: type) -> bool:
     return isinstance(value, wanted)
 
 
-def _allowed(value: Any, rule: Rule) -> bool:
-    if not _is(value, rule.type) or (rule.type is float and not math.isfinite(value)):
+def _allowed(value: Any, must: Constraint) -> bool:
+    if not _is(value, must.type) or (must.type is float and not math.isfinite(value)):
         return False
-    return bool(rule.holds(value))
+    return bool(must.holds(value))
 
 
-def _rule(key: str) -> Rule | None:
-    return _NOT_NEGATIVE if key.startswith(f"{ORGANS}.") else RULES.get(key)
+def _must_be(key: str) -> Constraint | None:
+    return _NOT_NEGATIVE if key.startswith(f"{ORGANS}.") else CONSTRAINTS.get(key)
 
 
 def _flatten(config: ConfigDict, group: str = "") -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from echovlm_jax.data.record import ORGANS
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import Flops, Work, model_flops
 from echovlm_jax.storage.files import write_text
-from echovlm_jax.storage.layout import METRICS, ROUTING
+from echovlm_jax.storage.layout import METRICS_LOG, ROUTING
 from echovlm_jax.train.heatmap import heatmap
 from echovlm_jax.train.program import Config, Program
 from echovlm_jax.train.telemetry import KINDS
@@ -56,7 +56,7 @@ class Log:
         self._counts: np.ndarray | float = 0.0  # expert_counts since the last evaluation
         self._file = self._board = None
         if jax.process_index() == 0:
-            self._file = _reopen(folder / METRICS, first)
+            self._file = _reopen(folder / METRICS_LOG, first)
             _reopen(folder / ROUTING, first).close()
             self._board = SummaryWriter(str(folder), purge_step=first + 1)
 
@@ -241,7 +241,7 @@ def _reopen(path: Path, first: int) -> Any:
 
 def was_evaluated(folder: Path, step: int) -> bool:
     """Whether a run's metrics tell of an evaluation after `step` updates, made or failed."""
-    path = folder / METRICS
+    path = folder / METRICS_LOG
     found = path.read_text("utf-8").splitlines() if path.exists() else []
     return any(
         line["step"] == step and not line.keys().isdisjoint(EVALUATED)

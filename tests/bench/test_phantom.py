@@ -137,7 +137,7 @@ def test_a_whole_study(tmp_path):
     options = {"seeds": 1, "exams": 300, "steps": 2, "asked": 14}
     found = bench.bench_phantom("imbalance", tmp_path, **options)
     assert found["samples"] == 28
-    assert {row["metric"] for row in found["rows"]} == set(bench.METRICS)
+    assert {row["metric"] for row in found["rows"]} == set(bench.COMPARED)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/predictions.jsonl")}
     assert len(before) == 2
     assert bench.bench_phantom("imbalance", tmp_path, **options) == found

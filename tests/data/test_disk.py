@@ -12,9 +12,9 @@ from echovlm_jax.cli import main
 from echovlm_jax.data import build as building
 from echovlm_jax.data import disk, parts
 from echovlm_jax.data.beam import _call
-from echovlm_jax.data.phantom import write as phantom
 from echovlm_jax.data.tokenizer import train_sentencepiece
 from echovlm_jax.errors import InputError
+from echovlm_jax.phantom import write as phantom
 from tests.data.sources import record, write
 
 
@@ -108,7 +108,7 @@ def test_tokenizer_and_sheet_leave_nothing(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match=r"tokenizer\.model: no space .*100 bytes more"):
         train_sentencepiece(texts, tmp_path / "tokenizer", 400)
     monkeypatch.setattr("pathlib.Path.replace", full)
-    monkeypatch.setattr("echovlm_jax.data.phantom.sheet._tile", lambda *_: (0, 0, 0, 0))
+    monkeypatch.setattr("echovlm_jax.phantom.sheet._tile", lambda *_: (0, 0, 0, 0))
     monkeypatch.setattr("PIL.Image.Image.paste", lambda *_: None)
     assert main(["data", "phantom", "--sheet", str(tmp_path / "s.png")]) == 2
     one_line(capsys, tmp_path / "s.png")

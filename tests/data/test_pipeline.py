@@ -22,8 +22,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echovlm_jax.data import global_arrays, make_batches, pipeline
+from echovlm_jax.data.epoch import Epochs
 from echovlm_jax.data.examples import open_source
-from echovlm_jax.data.plan import Plan
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.data.tasks import TASKS
@@ -65,7 +65,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 def steps_in_epoch(cfg) -> int:
     settings = Settings.from_config(cfg)
-    epoch = Plan(open_source(settings)).epoch(0)
+    epoch = Epochs(open_source(settings)).epoch(0)
     return (len(epoch.offsets) - 1) // settings.global_batch_size
 
 
@@ -157,7 +157,7 @@ def test_labels_are_the_answers() -> None:
 def test_each_sample_comes_once_in_an_epoch(mix) -> None:
     cfg = conversations(**mix)
     source = open_source(Settings.from_config(cfg))
-    epoch = Plan(source).epoch(0)
+    epoch = Epochs(source).epoch(0)
     batches = take(cfg, steps_in_epoch(cfg))
     found = Counter(number for batch in batches for number, *_ in segments(batch, source))
     assert found == Counter(epoch.record.tolist())
@@ -254,10 +254,10 @@ def test_impossible_values_are_refused(key) -> None:
 
 def late(cfg) -> int:
     """An exam with images that an epoch has in its last batch but one."""
-    plan = Plan(open_source(Settings.from_config(cfg)))
+    epochs = Epochs(open_source(Settings.from_config(cfg)))
     step = steps_in_epoch(cfg) - 2
-    records = [sample.record for row in range(8) for sample in plan.row(step, row)]
-    return next(i for i in records if plan.source.dataset.record(i).media)
+    records = [sample.record for row in range(8) for sample in epochs.row(step, row)]
+    return next(i for i in records if epochs.source.dataset.record(i).media)
 
 
 def collect(cfg, seconds: float = 60) -> None:

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from echovlm_jax.data.epoch import make_epoch
 from echovlm_jax.data.examples import TOO_LONG, example
-from echovlm_jax.data.plan import plan_epoch
 from echovlm_jax.data.record import Medium, Report
 from echovlm_jax.data.stats import describe, stats_of
 from tests.data.exams import SETTINGS, MemoryDataset, exam, exams, source
@@ -23,7 +23,7 @@ def found():
 
 def test_counts_are_those_of_the_epoch(found):
     made, stats = found
-    epoch = plan_epoch(made, 0)
+    epoch = make_epoch(made, 0)
     assert stats["records"] == 65 and stats["samples"] == len(epoch.record) == 120
     assert stats["rows"] == len(epoch.offsets) - 1 == 4 * stats["steps_per_epoch"]
     assert stats["packing_efficiency"] == {
@@ -49,7 +49,7 @@ def test_organs_come_up_as_their_weights_say(found):
 
 def test_counts_of_tasks_are_those_of_the_samples(found):
     made, stats = found
-    epoch = plan_epoch(made, 0)
+    epoch = make_epoch(made, 0)
     pairs = zip(epoch.record.tolist(), epoch.key.tolist(), strict=True)
     tasks = [example(made, *pair).task for pair in pairs]
     assert {task: found["trained"] for task, found in stats["tasks"].items()} == {

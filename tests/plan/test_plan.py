@@ -19,7 +19,7 @@ from echovlm_jax.plan.report import _padding, report
 from echovlm_jax.train.config_file import load_config
 
 # `echovlm_jax.plan.plan` is the function too.
-plan_module = importlib.import_module("echovlm_jax.plan.plan")
+epoch_module = importlib.import_module("echovlm_jax.plan.plan")
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "full_finetune.py"
 needs_libtpu = pytest.mark.skipif(
@@ -145,7 +145,7 @@ def test_generation_compiles_for_a_slice(step):
 
 def test_useful_work_is_what_the_data_fill_rows_with(monkeypatch):
     found = {"tokens": 0.9, "patches": 0.5}
-    monkeypatch.setattr(plan_module, "expected_filling", lambda settings: found)
+    monkeypatch.setattr(epoch_module, "expected_filling", lambda settings: found)
     counted = model_flops(preset("echovlm_11b"), Work(16, 2048, 6144, 784))
     config = load_config(CONFIG)
     told = _without_padding(0.73, counted, config, "train")

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.train.config_file import RULES, check_config, load_config
+from echovlm_jax.train.config_file import CONSTRAINTS, check_config, load_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "full_finetune.py"
 FILE = """
@@ -185,7 +185,7 @@ def test_impossible_values_are_named(key) -> None:
     assert re.match(f"config key {key} must be .+; found {shown}$", str(caught.value))
 
 
-@pytest.mark.parametrize("key", [key for key, rule in RULES.items() if not rule.optional])
+@pytest.mark.parametrize("key", [key for key, rule in CONSTRAINTS.items() if not rule.optional])
 def test_every_key_has_to_be_there(key) -> None:
     config = load_config(CONFIG)
     *group, last = key.split(".")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from echovlm_jax.data.keys import mix
-from echovlm_jax.data.phantom.acoustics import Probe, Tissue
-from echovlm_jax.data.phantom.exam import Exam, View, between, stream
-from echovlm_jax.data.phantom.shapes import (
+from echovlm_jax.phantom.acoustics import Probe, Tissue
+from echovlm_jax.phantom.exam import Exam, View, between, stream
+from echovlm_jax.phantom.shapes import (
     FLUID,
     add_calcification,
     add_lesion,

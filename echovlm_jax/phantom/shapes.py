@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from echovlm_jax.data.keys import mix, uniform
-from echovlm_jax.data.phantom.acoustics import Tissue
-from echovlm_jax.data.phantom.exam import Lesion, between, stream
+from echovlm_jax.phantom.acoustics import Tissue
+from echovlm_jax.phantom.exam import Lesion, between, stream
 
 FLUID = -60.0  # dB: nothing scatters; what shows is the amplifier's noise
 POSTERIOR = {"none": 0.0, "enhancement": -10.0, "shadow": 20.0}  # dB lost on the way through

@@ -6,8 +6,8 @@ and `questions` put the same parameters into words. Nothing here is of a patient
 says so.
 """
 
-from echovlm_jax.data.phantom.dataset import PhantomDataset
-from echovlm_jax.data.phantom.sheet import contact_sheet
-from echovlm_jax.data.phantom.write import write_exams
+from echovlm_jax.phantom.dataset import PhantomDataset
+from echovlm_jax.phantom.sheet import contact_sheet
+from echovlm_jax.phantom.write import write_exams
 
 __all__ = ["PhantomDataset", "contact_sheet", "write_exams"]

@@ -17,16 +17,16 @@ from PIL import Image
 
 from echovlm_jax.data.build import build
 from echovlm_jax.data.dataset import open_dataset
-from echovlm_jax.data.phantom import PhantomDataset, contact_sheet, write_exams
-from echovlm_jax.data.phantom import dataset as dataset_module
-from echovlm_jax.data.phantom.acoustics import Probe, beam_levels, empty_tissue
-from echovlm_jax.data.phantom.exam import DIAGNOSES, PAPER_COUNTS, PROFILES, make_exam
-from echovlm_jax.data.phantom.render import HEADER, RULER, render
-from echovlm_jax.data.phantom.reports import reports
-from echovlm_jax.data.phantom.words import ATTRIBUTES
-from echovlm_jax.data.phantom.words import DIAGNOSES as NAMES
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.errors import InputError
+from echovlm_jax.phantom import PhantomDataset, contact_sheet, write_exams
+from echovlm_jax.phantom import dataset as dataset_module
+from echovlm_jax.phantom.acoustics import Probe, beam_levels, empty_tissue
+from echovlm_jax.phantom.exam import DIAGNOSES, PAPER_COUNTS, PROFILES, make_exam
+from echovlm_jax.phantom.render import HEADER, RULER, render
+from echovlm_jax.phantom.reports import reports
+from echovlm_jax.phantom.words import ATTRIBUTES
+from echovlm_jax.phantom.words import DIAGNOSES as NAMES
 from echovlm_jax.processing.dicom import read_dicom
 
 EVERY = [(organ, diagnosis) for organ in ORGANS for diagnosis in DIAGNOSES[organ]]

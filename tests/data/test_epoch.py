@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from echovlm_jax.data import examples, plan_cache
-from echovlm_jax.data import plan as plan_module
+from echovlm_jax.data import epoch as epoch_module
+from echovlm_jax.data import epoch_cache, examples
 from echovlm_jax.data.encode import encode
+from echovlm_jax.data.epoch import Epoch, Epochs, make_epoch, mend, spread_repeats
 from echovlm_jax.data.examples import ALONE, NOTHING, TOO_LONG, NoExample, example, open_source
 from echovlm_jax.data.keys import mix
 from echovlm_jax.data.packing import Rows
-from echovlm_jax.data.plan import Epoch, Plan, mend, plan_epoch, spread_repeats
 from echovlm_jax.data.record import Medium, Record, Report, Turn
 from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.errors import InputError
@@ -51,7 +51,7 @@ def digest(epoch):
 def mixed():
     """liver 60 and kidney 6 exams, evened out: each kidney comes up 10 times."""
     made = with_settings(exams(liver=60, kidney=6), mix_temperature=1e9)
-    return made, plan_epoch(made, 0)
+    return made, make_epoch(made, 0)
 
 
 def test_every_sample_is_in_one_row_as_often_as_the_mixture_says(mixed):
@@ -105,7 +105,7 @@ def test_repeats_of_an_exam_differ_and_are_not_in_one_batch(mixed):
 def drawn_tasks(made, epochs=1):
     """Each sample's task as its first key draws it, whatever room a row has."""
     roomy = made._replace(settings=dataclasses.replace(made.settings, seq_len=10**6))
-    return Counter(TASKS[t] for e in range(epochs) for t in plan_epoch(roomy, e).task)
+    return Counter(TASKS[t] for e in range(epochs) for t in make_epoch(roomy, e).task)
 
 
 def test_repeats_try_for_other_words_of_the_same_task():
@@ -116,7 +116,7 @@ def test_repeats_try_for_other_words_of_the_same_task():
     dataset = MemoryDataset([rare, *(exam(i, "liver") for i in range(1, 21))])
     made = with_settings(dataset, mix_temperature=1e9)
     made = made._replace(tasks={"conversation": 1.0, "caption": 1.0})
-    epoch = plan_epoch(made, 0)
+    epoch = make_epoch(made, 0)
     keys = epoch.key[epoch.record == 0]
     assert len(keys) in (19, 20)
     built = [example(made, 0, int(key)) for key in keys]
@@ -128,9 +128,9 @@ def test_repeats_try_for_other_words_of_the_same_task():
 
 def test_epochs_and_seeds_differ_and_nothing_else_does(mixed):
     made, epoch = mixed
-    same(epoch, plan_epoch(made, 0))
-    later = plan_epoch(made, 1)
-    other = plan_epoch(made._replace(settings=dataclasses.replace(made.settings, seed=1)), 0)
+    same(epoch, make_epoch(made, 0))
+    later = make_epoch(made, 1)
+    other = make_epoch(made._replace(settings=dataclasses.replace(made.settings, seed=1)), 0)
     for them in (later, other):
         assert not np.array_equal(epoch.record, them.record)
         assert not np.array_equal(np.sort(epoch.key), np.sort(them.key))
@@ -144,7 +144,7 @@ def golden_epoch():
         media = tuple(Medium(0, 60 + i * 13 % 240, 60 + j * 40) for j in range(i % 4))
         records.append(Record(f"{i}", ("liver", "heart")[i % 9 == 0], media, turns))
     made = with_settings(MemoryDataset(records), mix_temperature=2.0, seq_len=512, max_patches=1024)
-    return plan_epoch(made, 3)
+    return make_epoch(made, 3)
 
 
 def test_a_plan_never_changes():
@@ -162,7 +162,7 @@ def test_samples_that_fit_no_row_are_counted_with_their_reason():
     records[8] = exam(8, media=[Medium(0, 60, 60)] * 200)
     records[9] = exam(9, media=[Medium(0, 10, 4000)])
     made = source(MemoryDataset(records))
-    epoch = plan_epoch(made, 0)
+    epoch = make_epoch(made, 0)
     assert epoch.dropped == {TOO_LONG: 2, NOTHING: 1, "image sizes": 1}
     assert sorted(epoch.lost_record) == [3, 7, 8, 9]
     assert sorted(epoch.record) == [0, 1, 2, 4, 5, 6, 10, 11]
@@ -180,7 +180,7 @@ def test_a_task_that_does_not_fit_is_lost_and_no_other_takes_its_place():
     )
     records = [dataclasses.replace(exam(i, media=[]), reports=(report,)) for i in range(40)]
     made = with_settings(MemoryDataset(records), task_weights=WITHOUT_CHOICES)
-    epoch = plan_epoch(made, 0)
+    epoch = make_epoch(made, 0)
     trained = Counter(TASKS[t] for t in epoch.task)
     lost = Counter(TASKS[t] for t in epoch.lost_task)
     assert trained + lost == drawn_tasks(made)
@@ -192,7 +192,7 @@ def test_a_choice_without_other_texts_is_lost_and_counted():
     """All exams are alike: nothing differs that a choice could be made of."""
     records = [dataclasses.replace(exam(0, media=[]), id=str(i)) for i in range(60)]
     made = with_settings(MemoryDataset(records))
-    epoch = plan_epoch(made, 0)
+    epoch = make_epoch(made, 0)
     lost = {TASKS[t] for t in epoch.lost_task}
     assert epoch.dropped == {ALONE: len(epoch.lost_task)} and lost == {
         "choice", "choice_restate", "judge"
@@ -203,7 +203,7 @@ def test_a_choice_without_other_texts_is_lost_and_counted():
 def test_an_organs_only_exam_has_no_choices_to_lose():
     made = with_settings(MemoryDataset([exam(0, "heart"), exam(1, "liver"), exam(2, "breast")]))
     made = made._replace(tasks={"choice": 10.0, "judge": 10.0, "caption": 0.1})
-    epoch = plan_epoch(made, 0)
+    epoch = make_epoch(made, 0)
     assert not epoch.dropped and {TASKS[t] for t in epoch.task} == {"caption"}
 
 
@@ -235,7 +235,7 @@ def long_ones(count=30, media=2):
 def test_the_advised_budgets_lose_and_shrink_nothing(changes):
     made = with_settings(MemoryDataset(long_ones()), **changes)
     try:
-        needs = plan_epoch(made, 0).lost_need
+        needs = make_epoch(made, 0).lost_need
     except InputError as error:  # not one sample fits
         advice = str(error)
         assert "none of its 30 samples can be used" in advice
@@ -244,7 +244,7 @@ def test_the_advised_budgets_lose_and_shrink_nothing(changes):
     advised = {k: int(v) for k, v in re.findall(r"--config\.(\w+)=(\d+)", advice)}
     assert advised and all(getattr(made.settings, key) < value for key, value in advised.items())
     wider = {**changes, **advised}
-    after = plan_epoch(with_settings(MemoryDataset(long_ones()), **wider), 0)
+    after = make_epoch(with_settings(MemoryDataset(long_ones()), **wider), 0)
     assert not after.dropped and len(after.record) == 30
     if set(changes) == set(advised):
         assert not after.shrunk.any()
@@ -253,44 +253,44 @@ def test_the_advised_budgets_lose_and_shrink_nothing(changes):
 def test_images_made_smaller_for_a_row_are_counted():
     media = [Medium(0, 224, 224), Medium(0, 56, 56), Medium(8, 112, 112)]  # 256, 16, 4 × 64
     made = with_settings(MemoryDataset([exam(i, media=media) for i in range(8)]), max_patches=400)
-    assert set(plan_epoch(made, 0).shrunk) == {1}  # the loop's frames are fewer, and that is enough
+    assert set(make_epoch(made, 0).shrunk) == {1}  # the loop's frames are fewer, and that is enough
     tight = with_settings(made.dataset, max_patches=100)
-    assert set(plan_epoch(tight, 0).shrunk) == {2}
-    assert not plan_epoch(with_settings(made.dataset, max_patches=528), 0).shrunk.any()
+    assert set(make_epoch(tight, 0).shrunk) == {2}
+    assert not make_epoch(with_settings(made.dataset, max_patches=528), 0).shrunk.any()
 
 
 def test_data_of_which_nothing_fits_is_refused():
     made = with_settings(exams(liver=3), seq_len=8)
     with pytest.raises(InputError, match=r"none of its 3 samples can be used \(too long: 3\)"):
-        plan_epoch(made, 0)
+        make_epoch(made, 0)
 
 
 def test_steps_are_located_over_epochs_of_different_lengths():
     made = with_settings(exams(liver=33), stage="instruction")
-    plan = Plan(made)
-    lengths = [(len(plan_epoch(made, e).offsets) - 1) // 4 for e in range(3)]
+    epochs = Epochs(made)
+    lengths = [(len(make_epoch(made, e).offsets) - 1) // 4 for e in range(3)]
     expected = [(e, b) for e, n in enumerate(lengths) for b in range(n)]
-    assert [plan.locate(step) for step in range(len(expected))] == expected
-    assert Plan(made).locate(len(expected) - 1) == expected[-1]  # from nothing
+    assert [epochs.locate(step) for step in range(len(expected))] == expected
+    assert Epochs(made).locate(len(expected) - 1) == expected[-1]  # from nothing
 
 
 def test_rows_of_steps_hold_an_epoch_after_another():
     made = source(exams(liver=33))
-    plan = Plan(made)
-    steps = (len(plan.epoch(0).offsets) - 1) // 4
-    seen = [s for step in range(steps) for row in range(4) for s in plan.row(step, row)]
+    epochs = Epochs(made)
+    steps = (len(epochs.epoch(0).offsets) - 1) // 4
+    seen = [s for step in range(steps) for row in range(4) for s in epochs.row(step, row)]
     assert sorted(s.record for s in seen) == list(range(33))
     for s in seen:
         built = example(made, s.record, s.key)
         assert (built.tokens, built.patches) == (s.tokens, s.patches)
-    following = [s for row in range(4) for s in plan.row(steps, row)]
+    following = [s for row in range(4) for s in epochs.row(steps, row)]
     assert {s.key for s in following}.isdisjoint(s.key for s in seen)
 
 
 def test_chunks_do_not_matter(mixed, monkeypatch):
     made, epoch = mixed
-    monkeypatch.setattr(plan_module, "_CHUNK", 7)
-    same(epoch, plan_epoch(made, 0))
+    monkeypatch.setattr(epoch_module, "_CHUNK", 7)
+    same(epoch, make_epoch(made, 0))
 
 
 def _fill_of_fakes(*args):
@@ -298,18 +298,18 @@ def _fill_of_fakes(*args):
     _fill(*args)
 
 
-_fill = plan_module._fill
+_fill = epoch_module._fill
 
 
 def test_worker_processes_measure_the_same(monkeypatch):
     monkeypatch.setattr(examples, "open_dataset", fakes.open_dataset)
-    monkeypatch.setattr(plan_module, "_fill", _fill_of_fakes)
-    monkeypatch.setattr(plan_module, "_CHUNK", 16)
+    monkeypatch.setattr(epoch_module, "_fill", _fill_of_fakes)
+    monkeypatch.setattr(epoch_module, "_CHUNK", 16)
     settings = dataclasses.replace(SETTINGS, data="fake:150", mix_temperature=3.0)
-    alone = plan_epoch(open_source(settings), 0)
+    alone = make_epoch(open_source(settings), 0)
     called = []
-    monkeypatch.setattr(plan_module, "_measure_chunk", called.append)  # of this process
-    together = plan_epoch(open_source(dataclasses.replace(settings, workers=2)), 0)
+    monkeypatch.setattr(epoch_module, "_measure_chunk", called.append)  # of this process
+    together = make_epoch(open_source(dataclasses.replace(settings, workers=2)), 0)
     same(alone, together)
     assert not called
 
@@ -323,25 +323,25 @@ def test_what_is_refused_is_not_cached(tmp_path):
 
     for _ in range(2):
         with pytest.raises(InputError, match="no"):
-            plan_epoch(made, 0, refuse)
+            make_epoch(made, 0, refuse)
     assert not (tmp_path / "plans").exists()
-    plan_epoch(made, 0)
+    make_epoch(made, 0)
     with pytest.raises(InputError, match="no"):  # one that was cached is checked too
-        plan_epoch(made, 0, refuse)
+        make_epoch(made, 0, refuse)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other", "older"])
 def test_a_cached_plan_is_read_and_a_damaged_one_made_again(tmp_path, monkeypatch, damage):
     made = with_settings(exams(liver=9), cache=tmp_path / "plans")
-    first = plan_epoch(made, 0)
+    first = make_epoch(made, 0)
     (file,) = (tmp_path / "plans").iterdir()
     good = file.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(plan_module, "_plan", None)  # can't be called
-        same(first, plan_epoch(made, 0))
+        patched.setattr(epoch_module, "_plan", None)  # can't be called
+        same(first, make_epoch(made, 0))
     bad = bytearray(good)
     bad[len(bad) // 2] ^= 1
-    plan_cache.write(tmp_path, "older", plan_epoch(source(exams(liver=5)), 0)._asdict())
+    epoch_cache.write(tmp_path, "older", make_epoch(source(exams(liver=5)), 0)._asdict())
     damaged = {
         "cut": good[:-9],
         "flip": bytes(bad),
@@ -350,7 +350,7 @@ def test_a_cached_plan_is_read_and_a_damaged_one_made_again(tmp_path, monkeypatc
         "older": good[:32] + (tmp_path / "older.plan").read_bytes()[32:],
     }
     file.write_bytes(damaged[damage])
-    same(first, plan_epoch(made, 0))
+    same(first, make_epoch(made, 0))
     assert file.read_bytes()[32:] == good[32:]
     assert [file.name] == [path.name for path in file.parent.iterdir()]
 
@@ -362,7 +362,7 @@ def test_arrays_of_objects_are_not_unpickled(tmp_path):
     np.savez(body, record=np.array([print], object))
     data = body.getvalue()
     (tmp_path / "x.plan").write_bytes(hashlib.blake2b(data, digest_size=32).digest() + data)
-    assert plan_cache.read(tmp_path, "x", ["record"]) is None
+    assert epoch_cache.read(tmp_path, "x", ["record"]) is None
 
 
 def test_fingerprints_follow_what_plans_follow():
@@ -378,18 +378,18 @@ def test_fingerprints_follow_what_plans_follow():
         {"stage": "alignment"},
         {"task_weights": (("caption", 9.0),)},
     ]
-    found = {plan_cache.fingerprint(with_settings(dataset, **change)) for change in changes}
+    found = {epoch_cache.fingerprint(with_settings(dataset, **change)) for change in changes}
     assert len(found) == len(changes)
-    assert plan_cache.fingerprint(source(MemoryDataset(dataset.records, "01"))) not in found
+    assert epoch_cache.fingerprint(source(MemoryDataset(dataset.records, "01"))) not in found
     moved = with_settings(dataset, workers=9, cache="elsewhere", data="elsewhere")
-    assert plan_cache.fingerprint(moved) == plan_cache.fingerprint(source(dataset))
+    assert epoch_cache.fingerprint(moved) == epoch_cache.fingerprint(source(dataset))
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     made = with_settings(exams(liver=3), cache=tmp_path / "file")
     with pytest.raises(InputError, match=r"data_cache .*file: cannot be written to"):
-        plan_epoch(made, 0)
+        make_epoch(made, 0)
 
 
 @hypothesis_settings(max_examples=60)

@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from echovlm_jax.data.disk import writing
 from echovlm_jax.data.keys import mix, text_key
-from echovlm_jax.data.phantom.exam import DIAGNOSES, make_exam
-from echovlm_jax.data.phantom.render import render
-from echovlm_jax.data.phantom.words import DIAGNOSES as NAMES
 from echovlm_jax.data.record import ORGANS
+from echovlm_jax.phantom.exam import DIAGNOSES, make_exam
+from echovlm_jax.phantom.render import render
+from echovlm_jax.phantom.words import DIAGNOSES as NAMES
 
 _TILE = (156, 132)  # px, width and height
 _STRIP = 13  # px for a name above each

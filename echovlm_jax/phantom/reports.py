@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from echovlm_jax.data.keys import number
-from echovlm_jax.data.phantom.exam import Exam, Lesion
-from echovlm_jax.data.phantom.questions import questions
-from echovlm_jax.data.phantom.words import ADVICE, ATTRIBUTES, DIAGNOSES, ORGANS, Pair, noun
 from echovlm_jax.data.record import Report
+from echovlm_jax.phantom.exam import Exam, Lesion
+from echovlm_jax.phantom.questions import questions
+from echovlm_jax.phantom.words import ADVICE, ATTRIBUTES, DIAGNOSES, ORGANS, Pair, noun
 
 _WORDING = 4  # which numbers of an exam's key choose wordings
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from echovlm_jax.data.keys import mix
-from echovlm_jax.data.phantom.acoustics import Probe, Tissue
-from echovlm_jax.data.phantom.exam import Exam, View, between, stream
-from echovlm_jax.data.phantom.shapes import FLUID, add_lesion, ellipse, fill, outline, rough, tube
+from echovlm_jax.phantom.acoustics import Probe, Tissue
+from echovlm_jax.phantom.exam import Exam, View, between, stream
+from echovlm_jax.phantom.shapes import FLUID, add_lesion, ellipse, fill, outline, rough, tube
 
 RING = 100.0  # depth of the plane of the valves at the end of filling
 NORMAL_SQUEEZE = 0.33  # of its width, at the end of emptying

@@ -23,14 +23,14 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundMultiFrameImageSt
 
 from echovlm_jax.data.disk import writing
 from echovlm_jax.data.keys import mix, text_key
-from echovlm_jax.data.phantom.dataset import organ_of
-from echovlm_jax.data.phantom.exam import MOST_VIEWS, Exam, make_exam
-from echovlm_jax.data.phantom.render import render
-from echovlm_jax.data.phantom.reports import reports
 from echovlm_jax.data.record import ORGANS, Report
 from echovlm_jax.data.sections import join_report
 from echovlm_jax.data.workers import Workers
 from echovlm_jax.errors import InputError
+from echovlm_jax.phantom.dataset import organ_of
+from echovlm_jax.phantom.exam import MOST_VIEWS, Exam, make_exam
+from echovlm_jax.phantom.render import render
+from echovlm_jax.phantom.reports import reports
 from echovlm_jax.processing.files import shown
 from echovlm_jax.progress import progress
 

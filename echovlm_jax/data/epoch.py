@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from echovlm_jax.data import plan_cache
+from echovlm_jax.data import epoch_cache
 from echovlm_jax.data.examples import (
     REASONS,
     Example,
@@ -80,16 +80,16 @@ class Sample(NamedTuple):
     patches: int
 
 
-class Plan:
+class Epochs:
     """A run's plan, made epoch by epoch as it is asked for. Threads may share it.
 
     To know in which epoch a step is, all epochs before it have to be planned, since they differ in
     length; with `Settings.cache` that happens once for all runs.
     """
 
-    def __init__(self, source: Source, plan: Callable[[Source, int], Epoch] | None = None) -> None:
+    def __init__(self, source: Source, make: Callable[[Source, int], Epoch] | None = None) -> None:
         self.source = source
-        self._plan = plan or plan_epoch
+        self._make = make or make_epoch
         self._lock = threading.RLock()
         self._epochs: dict[int, Epoch] = {}  # the last two
         self._ends: list[int] = []  # the step at which each epoch ends
@@ -99,7 +99,7 @@ class Plan:
             if number not in self._epochs:
                 for old in sorted(self._epochs)[:-1]:
                     del self._epochs[old]
-                self._epochs[number] = self._plan(self.source, number)
+                self._epochs[number] = self._make(self.source, number)
             return self._epochs[number]
 
     def locate(self, step: int) -> tuple[int, int]:
@@ -123,7 +123,7 @@ class Plan:
         ]
 
 
-def plan_epoch(
+def make_epoch(
     source: Source, epoch: int, check: Callable[[Epoch], None] = lambda planned: None
 ) -> Epoch:
     """Plans one epoch, or reads its plan from the cache.
@@ -140,21 +140,21 @@ def plan_epoch(
         planned = _plan(source, epoch)
         check(planned)
         return planned
-    name = f"{plan_cache.fingerprint(source)}-{epoch}"
-    found = plan_cache.read(settings.cache, name, Epoch._fields)
+    name = f"{epoch_cache.fingerprint(source)}-{epoch}"
+    found = epoch_cache.read(settings.cache, name, Epoch._fields)
     planned = _plan(source, epoch) if found is None else Epoch(**found)
     check(planned)
     if found is None:
-        plan_cache.write(settings.cache, name, planned._asdict())
+        epoch_cache.write(settings.cache, name, planned._asdict())
     return planned
 
 
-def plan_beginning(source: Source) -> Epoch:
+def make_beginning(source: Source) -> Epoch:
     """The plan of the first samples of the first epoch, as many as are packed together: how full
     rows get, without measuring all of the data.
 
     Raises:
-      InputError: as `plan_epoch`.
+      InputError: as `make_epoch`.
     """
     return _plan(source, 0, WINDOW)
 

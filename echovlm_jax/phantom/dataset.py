@@ -9,11 +9,11 @@ import math
 import numpy as np
 
 from echovlm_jax.data.keys import mix, text_key
-from echovlm_jax.data.phantom.exam import PAPER_COUNTS, Exam, make_exam
-from echovlm_jax.data.phantom.render import render
-from echovlm_jax.data.phantom.reports import reports
 from echovlm_jax.data.record import ORGANS, Medium, Record
 from echovlm_jax.errors import InputError
+from echovlm_jax.phantom.exam import PAPER_COUNTS, Exam, make_exam
+from echovlm_jax.phantom.render import render
+from echovlm_jax.phantom.reports import reports
 
 SIZES = {"train": 4096, "validation": 256, "test": 512}  # exams, where no size is given
 # Part of every fingerprint: to be raised by whoever changes pictures or texts.

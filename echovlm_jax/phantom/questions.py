@@ -10,11 +10,11 @@ import functools
 from collections.abc import Sequence
 
 from echovlm_jax.data.keys import number
-from echovlm_jax.data.phantom.exam import DIAGNOSES, PROFILES, Exam
-from echovlm_jax.data.phantom.words import ATTRIBUTES, ORGANS, Pair
-from echovlm_jax.data.phantom.words import DIAGNOSES as NAMES
 from echovlm_jax.data.record import ORGANS as ALL_ORGANS
 from echovlm_jax.data.record import Question
+from echovlm_jax.phantom.exam import DIAGNOSES, PROFILES, Exam
+from echovlm_jax.phantom.words import ATTRIBUTES, ORGANS, Pair
+from echovlm_jax.phantom.words import DIAGNOSES as NAMES
 
 _ASKING = 5  # which numbers of an exam's key choose questions
 TRUE_FALSE = (("True", "False"), ("正确", "错误"))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from echovlm_jax.data.keys import mix
-from echovlm_jax.data.phantom.abdominal import (
+from echovlm_jax.phantom.abdominal import (
     kidney_probe,
     liver_probe,
     paint_kidney,
@@ -16,7 +16,7 @@ from echovlm_jax.data.phantom.abdominal import (
     paint_pelvis,
     pelvis_probe,
 )
-from echovlm_jax.data.phantom.acoustics import (
+from echovlm_jax.phantom.acoustics import (
     Probe,
     Tissue,
     beam_levels,
@@ -25,9 +25,9 @@ from echovlm_jax.data.phantom.acoustics import (
     scan_table,
     to_grey,
 )
-from echovlm_jax.data.phantom.exam import Exam, View, between, stream
-from echovlm_jax.data.phantom.heart import heart_probe, paint_heart
-from echovlm_jax.data.phantom.superficial import (
+from echovlm_jax.phantom.exam import Exam, View, between, stream
+from echovlm_jax.phantom.heart import heart_probe, paint_heart
+from echovlm_jax.phantom.superficial import (
     breast_probe,
     paint_breast,
     paint_thyroid,
