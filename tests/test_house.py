@@ -67,7 +67,8 @@ MAY_IMPORT = {
     "cli": ANYTHING,
 }
 NOBODY_IMPORTS = ("cli", "launch", "configs", "tests")
-READS_THE_OUTSIDE = ("cli", "launch")
+# `storage.bucket`: the endpoint, as all clients of S3 read it, in worker processes and notebooks too.
+READS_THE_OUTSIDE = ("cli", "launch", "storage.bucket")
 
 # Import name -> name on PyPI, where they differ.
 PYPI_NAMES = {"PIL": "pillow", "orbax": "orbax-checkpoint", "gdcm": "python-gdcm"}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import MODEL, Result, add_command
+from echovlm_jax.cli.frame import LOCAL, MODEL, PLACE, Result, add_command
 
 # Sizes of the mixture that `upcycle` has a flag for.
 MIXTURE = {
@@ -31,12 +30,12 @@ def add_convert(commands: Any) -> None:
         "goes on where it stopped",
         "echovlm convert EchoVLM-hf/ echovlm-orbax/ --dtype bfloat16",
     )
-    command.add_argument("src", type=Path, metavar="SRC", help="a Hugging Face folder")
-    command.add_argument("dst", type=Path, metavar="DST", help="the folder to make")
+    command.add_argument("src", type=PLACE, metavar="SRC", help="a Hugging Face folder")
+    command.add_argument("dst", type=PLACE, metavar="DST", help="the folder to make")
     command.add_argument("--dtype", metavar="D", help="store as D, e.g. bfloat16; default: as is")
     command.add_argument(
         "--adapter",
-        type=Path,
+        type=PLACE,
         metavar="PEFT",
         help="merge a PEFT adapter's folder into the weights",
     )
@@ -65,8 +64,8 @@ def add_export(commands: Any) -> None:
         "added to its weights, or with --adapter written by themselves",
         "echovlm export echovlm-orbax/ EchoVLM-hf/ --max-shard-size 5GB",
     )
-    command.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
-    command.add_argument("dst", type=Path, metavar="DST", help="the folder to make")
+    command.add_argument("model", type=PLACE, metavar="MODEL", help=MODEL)
+    command.add_argument("dst", type=PLACE, metavar="DST", help="the folder to make")
     command.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s"
     )
@@ -91,7 +90,7 @@ def add_upcycle(commands: Any) -> None:
         from echovlm_jax.train.config_file import check_config, load_config
 
         like = None
-        if args.config and args.config.endswith(".py"):
+        if args.config and args.config.suffix == ".py":
             config = load_config(args.config)
             check_config(config)
             like = read_mixture(str(config.model))
@@ -116,10 +115,11 @@ def add_upcycle(commands: Any) -> None:
         "which is measured: exit code 1 if a logit changed by more than is stated",
         "echovlm upcycle Qwen2-VL-7B-Instruct/ echovlm-start/ --config configs/alignment.py",
     )
-    command.add_argument("src", metavar="QWEN2VL", type=Path, help="a Hugging Face folder")
-    command.add_argument("dst", metavar="DST", type=Path, help="the folder to make")
+    command.add_argument("src", metavar="QWEN2VL", type=PLACE, help="a Hugging Face folder")
+    command.add_argument("dst", metavar="DST", type=PLACE, help="the folder to make")
     command.add_argument(
         "--config",
+        type=PLACE,
         metavar="F",
         help="take the mixture's sizes from the model of a training configuration (F.py), a model "
         "folder, a config.json or a preset; default: the released ones, scaled to the dense MLP",
@@ -151,7 +151,7 @@ def add_inspect(commands: Any) -> None:
         "say what a checkpoint holds, without loading its weights",
         "echovlm inspect EchoVLM-hf/",
     )
-    command.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
+    command.add_argument("model", type=PLACE, metavar="MODEL", help=MODEL)
 
 
 def add_verify(commands: Any) -> None:
@@ -169,7 +169,7 @@ def add_verify(commands: Any) -> None:
         "echovlm verify runs/alignment/",
     )
     command.add_argument(
-        "model", type=Path, metavar="MODEL", help="made by `convert`, `upcycle` or `train`"
+        "model", type=PLACE, metavar="MODEL", help="made by `convert`, `upcycle` or `train`"
     )
 
 
@@ -187,8 +187,8 @@ def add_parity(commands: Any) -> None:
         "exit code 1 if they differ",
         "echovlm parity echovlm-orbax/ --golden golden.npz --atol 1e-4",
     )
-    command.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
-    command.add_argument("--golden", type=Path, required=True, metavar="F.npz")
+    command.add_argument("model", type=PLACE, metavar="MODEL", help=MODEL)
+    command.add_argument("--golden", type=LOCAL, required=True, metavar="F.npz")
     command.add_argument(
         "--atol", type=float, default=1e-4, metavar="X", help="default: %(default)s"
     )

@@ -6,10 +6,9 @@ import argparse
 import os
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import Result, add_allow_links, add_command, add_crop
+from echovlm_jax.cli.frame import LOCAL, NAMED, Result, add_allow_links, add_command, add_crop
 from echovlm_jax.cli.printing import show
 from echovlm_jax.errors import InputError
 
@@ -66,7 +65,7 @@ def _add_build(commands: Any) -> None:
     )
     _add_inputs(command)
     command.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the folder to make"
+        "--out", type=LOCAL, required=True, metavar="DIR", help="the folder to make"
     )
     for split in ("validation", "test"):
         command.add_argument(
@@ -107,7 +106,7 @@ def _add_validate(commands: Any) -> None:
 def _add_inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--source",
-        type=Path,
+        type=LOCAL,
         nargs="+",
         action="extend",
         required=True,
@@ -117,7 +116,7 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--images",
-        type=Path,
+        type=LOCAL,
         required=True,
         metavar="DIR",
         help="what the image paths are relative to: PNG, JPEG, DICOM, BMP, TIFF, WebP, GIF, "
@@ -126,7 +125,7 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
     add_allow_links(command)
     command.add_argument(
         "--organs",
-        type=Path,
+        type=LOCAL,
         metavar="F.json",
         help="{source's name: organ}, for records that don't say theirs; default: the organ that "
         "the source's name tells",
@@ -218,11 +217,11 @@ def _add_stats(commands: Any) -> None:
         "  echovlm data stats exams/ --config configs/instruction.py --config.seq_len=4096",
         show=_show_stats,
     )
-    command.add_argument("data", metavar="DIR", help=DATA)
+    command.add_argument("data", type=NAMED, metavar="DIR", help=DATA)
     command.add_argument("--split", default="train", metavar="S", help="default: %(default)s")
     command.add_argument(
         "--config",
-        type=Path,
+        type=LOCAL,
         metavar="F.py",
         help="the run to count for, as in configs/; default: organs as they are, a byte a token",
     )
@@ -266,9 +265,9 @@ def _add_phantom(commands: Any) -> None:
         "  echovlm data phantom --sheet phantoms.png",
         show=_show_phantom,
     )
-    command.add_argument("--out", type=Path, metavar="DIR", help="the folder to make")
+    command.add_argument("--out", type=LOCAL, metavar="DIR", help="the folder to make")
     command.add_argument(
-        "--sheet", type=Path, metavar="F.png", help="draw one exam of each diagnosis instead"
+        "--sheet", type=LOCAL, metavar="F.png", help="draw one exam of each diagnosis instead"
     )
     command.add_argument("--exams", type=int, default=100, metavar="N", help="default: %(default)s")
     command.add_argument(
@@ -312,9 +311,9 @@ def _add_tokenizer(commands: Any) -> None:
         "reserved",
         "echovlm data tokenizer phantom --out tokenizer/",
     )
-    command.add_argument("data", metavar="DIR", help=DATA)
+    command.add_argument("data", type=NAMED, metavar="DIR", help=DATA)
     command.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the folder to make"
+        "--out", type=LOCAL, required=True, metavar="DIR", help="the folder to make"
     )
     command.add_argument(
         "--vocab-size", type=int, default=2048, metavar="N", help="default: %(default)s"

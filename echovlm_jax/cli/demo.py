@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import Result, add_command
+from echovlm_jax.cli.frame import LOCAL, Result, add_command
 from echovlm_jax.memory import keep_freed_memory
 
 
@@ -27,11 +27,11 @@ def add_demo(commands: Any) -> None:
         show=_show,
     )
     command.add_argument(
-        "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="default: %(default)s"
+        "--out", type=LOCAL, default=Path("demo_out"), metavar="DIR", help="default: %(default)s"
     )
     command.add_argument(
         "--image",
-        type=Path,
+        type=LOCAL,
         metavar="F",
         help="a picture or DICOM file to answer on at the end; default: a cine loop from pydicom",
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from echovlm_jax.cli.data import DATA
-from echovlm_jax.cli.frame import MODEL, Result, add_command
+from echovlm_jax.cli.frame import LOCAL, MODEL, NAMED, PLACE, Result, add_command
 from echovlm_jax.cli.printing import lines, table
 
 _GIVEN = (
@@ -42,10 +41,10 @@ def add_eval(commands: Any) -> None:
         "  echovlm eval run/ --data phantom --limit 100 --images blind --out blind/",
         show=_show_eval,
     )
-    command.add_argument("model", type=Path, metavar="MODEL", help=f"{MODEL}; or a training run's")
-    command.add_argument("--data", required=True, metavar="DIR", help=DATA)
+    command.add_argument("model", type=PLACE, metavar="MODEL", help=f"{MODEL}; or a training run's")
+    command.add_argument("--data", type=NAMED, required=True, metavar="DIR", help=DATA)
     command.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the folder to make"
+        "--out", type=PLACE, required=True, metavar="DIR", help="the folder to make"
     )
     command.add_argument("--split", metavar="S", help="default: test")
     command.add_argument(
@@ -76,7 +75,7 @@ def add_eval(commands: Any) -> None:
         help="larger images are made this small; default: as the model was trained",
     )
     command.add_argument(
-        "--bertscore", type=Path, metavar="DIR", help="a local BERT-like model, for BERTScore"
+        "--bertscore", type=LOCAL, metavar="DIR", help="a local BERT-like model, for BERTScore"
     )
 
 
@@ -96,8 +95,8 @@ def add_score(commands: Any) -> None:
         "echovlm score --references references.jsonl --predictions answers.jsonl --lang zh",
         show=_show_score,
     )
-    command.add_argument("--references", type=Path, required=True, metavar="R.jsonl")
-    command.add_argument("--predictions", type=Path, required=True, metavar="P.jsonl")
+    command.add_argument("--references", type=LOCAL, required=True, metavar="R.jsonl")
+    command.add_argument("--predictions", type=LOCAL, required=True, metavar="P.jsonl")
     command.add_argument(
         "--lang", choices=("zh", "en"), default="zh", help="decides the tokens; default: zh"
     )
@@ -124,8 +123,8 @@ def add_compare(commands: Any) -> None:
         "echovlm compare results/ blind/",
         show=_show_compare,
     )
-    command.add_argument("a", type=Path, metavar="A", help="a folder that `eval` left")
-    command.add_argument("b", type=Path, metavar="B", help="another; differences are B less A")
+    command.add_argument("a", type=PLACE, metavar="A", help="a folder that `eval` left")
+    command.add_argument("b", type=PLACE, metavar="B", help="another; differences are B less A")
 
 
 def _show_eval(result: Result, args: argparse.Namespace) -> None:

@@ -17,10 +17,29 @@ from typing import Any, NoReturn
 
 from echovlm_jax.cli.printing import show as show_lines
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.files import as_path, local_path
 
 Result = dict[str, Any]
 OVERRIDE = "--config."  # begins a word that changes one key of a configuration
 MODEL = "a Hugging Face folder or one made by `convert`; the command finds out which"
+
+
+def _door(check: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argument's type: what it can't be is said before anything is read or written."""
+
+    def convert(text: str) -> Any:
+        try:
+            return check(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+# Every argument that is a path has one of these types.
+PLACE = _door(as_path)  # here or in a bucket
+LOCAL = _door(local_path)
+NAMED = _door(lambda text: str(local_path(text)))  # a path, or a word that stands for something
 
 
 def add_command(
@@ -61,7 +80,7 @@ def add_command(
 def add_allow_links(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-links",
-        type=Path,
+        type=LOCAL,
         metavar="ROOT",
         help="take images that are links to files inside ROOT, as in a cache of downloads: the "
         "folder above its snapshots/ and blobs/; default: links stay inside the images' folder",

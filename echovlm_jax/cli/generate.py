@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import MODEL, Result, add_allow_links, add_command, add_crop
+from echovlm_jax.cli.frame import LOCAL, MODEL, PLACE, Result, add_allow_links, add_command, add_crop
 from echovlm_jax.cli.printing import lines, show
 from echovlm_jax.errors import InputError
 
@@ -68,10 +67,10 @@ def add_generate(commands: Any) -> None:
         "\n  echovlm generate echovlm-orbax/ --batch exams.jsonl --out answers.jsonl",
         show=_show_answer,
     )
-    command.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
+    command.add_argument("model", type=PLACE, metavar="MODEL", help=MODEL)
     command.add_argument(
         "--image",
-        type=Path,
+        type=LOCAL,
         nargs="+",
         action="extend",
         default=[],
@@ -107,10 +106,10 @@ def add_generate(commands: Any) -> None:
         help="compute in float32, bfloat16 or float16; default: as stored, on a CPU float32",
     )
     command.add_argument(
-        "--batch", type=Path, metavar="F.jsonl", help='many: a line {"id", "images", "prompt"} each'
+        "--batch", type=LOCAL, metavar="F.jsonl", help='many: a line {"id", "images", "prompt"} each'
     )
     command.add_argument(
-        "--out", type=Path, metavar="G.jsonl", help="the batch's answers; goes on where it stopped"
+        "--out", type=PLACE, metavar="G.jsonl", help="the batch's answers; goes on where it stopped"
     )
     add_allow_links(command)
     for name, (kind, metavar, text) in SAMPLING.items():

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import Result, add_command, no_native_stderr
+from echovlm_jax.cli.frame import LOCAL, Result, add_command, no_native_stderr
 from echovlm_jax.cli.printing import lines, show, table
 from echovlm_jax.errors import InputError
 from echovlm_jax.memory import keep_freed_memory
@@ -54,7 +54,7 @@ def add_plan(commands: Any) -> None:
         show=_show_plan,
     )
     command.add_argument(
-        "--config", type=Path, required=True, metavar="F.py", help="a file as in configs/"
+        "--config", type=LOCAL, required=True, metavar="F.py", help="a file as in configs/"
     )
     command.add_argument(
         "--topology", required=True, metavar="T", help="generation:shape, e.g. v5e:4x4"
@@ -153,7 +153,7 @@ def add_bench(commands: Any) -> None:
     )
     command.add_argument(
         "--dir",
-        type=Path,
+        type=LOCAL,
         metavar="DIR",
         help="of convert, where twice the checkpoint has room (47 GB at full size), and of data "
         f"(100 MB); default: a temporary one; of phantom, where it is kept; default: {_PHANTOM}",

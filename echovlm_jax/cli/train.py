@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import Result, add_command
+from echovlm_jax.cli.frame import LOCAL, PLACE, Result, add_command
 from echovlm_jax.cli.printing import show
 from echovlm_jax.memory import keep_freed_memory
 
@@ -41,10 +40,10 @@ def add_train(commands: Any) -> None:
         show=_show_train,
     )
     command.add_argument(
-        "--config", type=Path, required=True, metavar="F.py", help="a file as in configs/"
+        "--config", type=LOCAL, required=True, metavar="F.py", help="a file as in configs/"
     )
     command.add_argument(
-        "--workdir", type=Path, required=True, metavar="DIR", help="the run's folder"
+        "--workdir", type=PLACE, required=True, metavar="DIR", help="the run's folder"
     )
     command.add_argument(
         "--change-config",

@@ -1,25 +1,89 @@
-"""Files and folders that appear whole or not at all, and stay after a power cut."""
+"""Files and folders, here or in a bucket, that appear whole or not at all, and stay.
+
+Here, what is written gets its name by a rename once it is durable, so that a power cut leaves it or
+what was there before. An object of a bucket appears whole by itself; a folder there is whole once
+the file that is written last, XXH128SUMS, is there.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
+
+from echovlm_jax.errors import InputError
+from echovlm_jax.storage.bucket import SCHEMES, BucketPath
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|(gs|s3):")
+_RESEND_SECONDS = 10.0
+
+
+def as_path(place: object) -> Path:
+    """A place here or in a bucket. Raises InputError for another scheme."""
+    if isinstance(place, Path | BucketPath):
+        return cast(Path, place)
+    text = str(place)
+    if text.startswith(SCHEMES):
+        return cast(Path, BucketPath(text))
+    if _URL.match(text):
+        raise InputError(
+            f"{text}: this scheme can't be used; give a local path, gs://… or s3://…"
+        )
+    return Path(text)
+
+
+def local_path(place: object) -> Path:
+    """A place on a file system. Raises InputError for any other."""
+    path = as_path(place)
+    if in_bucket(path):
+        raise InputError(
+            f"{path}: must be on a file system; mount the bucket (gs://: gcsfuse, s3://:"
+            " mount-s3) and give the folder, or copy it"
+        )
+    return path
+
+
+def in_bucket(path: Path) -> bool:
+    return isinstance(path, BucketPath)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file under another name and gives it its own once it is durable.
+    """Writes a file whole.
 
     Raises:
       OSError: it can't be written; what was there is as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
+    with new_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written: it gets its name once it is durable, at the end; none after an error.
+    One of a bucket is in memory until then."""
+    if isinstance(path, BucketPath):
+        memory = io.BytesIO()
+        yield memory
+        path.write_bytes(memory.getbuffer())
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,16 +96,125 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def make_folder(path: Path, *, new: bool = False) -> None:
+    """Makes a folder and those above it. A bucket needs none. Raises OSError; with `new`, also
+    where it is there."""
+    if not in_bucket(path):
+        path.mkdir(parents=True, exist_ok=not new)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link, or a folder with all that it holds, where it is there."""
+    if isinstance(path, BucketPath):
+        path.delete_below()
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    path.unlink(missing_ok=True)
+
+
 def rename_folder(made: Path, path: Path) -> None:
     """Gives a folder, complete and durable, its final name. Raises OSError."""
     os.rename(made, path)
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder to write small files into; then it takes the place of `path`, whole
+    on a file system, file by file in a bucket. After an error `path` is as it was."""
+    local = not in_bucket(path)
+    if local:
+        make_folder(path.parent)
+    work = path.with_name(f".{path.name}.partial") if local else Path(tempfile.mkdtemp())
+    remove(work)
+    try:
+        make_folder(work)
+        yield work
+        remove(path)
+        rename_folder(work, path) if local else copy_folder(work, path)
+    finally:
+        remove(work)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies all small files below a folder. Raises OSError."""
+    for name in below(source):
+        make_folder((target / name).parent)
+        write_bytes(target / name, (source / name).read_bytes())
+
+
+def below(folder: Path) -> list[str]:
+    """The names of all that is below a folder and is no folder; links are not followed."""
+    if isinstance(folder, BucketPath):
+        return folder.below()
+    names = []
+    for inside, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(inside, name))]
+        base = os.path.relpath(inside, folder)
+        names += [os.path.normpath(os.path.join(base, name)) for name in (*files, *links)]
+    return sorted(names)
+
+
 def sync_folder(folder: Path) -> None:
-    """Makes durable which names a folder holds."""
+    """Makes durable which names a folder holds. A bucket's always are."""
+    if in_bucket(folder):
+        return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class Lines:
+    """A file that grows; a context manager. What `sync` returned from survives a power cut.
+
+    On a file system what `write` returned from survives a kill. An object can't be appended to: it
+    is sent whole, at `sync` and `close`, and by `write` when the last time is 10 seconds ago.
+
+    Args:
+      path: made where it is missing.
+      size: of what is there the first so many bytes are kept; all by default.
+
+    Raises:
+      OSError: it can't be written; of `write` and `sync` too.
+    """
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        self.path, self._file, self._sent = path, None, time.monotonic()
+        if in_bucket(path):
+            self._held = bytearray(path.read_bytes()[:size] if path.is_file() else b"")
+        else:
+            self._file = open(path, "ab")  # noqa: SIM115 - closed by `close`
+            if size is not None:
+                self._file.truncate(size)
+
+    def write(self, text: str) -> None:
+        data = text.encode("utf-8", "backslashreplace")
+        if self._file is not None:
+            self._file.write(data)
+            self._file.flush()
+            return
+        self._held += data
+        if time.monotonic() - self._sent > _RESEND_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            return
+        write_bytes(self.path, self._held)
+        self._sent = time.monotonic()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        else:
+            self.sync()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,17 +1,35 @@
-"""One writer at a time: a lock on a file or a folder, which the kernel takes back at any end."""
+"""One writer at a time: a lock that nobody holds for long after his end.
+
+On a file system it is the kernel's, on the file or folder itself. A bucket has none: there it is an
+object, NAME.writer, made only if there is none. Its holder rewrites it every RENEW seconds. Who
+finds it waits for that: a holder that is alive is seen at the next renewal, and one that has not
+renewed for EXPIRE seconds is dead, and its lock is taken over, again only if nobody else was
+faster. No clocks are compared. A holder that died on this machine is known at once. Each holder
+makes sure, before it declares anything whole, that the lock is still its own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
 import os
+import socket
 import sys
+import threading
+import time
+import uuid
 from pathlib import Path
 
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.bucket import BucketPath
+
+WRITER = ".writer"  # behind the name of what is held
+RENEW, EXPIRE = 5.0, 30.0
 
 
 class Lock:
-    """Holds a file or a folder that is there; a context manager.
+    """Holds a file or a folder that is there, or a name in a bucket; a context manager.
 
     Args:
       path: what to hold.
@@ -23,10 +41,14 @@ class Lock:
     """
 
     def __init__(self, path: Path, name: Path | None = None) -> None:
+        self._fd, self._lease = -1, None
         busy = InputError(
             f"{name or path}: another process is writing into it; wait for it to end, or name"
             " another"
         )
+        if isinstance(path, BucketPath):
+            self._lease = _Lease(path.with_name(path.name + WRITER), busy)
+            return
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:  # the one that held it has just ended, and removed it
@@ -57,13 +79,111 @@ class Lock:
         if not same:
             raise busy
 
+    def check(self) -> None:
+        """Raises InputError where another process has taken over since: write nothing more."""
+        if self._lease is not None:
+            self._lease.check()
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
 
     def __enter__(self) -> Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Lease:
+    """The lock of a bucket."""
+
+    def __init__(self, path: BucketPath, busy: InputError) -> None:
+        self._path, self._id, self._renewals = path, uuid.uuid4().hex, 0
+        self._version = self._acquire(busy)
+        self._renewed, self._ended = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def _acquire(self, busy: InputError) -> bytes:
+        while (version := self._path.write_if(self._content(), None)) is None:
+            if (found := self._path.read_stamped()) is None:
+                continue  # given back just now
+            content, seen = found
+            alive = _is_running(content)
+            if alive is None:
+                self._watch(seen, busy)
+            if alive or (version := self._path.write_if(self._content(), seen)) is None:
+                raise busy
+            return version
+        return version
+
+    def _watch(self, seen: bytes, busy: InputError) -> None:
+        """Returns when a lock has not been renewed for EXPIRE seconds."""
+        print(
+            f"echovlm: {self._path}: is held on another machine; taken over in {EXPIRE:.0f} s"
+            " unless its holder is alive",
+            file=sys.stderr,
+        )
+        deadline = time.monotonic() + EXPIRE
+        while time.monotonic() < deadline:
+            time.sleep(RENEW / 5)
+            if (found := self._path.read_stamped()) is None or found[1] != seen:
+                raise busy
+
+    def _content(self) -> bytes:
+        self._renewals += 1  # each is another version
+        content = {"id": self._id, "host": socket.gethostname(), "process": _process(os.getpid())}
+        return json.dumps(content | {"renewals": self._renewals}).encode()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEW):
+            with contextlib.suppress(OSError):  # `check` counts the seconds
+                version = self._path.write_if(self._content(), self._version)
+                if version is None:  # or it is ours: an answer was lost, and the request repeated
+                    found = self._path.read_stamped()
+                    if found is None or self._id.encode() not in found[0]:
+                        self._renewed = -EXPIRE
+                        return
+                    version = found[1]
+                self._version, self._renewed = version, time.monotonic()
+
+    def check(self) -> None:
+        if time.monotonic() - self._renewed > EXPIRE - RENEW:
+            raise InputError(
+                f"{self._path}: was not renewed in time, so that another process may be writing"
+                " there now; run the same command again"
+            )
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):  # it expires
+            self._path.write_if(None, self._version)
+
+
+def _process(pid: int) -> list[str] | None:
+    """What tells a running process from all others, of other machines too; None where nothing
+    does."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ended = status[0] == "Z"  # and nobody has asked for its exit code yet
+        return None if ended else [boot, os.readlink("/proc/self/ns/pid"), str(pid), status[19]]
+    except OSError:
+        return None
+
+
+def _is_running(content: bytes) -> bool | None:
+    """Whether a lock's holder is; None where that can't be seen from this machine."""
+    try:
+        holder, here = json.loads(content)["process"], _process(os.getpid())
+        if holder[:2] == (here or [])[:2]:
+            return _process(int(holder[2])) == holder
+    except (ValueError, KeyError, TypeError, IndexError):
+        pass
+    return None

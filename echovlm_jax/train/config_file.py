@@ -17,6 +17,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.mesh import AXES
 from echovlm_jax.model.compute import REMAT
 from echovlm_jax.ops.moe.dispatch import DISPATCHES
+from echovlm_jax.storage.files import as_path, local_path
 from echovlm_jax.train.stages import STAGES, read_rules
 from echovlm_jax.train.step import BALANCES
 
@@ -95,6 +96,8 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "checkpoint_keep": _at_least(1),
     "checkpoint_keep_every": _at_least(1)._replace(optional=True),
 }
+# ArrayRecord wants a file system.
+_PATHS = {"data": local_path, "model": as_path, "tokenizer": as_path, "data_cache": as_path}
 # organ_weights.NAME: the names are the data's.
 ORGANS = "organ_weights"
 
@@ -151,6 +154,11 @@ def check_config(config: ConfigDict) -> None:
             f"config key capacity_factor is of moe_dispatch einsum; {flat['moe_dispatch']} drops"
             " nothing: leave it out"
         )
+    for key, check in _PATHS.items():
+        try:
+            check(flat.get(key) or "")
+        except InputError as error:
+            raise InputError(f"config key {key}: {error}") from None
     read_rules(flat["stage"], flat.get("stage_rules"))
     weights = [value for key, value in flat.items() if key.startswith(f"{ORGANS}.")]
     if bool(weights) == (flat.get("mix_temperature") is not None):
