@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -28,6 +27,7 @@ from echovlm_jax.processing.chat import neutral
 from echovlm_jax.processing.files import read_json_if_there
 from echovlm_jax.processing.processor import Processor
 from echovlm_jax.storage import digests
+from echovlm_jax.storage.files import as_path
 
 Inputs = dict[str, np.ndarray]
 
@@ -116,7 +116,8 @@ class Model:
         control_tokens: bool = False,
         **media: Any,
     ) -> None:
-        self.config, self.params, self._folder, self._media = config, params, Path(path), media
+        self.config, self.params, self._folder = config, params, as_path(path)
+        self._media = media
         self._control_tokens = control_tokens
         self.dtype = params["text"]["embed"]["embedding"].dtype
 

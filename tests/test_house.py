@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "model": {"config", "ops"},
     "processing": {"config", "storage"},
     "data": {"config", "processing", "storage", "progress"},
-    "data.dataset": {"config", "data", "phantom", "processing"},
+    "data.dataset": {"config", "data", "phantom", "processing", "storage"},
     "phantom": {"data", "processing", "progress"},
     "convert": _CONVERT,
     "convert.parity": _CONVERT | {"model", "ops", "processing", "generate", "load"},

@@ -6,7 +6,15 @@ import argparse
 import sys
 from typing import Any
 
-from echovlm_jax.cli.frame import LOCAL, MODEL, PLACE, Result, add_allow_links, add_command, add_crop
+from echovlm_jax.cli.frame import (
+    LOCAL,
+    MODEL,
+    PLACE,
+    Result,
+    add_allow_links,
+    add_command,
+    add_crop,
+)
 from echovlm_jax.cli.printing import lines, show
 from echovlm_jax.errors import InputError
 
@@ -106,7 +114,10 @@ def add_generate(commands: Any) -> None:
         help="compute in float32, bfloat16 or float16; default: as stored, on a CPU float32",
     )
     command.add_argument(
-        "--batch", type=LOCAL, metavar="F.jsonl", help='many: a line {"id", "images", "prompt"} each'
+        "--batch",
+        type=LOCAL,
+        metavar="F.jsonl",
+        help='many: a line {"id", "images", "prompt"} each',
     )
     command.add_argument(
         "--out", type=PLACE, metavar="G.jsonl", help="the batch's answers; goes on where it stopped"

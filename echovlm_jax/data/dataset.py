@@ -16,6 +16,7 @@ from echovlm_jax.data.record import Record
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import shown
 from echovlm_jax.processing.stills import decode_image
+from echovlm_jax.storage.files import local_path
 
 PHANTOM = "phantom"
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # what suits random access
@@ -70,14 +71,14 @@ def split_names(data: str | Path) -> tuple[str, ...]:
         from echovlm_jax.phantom.dataset import SIZES
 
         return tuple(SIZES)
-    return tuple(folder.read_manifest(Path(data))["splits"])
+    return tuple(folder.read_manifest(local_path(data))["splits"])
 
 
 class FolderDataset:
     """A `Dataset` on disk. Everything that is read is checked against digests made at the build."""
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
-        self._root = Path(root)
+        self._root = local_path(root)
         self._split = split
         self._open()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import shown
+from echovlm_jax.storage.files import as_path, make_folder, new_file
 
 if TYPE_CHECKING:
     from echovlm_jax.data.examples import Source
@@ -45,7 +44,7 @@ def fingerprint(source: Source) -> str:
 
 def _tokenizer_digest(source: Source) -> bytes:
     """Of the files that a tokenizer was read from."""
-    place = Path(source.tokenizer.source)
+    place = as_path(source.tokenizer.source)
     paths = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
     # Where files are makes no difference; a tokenizer without any is told by its name.
     digest = hashlib.blake2b(b"" if paths else source.tokenizer.source.encode())
@@ -82,17 +81,10 @@ def write(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> None:
     data = body.getbuffer()
     path = _path(folder, name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                file.write(hashlib.blake2b(data, digest_size=_DIGEST).digest())
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        make_folder(folder)
+        with new_file(path) as file:
+            file.write(hashlib.blake2b(data, digest_size=_DIGEST).digest())
+            file.write(data)
     except OSError as error:
         raise InputError(
             f"data_cache {shown(folder)}: cannot be written to ({error.strerror}); choose another"

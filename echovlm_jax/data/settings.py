@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.files import as_path
 
 
 @dataclass(frozen=True)
@@ -74,5 +75,5 @@ class Settings:
             organ_weights=weights("organ_weights"),
             mix_temperature=config.get("mix_temperature"),
             workers=2 if workers is None else int(workers),
-            cache=Path(cache) if cache else None,
+            cache=as_path(cache) if cache else None,
         )

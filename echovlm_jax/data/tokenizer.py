@@ -25,6 +25,7 @@ from echovlm_jax.processing.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from echovlm_jax.storage.files import as_path, make_folder, write_bytes
 from echovlm_jax.storage.layout import model_files
 
 # Qwen2-VL's control tokens, in the order of the ids that preset tiny gives them: 0 to 7.
@@ -67,15 +68,15 @@ def tokenizer_for(
         images = images_of_preset(config)
         if tokenizer is None:
             return HubTokenizer(byte_tokenizer(config), f"bytes for {model}"), config, images
-        folder = Path(tokenizer)
+        folder = as_path(tokenizer)
     else:
-        if not Path(model).is_dir():
+        if not as_path(model).is_dir():
             raise InputError(
                 f"model {shown(model)}: is neither a folder nor one of {', '.join(PRESETS)}"
             )
-        files = model_files(Path(model))
+        files = model_files(as_path(model))
         config, images = _of_folder(files)
-        folder = files if tokenizer is None else Path(tokenizer)
+        folder = files if tokenizer is None else as_path(tokenizer)
         _check_template(files)
     found = load_tokenizer(folder)
     _check_template(folder)
@@ -280,14 +281,6 @@ def _lines(texts: Sequence[str], most: int) -> Iterator[str]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with writing(path, lambda: len(data)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path, lambda: len(data)):
+        make_folder(path.parent)
+        write_bytes(path, data)

@@ -13,6 +13,7 @@ from echovlm_jax.evaluate.folder import FIGURES, PREDICTIONS, SETTINGS, with_ber
 from echovlm_jax.evaluate.metrics import signature
 from echovlm_jax.evaluate.summary import METRICS, Line, statistics
 from echovlm_jax.processing.files import read_json, shown
+from echovlm_jax.storage.files import as_path
 
 _SAME = ("question", "reference", "task", "language")
 
@@ -61,7 +62,7 @@ def _folders(given: str | Path | Sequence[str | Path]) -> list[Path]:
     folders = [given] if isinstance(given, str | Path) else given
     if not folders:
         raise InputError("no evaluation was given; name at least one on each side")
-    return [Path(folder) for folder in folders]
+    return [as_path(folder) for folder in folders]
 
 
 def _names(given: str | Path | Sequence[str | Path]) -> str | list[str]:

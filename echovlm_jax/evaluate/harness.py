@@ -31,7 +31,7 @@ from echovlm_jax.evaluate.summary import KINDS, NO_BERTSCORE, summarise, undecid
 from echovlm_jax.load import load_model
 from echovlm_jax.processing.files import read_json_if_there, shown
 from echovlm_jax.progress import progress as progress_bar
-from echovlm_jax.storage.files import write_json
+from echovlm_jax.storage.files import Lines, as_path, make_folder, write_json
 from echovlm_jax.storage.layout import run_step, training_settings
 from echovlm_jax.storage.lock import Lock
 
@@ -96,7 +96,7 @@ def evaluate(
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
     if max_image_patches is not None and max_image_patches < 1:
         raise InputError(f"max_image_patches must be at least 1, found {max_image_patches}")
-    out = Path(out)
+    out = as_path(out)
     dataset = open_dataset(data, split)
     asked = {"kinds": tuple(tasks), "limit": limit, "images": images, "seed": seed}
     exams = make_samples(dataset, **asked, language=language)  # type: ignore[arg-type]
@@ -113,13 +113,14 @@ def evaluate(
         **{"max_new_tokens": max_new_tokens, "max_image_patches": max_image_patches},
         "sampling": "greedy",
     }
-    limits = _limits(loaded, Path(model), max_new_tokens, max_image_patches)
+    limits = _limits(loaded, as_path(model), max_new_tokens, max_image_patches)
     if out.exists() and not out.is_dir():
         raise InputError(f"{shown(out)}: is a file; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with Lock(out):
+    make_folder(out)
+    with Lock(out) as lock:
         _begin(out, settings)
         lines = _predict(loaded, dataset, exams, out, batch_size, limits, max_new_tokens, progress)
+        lock.check()
         return _finish(out, lines, settings, bertscore, report)
 
 
@@ -136,18 +137,17 @@ def _predict(
     """All lines of predictions.jsonl, those that are missing made now."""
     size = min(batch_size, len(exams))
     windows = [exams[i : i + size] for i in range(0, len(exams), size)]
-    lines, todo = _done(out / PREDICTIONS, windows)
+    lines, todo, written = _done(out / PREDICTIONS, windows)
     total = sum(len(exam) for exam in exams)
     read = _reader(dataset)
     with (
-        open(out / PREDICTIONS, "a", encoding="utf-8", errors="backslashreplace") as file,
+        Lines(out / PREDICTIONS, written) as file,
         progress_bar(total, "sample", "evaluate") as tick,
     ):
         tick(len(lines))
         for window in windows[todo:]:
             made = _answer(loaded, dataset, read, window, size, limits, max_new_tokens)
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in made))
-            file.flush()
             lines += made
             tick(len(made))
             if progress is not None:
@@ -274,10 +274,10 @@ def _begin(out: Path, settings: Mapping[str, Any]) -> None:
 
 def _done(
     path: Path, windows: Sequence[Sequence[Sequence[Sample]]]
-) -> tuple[list[dict[str, Any]], int]:
-    """The lines of the windows that are whole, and how many these are; cuts off what is after."""
+) -> tuple[list[dict[str, Any]], int, int]:
+    """The lines of the windows that are whole, how many these are, and the lines' bytes."""
     if not path.exists():
-        return [], 0
+        return [], 0, 0
     *whole, _ = path.read_bytes().split(b"\n")
     lines: list[dict[str, Any]] = []
     size = number = 0
@@ -289,10 +289,7 @@ def _done(
         lines += [_read_line(path, line, s) for line, s in zip(raw, samples, strict=True)]
         size += sum(len(line) + 1 for line in raw)
         number += 1
-    if path.stat().st_size != size:
-        with open(path, "r+b") as file:
-            file.truncate(size)
-    return lines, number
+    return lines, number, size
 
 
 def _read_line(path: Path, raw: bytes, sample: Sample) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from echovlm_jax.evaluate.results import (
 )
 from echovlm_jax.evaluate.runs import json_lines, read_run
 from echovlm_jax.processing.files import read_json, shown
-from echovlm_jax.storage.files import write_text
+from echovlm_jax.storage.files import as_path, write_text
 from echovlm_jax.storage.layout import CHECKPOINTS
 
 PAGE = Path(__file__).parent / "page"
@@ -68,10 +68,10 @@ def write_report(
       InputError: a file is missing or not what was written, another evaluation is of other samples,
         or the page can't be written.
     """
-    out = Path(out)
-    others = {name: Path(folder) for name, folder in (compared or {}).items()}
+    out = as_path(out)
+    others = {name: as_path(folder) for name, folder in (compared or {}).items()}
     content = {"title": title, "extra": [_extra(case) for case in extra_cases]}
-    content |= _results(out, others) | _training([Path(folder) for folder in runs])
+    content |= _results(out, others) | _training([as_path(folder) for folder in runs])
     html = _environment().get_template("report.html").render(content, **_page_parts())
     path = out / REPORT
     try:
@@ -203,7 +203,7 @@ def _about(out: Path, settings: Mapping[str, Any], lines: Sequence[Mapping[str, 
     try:
         at = (out / PREDICTIONS if (out / PREDICTIONS).exists() else out / FIGURES).stat().st_mtime
         date = datetime.datetime.fromtimestamp(at, datetime.UTC).date().isoformat()
-    except OSError:
+    except (OSError, AttributeError):  # a bucket's objects tell no time
         date = ""
     return {
         "model": _name(settings.get("model")),

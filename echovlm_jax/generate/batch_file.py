@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from echovlm_jax.processing.files import allowed_links, locate, shown
 from echovlm_jax.processing.volumes import picture_files
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests
+from echovlm_jax.storage.files import Lines, as_path, local_path
 from echovlm_jax.storage.lock import Lock
 
 # What an answer without sampling doesn't depend on, and what the others are by default.
@@ -80,7 +81,7 @@ def generate_file(
       InputError: a file can't be used as such, two records have one id, a setting is wrong, or
         `out` holds answers to something else.
     """
-    batch, out = Path(batch), Path(out)
+    batch, out = local_path(batch), as_path(out)
     _ = model.processor  # made now: a folder without tokenizer files is not the records' fault
     # A wrong setting is refused before anything is written, and not once a record.
     check_new_tokens(model.config, max_new_tokens)
@@ -91,8 +92,9 @@ def generate_file(
     # Its folder as it is named: the file itself may be a link, as in a cache of downloads.
     folders = [Path(os.path.abspath(batch)).parent.resolve(), *allowed_links(allow_links)]
     asked = _Asked(model.fingerprint, folders, {**sampling, "max_new_tokens": max_new_tokens})
-    with open(out, "a"), Lock(out):
-        written = _read_answers(out)
+    Lines(out).close()  # there has to be something to hold
+    with Lock(out) as lock:
+        written, size = _read_answers(out)
         counts = {"done": 0, "failed": 0}
         for row, record in enumerate(records):
             if line := written.get(str(record["id"])):
@@ -101,13 +103,19 @@ def generate_file(
         todo = [
             (row, record) for row, record in enumerate(records) if str(record["id"]) not in written
         ]
-        _answer(model, out, todo, asked, counts, batch_size, max_new_tokens, sampling)
+        with Lines(out, size) as file:
+
+            def write(line: str) -> None:
+                lock.check()
+                file.write(line)
+
+            _answer(model, write, todo, asked, counts, batch_size, max_new_tokens, sampling)
     return counts
 
 
 def _answer(
     model: Answerer,
-    out: Path,
+    send: Callable[[str], object],
     todo: Sequence[tuple[int, dict[str, Any]]],
     asked: _Asked,
     counts: dict[str, int],
@@ -115,16 +123,13 @@ def _answer(
     max_new_tokens: int,
     sampling: Mapping[str, Any],
 ) -> None:
-    """Appends the answers of the records in `todo`, each with its row; counts them."""
+    """Sends the answers of the records in `todo`, each with its row; counts them."""
     ready: list[tuple[int, dict[str, Any], str, Inputs]] = []
     full = False  # whether a program for batch_size rows exists already
-    # An id may hold half of a surrogate pair: as JSON had it escaped, so it goes back.
-    encoding: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
-    with open(out, "a", **encoding) as file, progress(len(todo), "record", "answer") as tick:
+    with progress(len(todo), "record", "answer") as tick:
 
         def write(answers: list[dict[str, Any]]) -> None:
-            file.write("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
-            file.flush()
+            send("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
             counts["failed" if "error" in answers[0] else "done"] += len(answers)
             tick(len(answers))
 
@@ -259,8 +264,8 @@ def _read_record(
     return paths, prompt, system
 
 
-def _read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """The lines of an output file by id; cuts off a half-written last one."""
+def _read_answers(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The lines of an output file by id, and their size without a half-written last one."""
     *lines, rest = _read_lines(path)
     out: dict[str, dict[str, Any]] = {}
     try:
@@ -272,7 +277,4 @@ def _read_answers(path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{shown(path)}: exists, and holds no answers to go on from") from None
-    if rest:
-        with open(path, "r+b") as file:
-            file.truncate(path.stat().st_size - len(rest))
-    return out
+    return out, sum(len(line) + 1 for line in lines)

@@ -24,6 +24,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.processing import chat_sandbox
 from echovlm_jax.processing.files import read_json, read_json_if_there, read_text, shown
 from echovlm_jax.processing.tokenizer import special_token_text
+from echovlm_jax.storage.files import as_path
 
 IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO_MARK = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -114,7 +115,7 @@ def load_chat_template(folder: str | Path) -> Callable[..., str]:
     Raises:
       InputError: a template is no valid jinja2, or a file does not hold one.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     config = read_json_if_there(folder / "tokenizer_config.json") or {}
     if (path := folder / "chat_template.jinja").is_file():
         found: Any = read_text(path, MAX_TEMPLATE_BYTES)

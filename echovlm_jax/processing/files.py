@@ -12,6 +12,7 @@ from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
 
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.files import in_bucket
 
 MAX_JSON_BYTES = 64 * 2**20  # the largest tokenizer.json in use is about 35 MB
 
@@ -294,8 +295,11 @@ class _Preamble(io.RawIOBase):
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """A regular file of bounded size. Raises InputError."""
     try:
-        with open_file(path) as file:
-            data = file.read(limit + 1)
+        if in_bucket(path):
+            data = path.read_bytes()
+        else:
+            with open_file(path) as file:
+                data = file.read(limit + 1)
     except OSError as error:
         raise InputError(f"{shown(path)}: can't be read ({_reason(error)})") from None
     if len(data) > limit:

@@ -22,6 +22,7 @@ from echovlm_jax.processing.images import (
 )
 from echovlm_jax.processing.levels import Say, silent
 from echovlm_jax.processing.tokenizer import Tokenizer, load_tokenizer, special_token_text
+from echovlm_jax.storage.files import as_path
 from echovlm_jax.storage.layout import model_files
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
@@ -59,7 +60,7 @@ class Processor:
         crop: bool | Literal["require"] = False,
         say: Say = silent,
     ) -> None:
-        folder = Path(path)
+        folder = as_path(path)
         if not folder.is_dir():
             raise InputError(f"{shown(folder)}: is not a folder with tokenizer files")
         folder = model_files(folder)

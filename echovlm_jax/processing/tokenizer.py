@@ -23,6 +23,7 @@ from echovlm_jax.processing.files import (
     read_text,
     shown,
 )
+from echovlm_jax.storage.files import as_path
 
 MAX_MODEL_BYTES = 64 * 2**20
 
@@ -169,7 +170,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
       InputError: no tokenizer files, or files that can't be used; the message names the file.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if (folder / "tokenizer.json").is_file():
         return _from_tokenizer_json(folder / "tokenizer.json")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():

@@ -123,6 +123,22 @@ class BucketPath:
             raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
         return found.value
 
+    def version(self) -> bytes:
+        """The mark of what an object holds now."""
+        return self._read(0, 0).stamp.generation
+
+    def ends_at(self, size: int) -> bool:
+        """Whether an object has so many bytes, at least one."""
+        try:
+            self.read_bytes(size - 1, size)
+        except OSError:
+            return False
+        try:
+            self.read_bytes(size, size + 1)
+        except OSError:
+            return True
+        return False
+
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 

@@ -34,9 +34,7 @@ def as_path(place: object) -> Path:
     if text.startswith(SCHEMES):
         return cast(Path, BucketPath(text))
     if _URL.match(text):
-        raise InputError(
-            f"{text}: this scheme can't be used; give a local path, gs://… or s3://…"
-        )
+        raise InputError(f"{text}: this scheme can't be used; give a local path, gs://… or s3://…")
     return Path(text)
 
 
@@ -53,6 +51,14 @@ def local_path(place: object) -> Path:
 
 def in_bucket(path: Path) -> bool:
     return isinstance(path, BucketPath)
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A file of at most `limit` bytes, or one more than that. Raises OSError."""
+    if isinstance(path, BucketPath):
+        return path.read_bytes()
+    with open(path, "rb") as file:
+        return file.read(limit + 1)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -23,11 +23,11 @@ So a checkpoint needs nothing outside itself, and a run nothing outside its fold
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.files import below, in_bucket
 
 CONFIG = "config.json"  # a model's, in Hugging Face's form; a run's training configuration
 SUMS = "XXH128SUMS"
@@ -40,10 +40,18 @@ TRAINABLE, METRICS_LOG, ROUTING = "trainable.txt", "metrics.jsonl", "routing.jso
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps whose checkpoints a folder holds, in order; none where there is no folder."""
+    """The steps whose checkpoints a folder holds, in order; none where there is no folder. In a
+    bucket one is a checkpoint when its XXH128SUMS, which is written last, is there."""
+    if in_bucket(folder):  # where a folder has its name from the first byte on
+        names = [name.removesuffix(f"/{SUMS}") for name in below(folder) if name.endswith(SUMS)]
+        return _numbers(names)
     if not folder.is_dir():
         return []
     names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    return _numbers(names)
+
+
+def _numbers(names: list[str]) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
@@ -79,9 +87,8 @@ def model_files(path: Path) -> Path:
 def run_files(run: Path) -> list[str]:
     """The files of a run that decide its function, beside the checkpoints: what its XXH128SUMS
     covers."""
-    inside = [path for path in (run / MODEL).rglob("*") if not path.is_dir() or path.is_symlink()]
-    own = [run / CONFIG] if (run / CONFIG).exists() else []
-    return sorted(os.path.relpath(path, run) for path in (*own, *inside))
+    inside = [f"{MODEL}/{name}" for name in below(run / MODEL)]
+    return sorted([*inside, *([CONFIG] if (run / CONFIG).exists() else [])])
 
 
 def training_settings(run: Path, step: int) -> dict[str, Any]:
