@@ -19,6 +19,7 @@ from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import table
 from echovlm_jax.convert.reader import Reader
 from echovlm_jax.errors import InputError
+from echovlm_jax.model import param_specs
 from echovlm_jax.storage import digests
 from echovlm_jax.storage.layout import (
     CHECKPOINTS,
@@ -111,14 +112,13 @@ class Run:
         block = self._reader.read(self._stored[path], index)
         if path not in self.updated:
             return block
-        # Beside [stacked?, *out, *in]: a [stacked?, rank, *in], b [stacked?, *out, rank].
-        a, b = self.update_shape(path, "a"), self.update_shape(path, "b")
-        stacked = len(a) + len(b) - len(index) - 2
-        out, rank = len(b) - 1, b[-1]
+        # Beside [*stacked, *out, *in]: a [*stacked, rank, *in], b [*stacked, *out, rank].
+        stacked, out, inner = param_specs(self.config)[path].cut(index)
+        rank = self.update_shape(path, "b")[-1]
         whole = slice(0, rank)
-        low = self.read_update(path, "a", (*index[:stacked], whole, *index[out:]))
-        high = self.read_update(path, "b", (*index[:out], whole))
-        count = math.prod(low.shape[:stacked])
+        low = self.read_update(path, "a", (*stacked, whole, *inner))
+        high = self.read_update(path, "b", (*stacked, *out, whole))
+        count = math.prod(low.shape[: len(stacked)])
         product = np.matmul(high.reshape(count, -1, rank), low.reshape(count, rank, -1))
         update = self._scale * product.reshape(block.shape)
         return (block.astype(np.float32) + update).astype(block.dtype)

@@ -8,7 +8,8 @@ from jax.sharding import NamedSharding
 
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh
 from echovlm_jax.ops.moe.dispatch import load_balancing_loss
-from echovlm_jax.train.loss import IGNORE, balancing_losses, balancing_part, token_losses
+from echovlm_jax.ops.moe.routing import balancing_losses, balancing_part
+from echovlm_jax.train.loss import IGNORE, token_losses
 from echovlm_jax.train.step import targets
 
 WIDTH = 16
