@@ -129,14 +129,14 @@ class Declared(nn.LogicallyPartitioned):
     stacked: int = struct.field(default=0, pytree_node=False)
     inputs: int = struct.field(default=0, pytree_node=False)
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> Declared:
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
         return super().add_axis(index, params).replace(stacked=self.stacked + 1)
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> Declared:
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
         return super().remove_axis(index, params).replace(stacked=self.stacked - 1)
 
 
-def weight(spec: str, axes: Axes) -> Callable[..., Declared]:
+def weight(spec: str, axes: Axes) -> Callable[..., Any]:
     """The initializer of a weight: normal with variance 1 / inputs (LeCun et al., Efficient
     BackProp, 1998); of an embedding, the inputs of the head that may share its table.
 
@@ -157,14 +157,12 @@ def weight(spec: str, axes: Axes) -> Callable[..., Declared]:
     return _declared(_weight_init(inputs), axes, stacked=stacked, inputs=inputs)
 
 
-def vector(
-    init: nn.initializers.Initializer, axes: Axes, stacked: int = 0
-) -> Callable[..., Declared]:
+def vector(init: nn.initializers.Initializer, axes: Axes, stacked: int = 0) -> Callable[..., Any]:
     """The initializer of what is added to outputs or scales them."""
     return _declared(init, axes, stacked=stacked)
 
 
-def _declared(init: nn.initializers.Initializer, axes: Axes, **kinds: int) -> Callable[..., Any]:
+def _declared(init: nn.initializers.Initializer, axes: Axes, **kinds: Any) -> Callable[..., Any]:
     def declare(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Declared:
         return Declared(init(key, shape, dtype), axes, init=init, **kinds)
 

@@ -15,7 +15,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.model.echovlm import EchoVLM, Params
-from echovlm_jax.model.layers import Declared
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def _specs(config: ModelConfig) -> dict[str, ParamSpec]:
 
 def describe(declared: Any) -> dict[str, ParamSpec]:
     """The parameters of a module, of its `init` under `jax.eval_shape`."""
-    flat: dict[str, Declared] = flatten_dict(declared, sep="/")
+    flat: dict[str, Any] = flatten_dict(declared, sep="/")
     return {
         path: ParamSpec(p.value.shape, p.value.dtype, p.init, p.names, p.stacked, p.inputs)
         for path, p in flat.items()
