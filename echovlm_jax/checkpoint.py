@@ -1,9 +1,11 @@
 """Checkpoints of a training run: saved while it goes on, checked before a value is believed.
 
 Orbax writes a state in the background, each process its own shards, into `<step>.unfinished`. Then
-every file's digest is written, and only then the folder gets its name, `<step>`; older ones are
-pruned after that. So a folder with a step's name was whole once, and its digests say whether it
-still is. Orbax alone returns wrong numbers, without a word, for a bit that flipped on the disk.
+each process reads back what it wrote, for the digests of all chunks and files, and only then the
+folder gets its name, `<step>`; older ones are pruned after that. So a folder with a step's name was
+whole once, and its digests say whether it still is. Restoring compares each chunk in memory, and
+reads it once, where it is needed. Orbax alone returns wrong numbers, without a word, for a bit that
+flipped on the disk.
 
 Not Orbax's CheckpointManager, whose AsyncCheckpointer this is: it counts a step, and prunes others
 for it, before there can be digests.
@@ -12,15 +14,17 @@ for it, before there can be digests.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -29,10 +33,13 @@ from jax.experimental import multihost_utils
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
-from echovlm_jax.storage import digests
-from echovlm_jax.storage.files import rename_folder
-from echovlm_jax.storage.layout import EXTRA, OWN_MODEL, STATE, steps
+from echovlm_jax.storage import arrays, digests
+from echovlm_jax.storage.files import rename_folder, write_text
+from echovlm_jax.storage.layout import CHUNKS, EXTRA, EXTRA_FILE, OWN_MODEL, STATE, steps
 from echovlm_jax.storage.lock import Lock
+from echovlm_jax.storage.verify import DamagedError
+
+_Made = TypeVar("_Made")
 
 UNFINISHED, DELETED, BROKEN = ".unfinished", ".deleted", ".broken"
 
@@ -42,8 +49,10 @@ _LEFT = re.compile(rf"[0-9]+({re.escape(UNFINISHED)}|{re.escape(DELETED)})(\.orb
 _PART = ".digests.{}.json"
 # Orbax gives up after 20 minutes by default, and a slow disk takes longer than that.
 _PATIENCE_SECONDS = 6 * 3600
-# Small enough that most files are complete, and hashed, while others are being written.
-_FILE_BYTES = 64 * 2**20
+# A chunk is read whole, whatever part of it is needed: as large as a disk streams well.
+_CHUNK_BYTES = 16 * 2**20
+# Several are hashed at once.
+_FILE_BYTES = 256 * 2**20
 
 
 def open_checkpoints(folder: Path, *, keep: int, keep_every: int | None = None) -> Checkpoints:
@@ -71,7 +80,6 @@ class Checkpoints:
         self._saves, self._step = 0, -1
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._checked: dict[int, Any] = {}
         self._lock: Lock | None = None
         if self._first:
             try:
@@ -112,20 +120,15 @@ class Checkpoints:
             return
         self._saves, self._step = self._saves + 1, step
         work = self.folder / f"{step}{UNFINISHED}"
-        own = f"{work.name}*/{STATE}*/ocdbt.process_{jax.process_index()}/d/*"
-        watch = digests.Watch(lambda: self.folder.glob(own))
-        watch.__enter__()
+        cut = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
         try:
-            arrays = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=_FILE_BYTES)
-            args = ocp.args.Composite(**{STATE: arrays, EXTRA: ocp.args.JsonSave(dict(extra))})
+            saved = ocp.args.PyTreeSave(state, cut, ocdbt_target_data_file_size=_FILE_BYTES)
+            args = ocp.args.Composite(**{STATE: saved, EXTRA: ocp.args.JsonSave(dict(extra))})
             self._orbax.save(work, args=args, force=True)
         except BaseException as error:
-            watch.__exit__()
             self._give_up()
             self._raise(error)
-        self._saving = threading.Thread(
-            target=self._finish, args=(work, watch, model), name="checkpoint"
-        )
+        self._saving = threading.Thread(target=self._finish, args=(work, model), name="checkpoint")
         self._saving.start()
         if wait:
             self.wait()
@@ -149,7 +152,8 @@ class Checkpoints:
                 self._raise(error)
 
     def latest(self) -> int | None:
-        """The newest step whose checkpoint is whole, every byte of it checked; None without any.
+        """The newest step whose checkpoint has all its files; None without any. The arrays are
+        checked when they are read.
 
         A broken one is named on standard error and set aside as `<step>.broken`.
 
@@ -158,10 +162,11 @@ class Checkpoints:
         """
         self.wait()
         for step in reversed(steps(self.folder)):
-            problems = self._problems(step)
-            if not problems:
+            try:
+                self._together(step, functools.partial(self._open, step))
                 return step
-            self._set_aside(step, problems)
+            except DamagedError as error:
+                self._set_aside(step, error)
         if broken := sorted(path.name for path in self.folder.glob(f"*{BROKEN}*")):
             raise InputError(
                 f"{self.folder}: no whole checkpoint is left ({', '.join(broken)}); delete the"
@@ -170,7 +175,7 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads a checkpoint after checking every byte of it, where `latest` has not just done so.
+        """Reads a checkpoint, each process its shards, and checks what it reads.
 
         Args:
           step: of the checkpoint.
@@ -181,23 +186,44 @@ class Checkpoints:
           (state, extra), as they were saved.
 
         Raises:
-          InputError: there is no such checkpoint, it is broken, or it is of another tree, shape or
-            dtype than `like`.
+          DamagedError: it is broken.
+          InputError: there is no such checkpoint, or it is of another tree, shape or dtype than
+            `like`.
         """
         self.wait()
         path = self.folder / str(step)
         if not path.is_dir():
             raise InputError(f"{path}: no such checkpoint; there are {steps(self.folder)}")
-        if self._checked.get(step) != digests.state(path) and (problems := self._problems(step)):
-            raise InputError(f"{path}: {_told(problems)}; restore another step")
-        stored: Any = self._orbax.metadata(path).item_metadata
-        _compare(path, stored[STATE].tree, like)
-        restore = ocp.args.PyTreeRestore(
-            like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
-        )
-        args = ocp.args.Composite(**{STATE: restore, EXTRA: ocp.args.JsonRestore()})
-        restored = self._orbax.restore(path, args=args)
-        return restored[STATE], dict(restored[EXTRA])
+
+        def read() -> tuple[Any, dict[str, Any]]:
+            stored = self._open(step)
+            leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+            wanted = {_name(key): leaf for key, leaf in leaves}
+            _compare(path, stored, wanted)
+            size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wanted.values())
+            loaded = []
+            with progress(size, "B", f"restore {step}") as tick:
+                for name, leaf in wanted.items():
+                    loaded.append(stored.load(name, leaf.sharding))
+                    tick(loaded[-1].nbytes)
+            extra = json.loads((path / EXTRA / EXTRA_FILE).read_text("utf-8"))
+            return jax.tree.unflatten(structure, loaded), extra
+
+        return self._together(step, read)
+
+    def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, extra) of the newest checkpoint that is whole, as `restore` gives them;
+        None without any. A broken one is set aside, as `latest` does.
+
+        Raises:
+          InputError: as `latest` and `restore` do.
+        """
+        while (step := self.latest()) is not None:
+            try:
+                return step, *self.restore(step, like)
+            except DamagedError as error:
+                self._set_aside(step, error)
+        return None
 
     def close(self) -> None:
         """Waits, raises as `wait` does, and lets another job have the folder."""
@@ -214,16 +240,13 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _finish(self, work: Path, watch: digests.Watch, model: Path | None) -> None:
+    def _finish(self, work: Path, model: Path | None) -> None:
         """In the background: what is to be done once Orbax has the arrays."""
         try:
-            try:
-                self._orbax.wait_until_finished()
-            finally:
-                watch.__exit__()
+            self._orbax.wait_until_finished()
             if model is not None and self._first:
                 shutil.copytree(model, work / OWN_MODEL)
-            self._write_digests(work, watch)
+            self._write_digests(work)
             if self._first:
                 rename_folder(work, self.folder / str(self._step))
                 self._prune()
@@ -232,25 +255,27 @@ class Checkpoints:
             self._failure = error
             self._give_up()
 
-    def _write_digests(self, work: Path, watch: digests.Watch) -> None:
+    def _write_digests(self, work: Path) -> None:
         """Each process hashes the shards that it wrote, the first one all the rest."""
+        own = work / STATE / f"ocdbt.process_{jax.process_index()}"
+        chunks = arrays.digest_chunks(own)
         if not self._first:
-            own = [
-                path.relative_to(work).as_posix()
-                for path in work.glob(f"{STATE}/ocdbt.process_{jax.process_index()}/**/*")
-                if path.is_file()
-            ]
-            found = digests.of_files(work, own, watch.seen)
+            names = [p.relative_to(work).as_posix() for p in own.rglob("*") if p.is_file()]
             part = work / _PART.format(jax.process_index())
-            part.write_text(json.dumps(found))
+            part.write_text(json.dumps([chunks, digests.of_files(work, names)]))
         self._barrier("hashed")
         if self._first:
-            known = {}
+            known: dict[str, str] = {}
             for index in range(1, jax.process_count()):
                 part = work / _PART.format(index)
-                known |= json.loads(part.read_text())
+                others, files = json.loads(part.read_text())
+                chunks |= others
+                known |= files
                 part.unlink()
-            digests.write(work, seen=watch.seen, known=known)
+            ordered = arrays.in_order(chunks)
+            arrays.Reader(work / STATE, chunks=ordered)  # there is one for each chunk
+            write_text(work / CHUNKS, json.dumps(ordered))
+            digests.write(work, known=known)
 
     def _barrier(self, what: str) -> None:
         sync = ocp.multihost.get_barrier_sync_fn()
@@ -276,23 +301,28 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 self._clear()
 
-    def _problems(self, step: int) -> dict[str, str]:
-        """What is broken in a checkpoint, each process reading its share of the files."""
-        path = self.folder / str(step)
-        before = digests.state(path)
-        with progress(digests.nbytes(path), "B", f"check {path.name}") as tick:
-            found = digests.check(
-                path, tick=tick, part=jax.process_index(), parts=jax.process_count()
-            )
-        whole = not found
+    def _open(self, step: int) -> arrays.Reader:
+        return arrays.open_state(self.folder / str(step), mend="restore another step")
+
+    def _together(self, step: int, make: Callable[[], _Made]) -> _Made:
+        """What `make` gives, or DamagedError for all processes if one of them finds damage."""
+        found: _Made | DamagedError
+        try:
+            found = make()
+        except DamagedError as error:
+            found = error
+        whole = not isinstance(found, DamagedError)
         if jax.process_count() > 1:
             whole = bool(np.all(multihost_utils.process_allgather(np.array(whole))))
-        if whole:
-            self._checked[step] = before
-            return {}
-        return found or {"files": "found broken by another process"}
+        if whole and not isinstance(found, DamagedError):
+            return found
+        if isinstance(found, DamagedError):
+            raise found
+        raise DamagedError(
+            self.folder / str(step), "another process found damage", "restore another step"
+        )
 
-    def _set_aside(self, step: int, problems: Mapping[str, str]) -> None:
+    def _set_aside(self, step: int, damage: DamagedError) -> None:
         path = self.folder / str(step)
         if self._first:
             aside, count = self.folder / f"{step}{BROKEN}", 1
@@ -303,10 +333,10 @@ class Checkpoints:
                 os.rename(path, aside)
             except OSError as error:
                 raise InputError(
-                    f"{path}: {_told(problems)}, and can't be set aside ({error.strerror}); mend"
-                    " that"
+                    f"{path}: is broken: {damage.what}, and can't be set aside"
+                    f" ({error.strerror}); mend that"
                 ) from error
-            _say(f"{path}: {_told(problems)}; set aside as {aside.name}")
+            _say(f"{path}: is broken: {damage.what}; set aside as {aside.name}")
         ocp.multihost.sync_global_processes(f"echovlm: {step} is set aside")
 
     def _raise(self, error: BaseException) -> NoReturn:
@@ -334,9 +364,10 @@ def _orbax() -> ocp.AsyncCheckpointer:
     )
 
 
-def _compare(path: Path, stored: Any, like: Any) -> None:
-    """Refuses a state of another tree, shape or dtype than asked for; Orbax would cast."""
-    there, wanted = _described(stored), _described(like)
+def _compare(path: Path, stored: arrays.Reader, like: Mapping[str, Any]) -> None:
+    """Refuses a state of another tree, shape or dtype than asked for."""
+    there = {name: _described(stored.dtypes[name], shape) for name, shape in stored.shapes.items()}
+    wanted = {name: _described(leaf.dtype, leaf.shape) for name, leaf in like.items()}
     for name in sorted(there.keys() | wanted.keys()):
         if there.get(name) != wanted.get(name):
             raise InputError(
@@ -346,13 +377,13 @@ def _compare(path: Path, stored: Any, like: Any) -> None:
             )
 
 
-def _described(tree: Any) -> dict[str, str]:
-    """Each array's dtype and shape by its path, whatever kinds of nodes the tree has."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if hasattr(leaf, "shape")
-    }
+def _described(dtype: Any, shape: tuple[int, ...]) -> str:
+    return f"{dtype}{list(shape)}"
+
+
+def _name(path: Any) -> str:
+    """An array's path in a tree, as Orbax stores it, whatever kinds of nodes the tree has."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _refusal(error: BaseException) -> str | None:
@@ -363,10 +394,6 @@ def _refusal(error: BaseException) -> str | None:
     if found := re.search(r"\[os_error_code='(\d+)'", str(error)):
         return os.strerror(int(found[1]))
     return None
-
-
-def _told(problems: Mapping[str, str]) -> str:
-    return f"is broken: {digests.told(problems)}"
 
 
 def _say(line: str) -> None:

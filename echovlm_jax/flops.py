@@ -1,4 +1,4 @@
-"""FLOPs by formula, from a model's sizes alone.
+"""FLOPs by formula, from a model's sizes and the description of its parameters.
 
 Two counts, in floating-point operations of matrix products (a multiply-add is two):
 
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.errors import InputError
+from echovlm_jax.model import ParamSpec, param_specs
 
 STEPS = ("train", "prefill", "decode")
 
@@ -181,28 +182,27 @@ def score_flops(
     return products * 2.0 * rows * heads * queries * keys * head_dim / (2 if causal else 1)
 
 
-class _Product(NamedTuple):
-    """A weight product; `copies` are how many such weights a token (or patch) meets."""
+_Weights = Mapping[str, ParamSpec]
 
-    path: str
-    inputs: int
-    outputs: int
-    copies: float = 1.0
+
+def _products(config: ModelConfig, *prefixes: str) -> _Weights:
+    """The weights of products under these paths."""
+    return {
+        path: spec
+        for path, spec in param_specs(config).items()
+        if spec.inputs and path.startswith(prefixes)
+    }
 
 
 def _terms(config: ModelConfig, work: Work, execution: Execution | None) -> Iterator[Term]:
     if work.patches:
         yield from _vision(config, work, execution)
     yield from _decoder(config, work, execution)
-    text = config.text
-    tied = text.tie_word_embeddings
-    head = _Product(
-        "text/embed/embedding" if tied else "text/lm_head/kernel", text.hidden_size, text.vocab_size
-    )
+    head = _products(config, "text/embed/" if config.text.tie_word_embeddings else "text/lm_head/")
     tokens = work.tokens if work.step == "train" else work.rows
     before = work.any_trains(*_before_decoder(work), "text/layers", "text/final_norm")
     again = execution is not None and execution.head_again and work.step == "train"
-    yield _weights("lm_head", [head], tokens, work, before, again=again)
+    yield _weights("lm_head", head, tokens, work, before, again=again)
 
 
 def _before_decoder(work: Work) -> tuple[str, ...]:
@@ -210,25 +210,21 @@ def _before_decoder(work: Work) -> tuple[str, ...]:
 
 
 def _vision(config: ModelConfig, work: Work, execution: Execution | None) -> Iterator[Term]:
-    v = config.vision
-    width, wide = v.embed_dim, v.embed_dim * v.merge_unit
-    embed = _Product("vision/patch_embed/kernel", v.patch_dim, width)
-    yield _weights("vision patch embedding", [embed], work.patches, work, before=False)
+    v, merger = config.vision, "vision/merger"
+    embed = _products(config, "vision/patch_embed/")
+    yield _weights("vision patch embedding", embed, work.patches, work, before=False)
     # A scan's backward pass is the same for every layer: if a layer's input needs a gradient
     # anywhere, it gets one everywhere.
     trains = work.any_trains("vision/patch_embed", "vision/blocks")
     remat = execution is not None and execution.remat and trains
-    blocks = "vision/blocks"
-    products = [
-        _Product(f"{blocks}/attn/qkv/kernel", width, 3 * width, v.depth),
-        _Product(f"{blocks}/attn/proj/kernel", width, width, v.depth),
-        _Product(f"{blocks}/mlp/fc1/kernel", width, v.mlp_dim, v.depth),
-    ]
-    last = _Product(f"{blocks}/mlp/fc2/kernel", v.mlp_dim, width, v.depth)
-    weights = _weights("", products, work.patches, work, trains, again=remat)
     # Nothing in the backward pass reads the last product's result: it is never repeated.
-    ends = _weights("", [last], work.patches, work, trains)
-    yield Term("vision blocks", weights.forward + ends.forward, weights.backward + ends.backward)
+    last = _products(config, "vision/blocks/mlp/fc2/")
+    rest = _products(config, "vision/blocks/attn/", "vision/blocks/mlp/fc1/")
+    yield _sum(
+        "vision blocks",
+        _weights("", rest, work.patches, work, trains, again=remat),
+        _weights("", last, work.patches, work, trains),
+    )
     # Programs mask what lies in other segments; they don't know beforehand that they may skip it.
     frame = (work.frame_patches if execution is None else None) or work.max_patches
     square = score_flops(
@@ -241,35 +237,26 @@ def _vision(config: ModelConfig, work: Work, execution: Execution | None) -> Ite
     )
     yield _scores("vision attention scores", square, trains, execution)
     before = trains or work.any_trains("vision/merger/ln_q")
-    fc1 = _Product("vision/merger/fc1/kernel", wide, wide)
-    fc2 = _Product("vision/merger/fc2/kernel", wide, v.hidden_size)
     merged = work.patches / v.merge_unit
-    first = _weights("", [fc1], merged, work, before)
-    second = _weights("", [fc2], merged, work, before or work.any_trains("vision/merger/fc1"))
-    yield Term("vision merger", first.forward + second.forward, first.backward + second.backward)
+    between = before or work.any_trains(f"{merger}/fc1")
+    yield _sum(
+        "vision merger",
+        _weights("", _products(config, f"{merger}/fc1/"), merged, work, before),
+        _weights("", _products(config, f"{merger}/fc2/"), merged, work, between),
+    )
 
 
 def _decoder(config: ModelConfig, work: Work, execution: Execution | None) -> Iterator[Term]:
     text, moe, layers = config.text, config.moe, "text/layers"
     width, copies = text.hidden_size, text.num_layers
-    heads, kv_heads = (n * text.head_dim for n in (text.num_heads, text.num_kv_heads))
     trains = work.any_trains(*_before_decoder(work), layers)
     remat = execution is not None and execution.remat and trains
 
-    def weights(name: str, *products: _Product, again: bool = remat) -> Term:
-        return _weights(name, list(products), work.tokens, work, trains, again=again)
+    def weights(name: str, *parts: str, again: bool = remat, share: float = 1.0) -> Term:
+        products = _products(config, *(f"{layers}/{part}/" for part in parts))
+        return _weights(name, products, work.tokens, work, trains, again=again, share=share)
 
-    def gated(path: str, hidden: int, end: str, copies: float = copies) -> list[_Product]:
-        pairs = [(name, width, hidden) for name in ("gate", "up")] + [("down", hidden, width)]
-        return [_Product(f"{layers}/{path}/{n}/{end}", i, o, copies) for n, i, o in pairs]
-
-    yield weights(
-        "attention weights",
-        _Product(f"{layers}/attn/q/kernel", width, heads, copies),
-        _Product(f"{layers}/attn/k/kernel", width, kv_heads, copies),
-        _Product(f"{layers}/attn/v/kernel", width, kv_heads, copies),
-        _Product(f"{layers}/attn/o/kernel", heads, width, copies),
-    )
+    yield weights("attention weights", "attn")
     whole = execution is not None and execution.attention != "splash"
     segment = work.segment_len if execution is None else None
     one = work.step == "decode"
@@ -282,24 +269,15 @@ def _decoder(config: ModelConfig, work: Work, execution: Execution | None) -> It
         causal=not whole and not one,
     )
     yield _scores("attention scores", square, trains, execution)
-    mlp = gated("mlp", text.mlp_dim, "kernel")
     if moe is None:  # nothing in the backward pass reads what the last product makes
-        first, last = weights("", *mlp[:2]), weights("", mlp[2], again=False)
-        yield Term("MLP", first.forward + last.forward, first.backward + last.backward)
+        first, last = weights("", "mlp/gate", "mlp/up"), weights("", "mlp/down", again=False)
+        yield _sum("MLP", first, last)
         return
-    yield weights("MLP", *mlp)
-    yield weights(
-        "shared expert",
-        *gated("moe/shared", moe.shared_mlp_dim, "kernel"),
-        _Product(f"{layers}/moe/shared_gate/kernel", width, 1, copies),
-    )
+    yield weights("MLP", "mlp")
+    yield weights("shared expert", "moe/shared", "moe/shared_gate")
     run, moved = _dispatched(config, work, execution)
-    yield weights("experts", *gated("moe/experts", moe.expert_mlp_dim, "kernel", copies * run))
-    yield weights(
-        "router and coefficient",
-        _Product(f"{layers}/moe/router/kernel", width, moe.num_experts, copies),
-        _Product(f"{layers}/coefficient/kernel", width, 2, copies),
-    )
+    yield weights("experts", "moe/experts", share=run / moe.num_experts)
+    yield weights("router and coefficient", "moe/router", "coefficient")
     if moved:
         # Two einsums of one-hot places with activations, each with the gradients that flow on: the
         # dispatch's is for the tokens alone, the combination's for the places' weights too.
@@ -332,26 +310,35 @@ def _dispatched(
 
 def _weights(
     name: str,
-    products: list[_Product],
+    products: _Weights,
     tokens: float,
     work: Work,
     before: bool,
     *,
     again: bool = False,
+    share: float = 1.0,
 ) -> Term:
     """Weight products: their gradients for the weights that train and, where something before them
-    trains, for their inputs; `again` adds a second forward pass."""
+    trains, for their inputs; `again` adds a second forward pass. A token meets this share of the
+    stacked weights."""
     forward = backward = 0.0
-    for path, inputs, outputs, copies in products:
-        once = 2.0 * tokens * inputs * outputs * copies
+    for path, spec in products.items():
+        lead, outputs, inputs = map(math.prod, spec.cut(spec.shape))
+        once = 2.0 * tokens * spec.multiply_adds * share
         how = work.how(path) if work.step == "train" else "frozen"
-        low_in, low_out = (2.0 * tokens * work.lora_rank * n * copies for n in (inputs, outputs))
+        low_in, low_out = (
+            2.0 * tokens * work.lora_rank * n * lead * share for n in (inputs, outputs)
+        )
         forward += once
         backward += once * ((how == "full") + before + again)
         if how == "lora":  # x → low → y: both train, so low always needs its gradient
             forward += low_in + low_out
             backward += low_in * (1 + before + again) + low_out * (2 + again)
     return Term(name, forward, backward)
+
+
+def _sum(name: str, *terms: Term) -> Term:
+    return Term(name, sum(t.forward for t in terms), sum(t.backward for t in terms))
 
 
 def _scores(name: str, square: float, trains: bool, execution: Execution | None) -> Term:

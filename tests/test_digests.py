@@ -3,9 +3,6 @@
 import os
 import random
 import shutil
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,14 +94,17 @@ def test_a_digest_file_of_another_folder(folder: Path, tmp_path: Path) -> None:
     assert digests.check(folder) == {"a": DIFFERS}
 
 
-def test_parts_make_the_whole(folder: Path) -> None:
-    for name in NAMES:
-        (folder / name).write_bytes(b"other")
-    parts = [digests.check(folder, part=i, parts=3) for i in range(3)]
-    assert {name: what for part in parts for name, what in part.items()} == dict.fromkeys(
-        NAMES, DIFFERS
-    )
-    assert sum(map(len, parts)) == len(NAMES)
+def test_data_files_need_only_be_there(folder: Path) -> None:
+    (folder / "x/d").mkdir(parents=True)
+    (folder / "x/d/1").write_text("1")
+    (folder / "x/d/2").write_text("2")
+    digests.write(folder)
+    (folder / "x/d/1").write_text("other")
+    assert digests.check(folder) == {"x/d/1": DIFFERS}
+    assert digests.check(folder, data=False) == {}
+    (folder / "x/d/1").unlink()
+    (folder / "a").write_text("other")
+    assert digests.check(folder, data=False) == {"a": DIFFERS, "x/d/1": MISSING}
 
 
 def test_what_other_processes_hashed_is_taken_over(folder: Path) -> None:
@@ -113,45 +113,3 @@ def test_what_other_processes_hashed_is_taken_over(folder: Path) -> None:
     assert digests.check(folder) == {}
     digests.write(folder, known={**known, "a": known["b/c"]})
     assert digests.check(folder) == {"a": DIFFERS}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which files are open")
-def test_a_complete_file_is_hashed_while_another_one_grows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = random.Random(2)
-    hashed, original = [], digests._hash
-
-    def counted(file, *rest):
-        hashed.append(Path(file.name).name)
-        return original(file, *rest)
-
-    monkeypatch.setattr(digests, "_hash", counted)
-    target = tmp_path / "it.partial"
-    target.mkdir()
-    with digests.Watch(lambda: tmp_path.glob("it*/*")) as watch:
-        for name in ("a", "b"):
-            with open(target / name, "wb", buffering=0) as file:
-                file.write(rng.randbytes(300_000))
-                time.sleep(0.2)
-                assert name not in hashed
-                file.write(rng.randbytes(300_000))
-            eventually(lambda name=name: name in hashed)
-        target.rename(tmp_path / "it")
-        time.sleep(0.2)  # under its new name it is no other file
-        with open(tmp_path / "it/c", "wb", buffering=0) as file:
-            file.write(b"1")
-            time.sleep(0.2)
-    assert hashed == ["a", "b"]
-    with open(tmp_path / "it/b", "ab") as file:
-        file.write(b"more")
-    digests.write(tmp_path / "it", seen=watch.seen)
-    assert sorted(hashed[2:]) == ["b", "c"]  # one changed after it had been hashed
-    assert digests.check(tmp_path / "it") == {}
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -9,9 +9,9 @@ import pytest
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import Execution, Work, executed_flops, layer_flops, model_flops, score_flops
-from echovlm_jax.model import Compute, EchoVLM, abstract_params
+from echovlm_jax.model import Compute, EchoVLM, abstract_params, param_specs, shapes_of
 from echovlm_jax.plan import hlo
-from echovlm_jax.train.lora import lora_shapes
+from echovlm_jax.train.lora import lora_specs
 from echovlm_jax.train.stages import how_it_trains, merge, split
 
 ROWS, SEQ, PATCHES = 2, 256, 128
@@ -168,7 +168,7 @@ def test_low_rank_updates_cost_what_they_need():
         variables = {"params": merge(trained["full"], frozen), "lora": trained["lora"]}
         return jnp.sum(jnp.square(EchoVLM(config).apply(variables, batch, method="forward")))
 
-    trained = {"full": full, "lora": lora_shapes(shapes, how, rank)}
+    trained = {"full": full, "lora": shapes_of(lora_specs(param_specs(config), how, rank))}
     program = jax.jit(jax.grad(loss)).lower(trained, frozen, batch(config)).compile()
     step = Work(rows=ROWS, seq_len=SEQ, max_patches=PATCHES, trains=how, lora_rank=rank)
     formula = executed_flops(config, step, Execution())

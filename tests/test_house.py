@@ -23,7 +23,7 @@ PACKAGE = "echovlm_jax"
 # Who may import whom of ours; the longest matching name rules. A part may always import itself
 # and `errors`. `config` is where all data flows from: whatever is after it may read it.
 _CONVERT = {
-    *("config", "model.abstract_params", "model.logical_axes", "mesh"),
+    *("config", "model.abstract_params", "model.param_specs", "mesh"),
     *("storage", "progress"),
 }
 _LOAD = {"config", "mesh", "model", "processing", "convert", "generate", "storage"}
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "memory": set(),
     "config": set(),
     "ops": set(),
-    "flops": {"config"},
+    "flops": {"config", "model"},
     "chips": set(),
     "mesh": {"config", "ops.layout"},
     "model": {"config", "ops"},
@@ -166,6 +166,22 @@ def declared_dependencies(module: str, source: str) -> list[str]:
     return complaints
 
 
+def one_product(module: str, source: str) -> list[str]:
+    """Weights are multiplied in `ops.product` alone. Attention and the experts' dispatch multiply
+    activations with one another, telemetry counts."""
+    own = _own(module)
+    if _matches(own, "ops.product") or _matches(own, "bench"):
+        return []
+    banned = {*("dot", "matmul", "tensordot", "vdot", "dot_general", "ragged_dot"), "einsum"}
+    banned |= {"ragged_dot_general", "conv_general_dilated"}
+    if any(_matches(own, part) for part in ("ops.attention", "ops.moe", "train.telemetry")):
+        banned -= {"einsum"}
+    calls = (node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    names = (ast.unparse(call) for call in calls if isinstance(call, ast.Attribute))
+    found = (name for name in names if name.split(".")[0] in ("jnp", "jax", "lax"))
+    return [f"{module} calls {name}" for name in found if name.split(".")[-1] in banned]
+
+
 def never_unpickles(module: str, source: str) -> list[str]:
     """A pickle runs whatever code its maker put in it; a checkpoint comes from strangers."""
     complaints = []
@@ -268,6 +284,18 @@ RULES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
                 "import os, jax\nfrom PIL import Image\nimport ml_dtypes, flax.linen",
             ),
             ("echovlm_jax.x", "def f():\n    import apache_beam as beam"),
+        ],
+    ),
+    one_product: (
+        [
+            ("echovlm_jax.model.x", "y = jnp.einsum('BTD,FD->BTF', x, w)"),
+            ("echovlm_jax.train.x", "y = jnp.dot(x, w)"),
+            ("echovlm_jax.ops.moe.x", "y = jax.lax.ragged_dot(x, w, sizes)"),
+        ],
+        [
+            ("echovlm_jax.ops.product.x", "y = jnp.einsum('BTD,FD->BTF', x, w)"),
+            ("echovlm_jax.ops.attention.x", "y = jnp.einsum('BTNH,BSNH->BNTS', q, k)"),
+            ("echovlm_jax.model.x", "y = einsum('BTD,FD->BTF', x, w)"),
         ],
     ),
     never_unpickles: (

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from echovlm_jax.config import ModelConfig, MoEConfig, preset
 from echovlm_jax.errors import InputError
-from echovlm_jax.ops.grouped_matmul import ROW_TILE
 from echovlm_jax.ops.moe.dispatch import Experts, moe, route
+from echovlm_jax.ops.product.einsum import einsum
+from echovlm_jax.ops.product.grouped import ROW_TILE
 
 DEFAULT = "ragged"
 # (dispatch, capacity_factor, group_size)
@@ -158,7 +159,7 @@ def _step(
     dispatch, factor, group = form
 
     def objective(x: Any, router: Any, weights: Any, g: Any) -> Any:
-        logits = jnp.einsum("BTD,ED->BTE", x, router)
+        logits = einsum("BTD,ED->BTE", x, router)
         routing = route(logits, top_k=experts.top_k, normalize=experts.norm_topk_prob)
         y, _ = moe(
             x,

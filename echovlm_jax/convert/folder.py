@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,14 +23,13 @@ from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import store, table
 from echovlm_jax.convert.quantized import refuse_quantized, refuse_quantized_tensors
-from echovlm_jax.convert.reader import AGAIN, Reader
 from echovlm_jax.convert.run import open_run
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
-from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests, files
+from echovlm_jax.storage.arrays import AGAIN, Index, Reader, Take, array_key
 from echovlm_jax.storage.layout import CONFIG, PARAMS, REPORT, SUMS, TREE
-from echovlm_jax.storage.verify import without_added
+from echovlm_jax.storage.verify import check_files
 
 WEIGHT_DTYPES = ("bfloat16", "float32", "float16")
 # Beside the weights: tokenizer, processor, chat template, licence.
@@ -54,8 +53,12 @@ class StoredModel(Protocol):
     duplicates: dict[str, str]
     digests: dict[str, str]
 
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """One block of one parameter: a slice with start and stop for every axis."""
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """One block of one parameter."""
+        ...
+
+    def read_blocks(self, path: str, indices: Sequence[Index], take: Take) -> None:
+        """Several blocks of one parameter, part by part; see `storage.arrays.Reader`."""
         ...
 
 
@@ -115,7 +118,8 @@ class _Converted:
         sums = _check_small(folder, expected=chunks is not None)
         self.config = read_config(folder)
         # A model from before there were digests of chunks: its files are read through beforehand.
-        check = functools.partial(_check_all, folder) if sums and chunks is None else None
+        whole = functools.partial(check_files, folder, AGAIN, added=True)
+        check = whole if sums and chunks is None else None
         self._reader = Reader(folder / PARAMS, chunks=chunks, check=check)
         expected = table.leaf_shapes(self.config)
         for path in sorted(expected.keys() | self._reader.shapes.keys()):
@@ -126,6 +130,7 @@ class _Converted:
                     f" {wanted and list(wanted)} by {CONFIG}; convert again"
                 )
         self.dtypes = self._reader.dtypes
+        self.read, self.read_blocks = self._reader.read, self._reader.read_blocks
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}
         slots = table.slots(self.config)
@@ -138,9 +143,6 @@ class _Converted:
                 )
         self.digests = _names(report, "sha256", folder / REPORT)
 
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._reader.read(path, index)
-
 
 def _names(report: dict[str, Any], key: str, path: Path) -> dict[str, str]:
     """A part of the report that maps tensor names to text."""
@@ -151,16 +153,16 @@ def _names(report: dict[str, Any], key: str, path: Path) -> dict[str, str]:
 
 
 def _chunks(report: dict[str, Any], path: Path) -> dict[str, list[str]] | None:
-    """The digests of each parameter's chunks; None in a report from before there were any."""
+    """The digests of each array's chunks; None in a report from before there were any."""
     if (found := report.get("chunks")) is None:
         return None
     if isinstance(found, dict) and all(isinstance(each, list) for each in found.values()):
-        return found
+        return {array_key(path): each for path, each in found.items()}
     raise InputError(f"{path}: chunks is not an object of lists; {AGAIN}")
 
 
 def _check_small(folder: Path, *, expected: bool) -> bool:
-    """Checks all of a converted folder but the weights, which are checked when they are read.
+    """Checks all of a converted folder but the arrays, which are checked when they are read.
 
     Args:
       expected: whether it was made with digests of everything.
@@ -171,27 +173,13 @@ def _check_small(folder: Path, *, expected: bool) -> bool:
     Raises:
       InputError: a file differs from its digest or is missing; digests are missing.
     """
-    wanted = digests.read(folder)
-    if wanted == digests.MISSING and not expected:
+    if digests.read(folder) == digests.MISSING and not expected:
         _say(f"{folder}: has no {SUMS}; unchecked: it may have changed since it was converted")
         return False
-    if isinstance(wanted, str):
-        raise InputError(f"{folder}: is broken: {SUMS} {wanted}; {AGAIN}")
-    small = {name: digest for name, digest in wanted.items() if os.sep not in name}
-    there = {path.name for path in folder.iterdir() if not path.is_dir()} - {SUMS}
-    problems, added = without_added(digests.compare(folder, small, there))
-    if problems:
-        raise InputError(f"{folder}: is broken: {digests.told(problems)}; {AGAIN}")
+    added = check_files(folder, AGAIN, data=False, added=True)
     if used := sorted(set(added) & {path.name for path in side_files(folder)}):
         _say(f"{folder}: {', '.join(used)}: added since it was converted; unchecked")
     return True
-
-
-def _check_all(folder: Path) -> None:
-    with progress(digests.nbytes(folder), "B", "check") as tick:
-        problems, _ = without_added(digests.check(folder, tick=tick))
-    if problems:
-        raise InputError(f"{folder}: is broken: {digests.told(problems)}; {AGAIN}")
 
 
 def _say(line: str) -> None:
@@ -214,7 +202,7 @@ class _HuggingFace:
         for slot in self._slots.values():
             self._places.setdefault(slot.path, {})[slot.index] = slot
 
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, path: str, index: Index) -> np.ndarray:
         out = np.empty(store.piece_shape(index), self.dtypes[path])
         places = self._places[path]
         stacked = len(next(iter(places)))
@@ -229,6 +217,15 @@ class _HuggingFace:
             block = values.reshape(first.stop - first.start, *slot.part[1:])
             out[place] = block[(slice(None), *rest[1:])]
         return out
+
+    def read_blocks(self, path: str, indices: Sequence[Index], take: Take) -> None:
+        for number, index in enumerate(indices):
+            for cut in store.pieces(store.piece_shape(index), self.dtypes[path].itemsize):
+                where = tuple(
+                    slice(i.start + c.start, i.start + c.stop)
+                    for i, c in zip(index, cut, strict=True)
+                )
+                take(number, cut, self.read(path, where))
 
 
 def leaf_dtypes(

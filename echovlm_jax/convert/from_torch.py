@@ -125,9 +125,7 @@ def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> di
         try:
             folder.check_new(target)  # again: the last one to hold the lock may have made it
             _check_left(job, partial, journal)
-            data = partial / MODEL / folder.PARAMS
-            with digests.Watch(lambda: data.glob(store.DATA_FILES)) as watch:
-                resumed = _make_model(job, partial, journal)
+            resumed, known = _make_model(job, partial, journal)
         except store.LostChunksError:
             discard(partial)  # the journal promises what is gone
             raise
@@ -143,7 +141,7 @@ def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> di
             partial / MODEL / folder.REPORT,
             {**report, "identity": job.identity, "sha256": of_tensors, "chunks": of_chunks},
         )
-        digests.write(partial / MODEL, seen=watch.seen)
+        digests.write(partial / MODEL, known=known)
         os.replace(partial / MODEL, target)
         sync_folder(target.parent)
         discard(partial)
@@ -169,13 +167,14 @@ def _by_parameter(job: Conversion, journal: Journal) -> dict[str, list[str]]:
     return out
 
 
-def _make_model(job: Conversion, partial: Path, journal: Journal) -> int:
-    """Everything of the model folder but its report. Returns how many tensors were there."""
+def _make_model(job: Conversion, partial: Path, journal: Journal) -> tuple[int, dict[str, str]]:
+    """Everything of the model folder but its report. Returns how many tensors were there, and
+    digests of files."""
     model = partial / MODEL
     if not journal.done:
         shutil.rmtree(model, ignore_errors=True)
     try:
-        resumed = _write_params(job, model / folder.PARAMS, journal)
+        resumed, known = _write_params(job, model / folder.PARAMS, journal)
     except InputError:
         raise
     except ValueError as error:
@@ -191,7 +190,7 @@ def _make_model(job: Conversion, partial: Path, journal: Journal) -> int:
         ) from error
     dtype = folder.as_dtype(job.identity["dtype"])
     folder.copy_side_files(job.source.folder, model, dtype, job.config)
-    return resumed
+    return resumed, known
 
 
 def _prepare(
@@ -290,17 +289,18 @@ def _report(job: Conversion, resumed: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def _write_params(job: Conversion, target: Path, journal: Journal) -> int:
+def _write_params(job: Conversion, target: Path, journal: Journal) -> tuple[int, dict[str, str]]:
     """Streams every tensor that the journal lacks, in the order of the source's files. Returns how
-    many it had."""
+    many it had, and digests of files by name in the model folder."""
     writer = store.Writer(target, job.arrays())
     _forget_damaged(job, writer, journal)
     resumed = len(journal.done)
     pending: deque[_Chunk] = deque()
     chunks: dict[str, list[str]] = {}
-    in_flight = 0
+    in_flight = unseen = 0
 
     def settle(tick: Callable[[int], object]) -> int:
+        nonlocal unseen
         chunk = pending.popleft()
         chunk.written.result()
         chunk.hashed.result()
@@ -308,6 +308,10 @@ def _write_params(job: Conversion, target: Path, journal: Journal) -> int:
         if chunk.last:
             journal.add(chunk.name, " ".join([chunk.digest.hexdigest(), *chunks.pop(chunk.name)]))
         tick(chunk.nbytes)
+        unseen += chunk.nbytes
+        if unseen > 2 * _IN_FLIGHT_BYTES:  # so all that was on its way at the last look is written
+            files.look()
+            unseen = 0
         return chunk.nbytes
 
     total = sum(map(job.nbytes, job.slots))
@@ -317,7 +321,9 @@ def _write_params(job: Conversion, target: Path, journal: Journal) -> int:
             progress(total, "B", "convert") as tick,
             ThreadPoolExecutor(1) as hasher,
             ThreadPoolExecutor(1) as other,
+            ThreadPoolExecutor(1) as third,
         ):
+            files = store.DataFiles(target, third)
             tick(sum(map(job.nbytes, journal.done)))
             for chunk in _chunks(job, writer, hasher, other, set(journal.done)):
                 pending.append(chunk)
@@ -331,7 +337,7 @@ def _write_params(job: Conversion, target: Path, journal: Journal) -> int:
         for chunk in pending:
             chunk.written.exception()
     writer.finish()
-    return resumed
+    return resumed, files.digests(target.parent)
 
 
 def _forget_damaged(job: Conversion, writer: store.Writer, journal: Journal) -> None:

@@ -18,8 +18,8 @@ from echovlm_jax.model.decoder import DecoderLayer, LayerOutput, make_context
 from echovlm_jax.model.echovlm import Batch, Output, insert_images
 from echovlm_jax.model.vision import VisionEncoder
 from echovlm_jax.ops import Array
-from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.norms import rms_norm
+from echovlm_jax.ops.product.einsum import einsum
 
 _LAYERS = "text/layers/"
 _HEAD_ROWS = 16384  # of the embedding and the output head that are in memory at once
@@ -88,14 +88,14 @@ def _logits(model: StoredModel, hidden: Array) -> np.ndarray:
     rows = range(0, model.config.text.vocab_size, _HEAD_ROWS)
     pieces = (_read(model, path, slice(row, row + _HEAD_ROWS)) for row in rows)
     product = jax.jit(lambda h, w: einsum("BTD,VD->BTV", h, w))
-    return np.concatenate([product(hidden, w.astype(np.float32)) for w in pieces], axis=-1)
+    return np.concatenate([product(hidden, piece) for piece in pieces], axis=-1)
 
 
 def _read_tree(model: StoredModel, prefix: str, layer: int | None = None) -> dict[str, Any]:
-    """The parameters below `prefix` in float32; of one layer only, if given."""
+    """The parameters below `prefix`, as stored; of one layer only, if given."""
     rows = slice(None) if layer is None else slice(layer, layer + 1)
     paths = [path for path in leaf_shapes(model.config) if path.startswith(prefix)]
-    read = {path: _read(model, path, rows).astype(np.float32) for path in paths}
+    read = {path: _read(model, path, rows) for path in paths}
     if layer is not None:
         read = {path: values[0] for path, values in read.items()}
     return unflatten({path.removeprefix(prefix): values for path, values in read.items()})

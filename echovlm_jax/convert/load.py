@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from echovlm_jax.config import ModelConfig
-from echovlm_jax.convert import folder, store, table
+from echovlm_jax.convert import folder, table
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.arrays import Index, Take, to_devices
 
 
 def load_params(
@@ -23,8 +25,8 @@ def load_params(
         `open_model` gave for it.
       dtype: bfloat16, float32 or float16 to cast to; by default as stored.
       shardings: a tree like the parameters' of `jax.sharding.Sharding`, or one for all of them.
-        Each device's shard is then read by itself and the host holds one shard at a time. Without
-        it, whole parameters go to the default device one after another.
+        Only this process' shards are read then, and the host holds 1 GiB of them at a time, or
+        one. Without it, whole parameters go to the default device one after another.
 
     Returns:
       The configuration and the nested dict of `jax.Array` (see `model.abstract_params`).
@@ -53,38 +55,12 @@ def _load(
     dtype: np.dtype | None,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(_default_device())
-    # Devices that hold the same block share one read.
-    blocks: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        index = index or (slice(None),) * len(shape)
-        block = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-        blocks.setdefault(block, []).append(device)
-    arrays = []
-    for block, devices in blocks.items():
-        values = _read(model, path, tuple(slice(*ends) for ends in block), dtype)
-        # Waited for, so that the host's copy can go before the next one is read.
-        arrays += [jax.block_until_ready(jax.device_put(values, device)) for device in devices]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    target = dtype or model.dtypes[path]
 
+    def read(indices: Sequence[Index], take: Take) -> None:
+        def cast(number: int, where: Index, values: np.ndarray) -> None:
+            take(number, where, folder.cast(values, target, path))
 
-def _read(
-    model: folder.StoredModel, path: str, index: tuple[slice, ...], dtype: np.dtype | None
-) -> np.ndarray:
-    """A block in the target dtype; a cast goes piece by piece, never with both copies whole."""
-    if dtype is None or dtype == model.dtypes[path]:
-        return model.read(path, index)
-    out = np.empty(store.piece_shape(index), dtype)
-    # Cut as it is stored, so that no chunk is read, and checked, twice.
-    for cut in store.pieces(out.shape, model.dtypes[path].itemsize):
-        where = tuple(
-            slice(i.start + c.start, i.start + c.stop) for i, c in zip(index, cut, strict=True)
-        )
-        out[cut] = folder.cast(model.read(path, where), dtype, path)
-    return out
+        model.read_blocks(path, indices, cast)
 
-
-def _default_device() -> Any:
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return device if isinstance(device, jax.Device) else jax.devices()[0]
+    return to_devices(read, shape, target, sharding)

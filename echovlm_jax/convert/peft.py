@@ -39,6 +39,7 @@ from echovlm_jax.convert.peft_tensors import (
 )
 from echovlm_jax.convert.run import Run, open_run
 from echovlm_jax.errors import InputError
+from echovlm_jax.model import param_specs
 
 
 class Update(NamedTuple):
@@ -124,20 +125,18 @@ def adapter_updates(adapter: Adapter, config: ModelConfig) -> tuple[Any, float]:
         raise InputError("an update of embed_tokens can only be merged; convert with --adapter")
     # An alpha may be 0, and nothing is divided by that.
     scale = next((one.scale for one in adapter.updates.values() if one.scale), 1.0)
-    slots, shapes = table.slots(config), table.leaf_shapes(config)
+    slots, specs = table.slots(config), param_specs(config)
     made: dict[str, np.ndarray] = {}
     for name, update in adapter.updates.items():
         slot = slots[name]
-        out = _outputs(slot)
-        lead = shapes[slot.path][: len(slot.index)]
+        lead, outputs, inputs = specs[slot.path].cut(specs[slot.path].shape)
         module = slot.path.removesuffix("/kernel")
-        a = made.setdefault(f"{module}/a", np.zeros((*lead, rank, *slot.part[out:]), np.float32))
-        b = made.setdefault(f"{module}/b", np.zeros((*lead, *slot.part[:out], rank), np.float32))
+        a = made.setdefault(f"{module}/a", np.zeros((*lead, rank, *inputs), np.float32))
+        b = made.setdefault(f"{module}/b", np.zeros((*lead, *outputs, rank), np.float32))
         own = update.rank
-        a[slot.index][:own] = _whole(update.a).reshape(own, *slot.part[out:])
-        b[slot.index][..., :own] = _whole(update.b).reshape(*slot.part[:out], own) * (
-            update.scale / scale
-        )
+        a[slot.index][:own] = _whole(update.a).reshape(own, *inputs)
+        high = _whole(update.b).reshape(*outputs, own)
+        b[slot.index][..., :own] = high * (update.scale / scale)
     return table.unflatten(made), scale
 
 
@@ -289,11 +288,6 @@ def _transposed(tensor: sources.Tensor) -> sources.Tensor:
     return sources.Tensor(
         (columns, rows), tensor.dtype, tensor.order, lambda start, stop: values()[start:stop]
     )
-
-
-def _outputs(slot: table.Slot) -> int:
-    """How many of a slot's own axes, from the first, make the tensor's first."""
-    return next(n for n in range(1, len(slot.part)) if math.prod(slot.part[:n]) == slot.shape[0])
 
 
 def _float32(tensor: sources.Tensor, start: int, stop: int) -> np.ndarray:

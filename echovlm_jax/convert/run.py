@@ -7,8 +7,10 @@ changes no older checkpoint. `storage.layout` names the files.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ import numpy as np
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import table
-from echovlm_jax.convert.reader import Reader
 from echovlm_jax.errors import InputError
+from echovlm_jax.model import param_specs
 from echovlm_jax.storage import digests
+from echovlm_jax.storage.arrays import Index, Take, gather, open_state
 from echovlm_jax.storage.layout import (
     CHECKPOINTS,
     CONFIG,
-    STATE,
     model_files,
     run_step,
     training_settings,
@@ -59,7 +61,7 @@ def open_run(path: Path) -> Run | None:
 
 
 class Run:
-    """`folder.StoredModel` of a run's checkpoint, whose every byte is checked first.
+    """`folder.StoredModel` of a run's checkpoint; what is read of it is checked.
 
     Attributes:
       trained: the parameters that train in full, by path.
@@ -74,16 +76,11 @@ class Run:
 
     def __init__(self, run: Path, step: int) -> None:
         checkpoint = run / CHECKPOINTS / str(step)
-        if problems := digests.check(checkpoint):
-            name, what = next(iter(problems.items()))
-            raise InputError(
-                f"{checkpoint}: is broken: {name} {what}; name another, as in"
-                f" {run / CHECKPOINTS}/STEP"
-            )
+        mend = f"name another, as in {run / CHECKPOINTS}/STEP"
+        self._reader = open_state(checkpoint, (_PARAMS, _LORA, _FROZEN), mend=mend)
         self.folder = model_files(checkpoint)
         path = self.folder / CONFIG
         self.config: ModelConfig = from_hf(sources.read_json(path), str(path))
-        self._reader = Reader(checkpoint / STATE, (_PARAMS, _LORA, _FROZEN))
         self._stored = {
             name.removeprefix(part): name
             for name in self._reader.shapes
@@ -106,28 +103,47 @@ class Run:
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}
 
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """One block of one parameter, with its update where it has one: W + scale · b a."""
-        block = self._reader.read(self._stored[path], index)
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """One block of one parameter, with its update where it has one."""
+        [out] = gather(functools.partial(self.read_blocks, path), [index], self.dtypes[path])
+        return out
+
+    def read_blocks(self, path: str, indices: Sequence[Index], take: Take) -> None:
+        """As `Reader.read_blocks`, with the update where there is one: W + scale · b a."""
         if path not in self.updated:
-            return block
-        # Beside [stacked?, *out, *in]: a [stacked?, rank, *in], b [stacked?, *out, rank].
-        a, b = self.update_shape(path, "a"), self.update_shape(path, "b")
-        stacked = len(a) + len(b) - len(index) - 2
-        out, rank = len(b) - 1, b[-1]
-        whole = slice(0, rank)
-        low = self.read_update(path, "a", (*index[:stacked], whole, *index[out:]))
-        high = self.read_update(path, "b", (*index[:out], whole))
-        count = math.prod(low.shape[:stacked])
-        product = np.matmul(high.reshape(count, -1, rank), low.reshape(count, rank, -1))
-        update = self._scale * product.reshape(block.shape)
-        return (block.astype(np.float32) + update).astype(block.dtype)
+            self._reader.read_blocks(self._stored[path], indices, take)
+            return
+        # Beside [*stacked, *out, *in]: a [*stacked, rank, *in], b [*stacked, *out, rank].
+        spec, rank = param_specs(self.config)[path], self.update_shape(path, "b")[-1]
+
+        def parts(index: Index) -> tuple[Index, Index]:
+            stacked, out, inner = spec.cut(index)
+            return (*stacked, slice(0, rank), *inner), (*stacked, *out, slice(0, rank))
+
+        low, high = (
+            gather(
+                functools.partial(self._reader.read_blocks, _update(path, name)),
+                [parts(index)[i] for index in indices],
+                np.dtype(np.float32),
+            )
+            for i, name in enumerate("ab")
+        )
+
+        def add(number: int, where: Index, values: np.ndarray) -> None:
+            own, other = parts(where)
+            left, right = high[number][other], low[number][own]
+            count = math.prod(right.shape[: spec.stacked])
+            product = left.reshape(count, -1, rank) @ right.reshape(count, rank, -1)
+            update = self._scale * product.reshape(values.shape)
+            take(number, where, (values.astype(np.float32) + update).astype(values.dtype))
+
+        self._reader.read_blocks(self._stored[path], indices, add)
 
     def update_shape(self, path: str, name: str) -> tuple[int, ...]:
         """The shape of a parameter's "a" or "b"."""
         return self._reader.shapes[_update(path, name)]
 
-    def read_update(self, path: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read_update(self, path: str, name: str, index: Index) -> np.ndarray:
         """One block of a parameter's "a" or "b", in float32."""
         return self._reader.read(_update(path, name), index).astype(np.float32)
 

@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -20,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-# What both sides need is the reader's; it is at hand here too.
-from echovlm_jax.convert.reader import Reader as Reader
-from echovlm_jax.convert.reader import array_key, kvstore, reason
-from echovlm_jax.convert.reader import piece_shape as piece_shape
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage import digests
+
+# What both sides need is the reader's; it is at hand here too.
+from echovlm_jax.storage.arrays import Reader as Reader
+from echovlm_jax.storage.arrays import array_key, kvstore, reason
+from echovlm_jax.storage.arrays import piece_shape as piece_shape
 from echovlm_jax.storage.layout import TREE
 
 # Large enough that a disk streams; small enough that a shard's reader fetches little it doesn't
@@ -32,7 +35,6 @@ from echovlm_jax.storage.layout import TREE
 CHUNK_BYTES = 16 * 2**20
 # Orbax's layout of one process's data, which its readers reach through the merged database.
 _PROCESS = "ocdbt.process_0"
-DATA_FILES = f"{_PROCESS}/d/*"  # what the values are in
 
 
 def chunk_shape(part: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -175,6 +177,37 @@ class Writer:
         for path in (self._folder / _PROCESS / "d").iterdir():
             if path.resolve() not in used:
                 path.unlink()
+
+
+class DataFiles:
+    """The digests of the files that a Writer's values are in, each made soon after it was written,
+    while it is in memory still.
+
+    Args:
+      folder: the Writer's.
+      pool: reads them.
+    """
+
+    def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
+        self._folder, self._pool = folder / _PROCESS / "d", pool
+        self._there: set[Path] = set()
+        self._found: dict[Path, tuple[int, Future[str]]] = {}
+
+    def look(self) -> None:
+        """Takes the files that were there at the look before. What was being written then must be
+        durable."""
+        for path in self._there - self._found.keys():
+            size = path.stat().st_size
+            self._found[path] = size, self._pool.submit(digests.of_file, path)
+        self._there = set(self._folder.iterdir())
+
+    def digests(self, base: Path) -> dict[str, str]:
+        """By name below `base`, of the files that are there still and have not grown."""
+        return {
+            path.relative_to(base).as_posix(): digest.result()
+            for path, (size, digest) in self._found.items()
+            if path.is_file() and path.stat().st_size == size
+        }
 
 
 def _data_files(database: Path) -> set[Path]:

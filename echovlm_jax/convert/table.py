@@ -2,12 +2,11 @@
 
 Weights keep PyTorch's [out, in] order on our side, so a parameter is a stack, over layers and
 experts, of reshaped checkpoint tensors: converting either way moves bytes and computes nothing.
-Every expected shape is derived from `model.abstract_params`; none is written here.
+Every expected shape is derived from `model.param_specs`; none is written here.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -19,7 +18,7 @@ from flax import traverse_util
 
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.errors import InputError
-from echovlm_jax.model import abstract_params
+from echovlm_jax.model import param_specs
 
 
 @dataclass(frozen=True)
@@ -30,22 +29,17 @@ class Row:
       name: the checkpoint's tensor name; {l} and {e} stand for a layer and an expert, and each of
         them is one leading axis of our parameter.
       path: our parameter.
-      join: our axes after the stacked ones, those that the checkpoint merges in brackets:
-        "(N H) D" is [N, H, D] with us and [N·H, D] there. Empty where the shapes are equal.
+      merged: whether our outputs are one axis of the checkpoint, and our inputs another; those of
+        its convolution are not.
     """
 
     name: str
     path: str
-    join: str = ""
+    merged: bool = True
 
 
-def _affine(name: str, path: str, join: str = "") -> tuple[Row, Row]:
-    """The rows of a Linear with a bias; the bias has the weight's output axes."""
-    out = re.match(r"\([^)]*\)", join)
-    return (
-        Row(f"{name}.weight", f"{path}/kernel", join),
-        Row(f"{name}.bias", f"{path}/bias", out[0] if out else ""),
-    )
+def _affine(name: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{name}.weight", f"{path}/kernel"), Row(f"{name}.bias", f"{path}/bias")
 
 
 def _norm(name: str, path: str) -> tuple[Row, Row]:
@@ -63,10 +57,10 @@ _BLOCK, _OUR_BLOCK = "visual.blocks.{l}", "vision/blocks"
 _LAYER, _OUR_LAYER = "model.layers.{l}", "text/layers"
 
 TABLE: tuple[Row, ...] = (
-    Row("visual.patch_embed.proj.weight", "vision/patch_embed/kernel"),
+    Row("visual.patch_embed.proj.weight", "vision/patch_embed/kernel", merged=False),
     *_norm(f"{_BLOCK}.norm1", f"{_OUR_BLOCK}/norm1"),
-    *_affine(f"{_BLOCK}.attn.qkv", f"{_OUR_BLOCK}/attn/qkv", "(3 N H) D"),
-    *_affine(f"{_BLOCK}.attn.proj", f"{_OUR_BLOCK}/attn/proj", "D (N H)"),
+    *_affine(f"{_BLOCK}.attn.qkv", f"{_OUR_BLOCK}/attn/qkv"),
+    *_affine(f"{_BLOCK}.attn.proj", f"{_OUR_BLOCK}/attn/proj"),
     *_norm(f"{_BLOCK}.norm2", f"{_OUR_BLOCK}/norm2"),
     *_affine(f"{_BLOCK}.mlp.fc1", f"{_OUR_BLOCK}/mlp/fc1"),
     *_affine(f"{_BLOCK}.mlp.fc2", f"{_OUR_BLOCK}/mlp/fc2"),
@@ -75,10 +69,10 @@ TABLE: tuple[Row, ...] = (
     *_affine("visual.merger.mlp.2", "vision/merger/fc2"),
     Row("model.embed_tokens.weight", "text/embed/embedding"),
     Row(f"{_LAYER}.input_layernorm.weight", f"{_OUR_LAYER}/attn_norm/scale"),
-    *_affine(f"{_LAYER}.self_attn.q_proj", f"{_OUR_LAYER}/attn/q", "(N H) D"),
-    *_affine(f"{_LAYER}.self_attn.k_proj", f"{_OUR_LAYER}/attn/k", "(K H) D"),
-    *_affine(f"{_LAYER}.self_attn.v_proj", f"{_OUR_LAYER}/attn/v", "(K H) D"),
-    Row(f"{_LAYER}.self_attn.o_proj.weight", f"{_OUR_LAYER}/attn/o/kernel", "D (N H)"),
+    *_affine(f"{_LAYER}.self_attn.q_proj", f"{_OUR_LAYER}/attn/q"),
+    *_affine(f"{_LAYER}.self_attn.k_proj", f"{_OUR_LAYER}/attn/k"),
+    *_affine(f"{_LAYER}.self_attn.v_proj", f"{_OUR_LAYER}/attn/v"),
+    Row(f"{_LAYER}.self_attn.o_proj.weight", f"{_OUR_LAYER}/attn/o/kernel"),
     Row(f"{_LAYER}.post_attention_layernorm.weight", f"{_OUR_LAYER}/mlp_norm/scale"),
     *_gated(f"{_LAYER}.mlp", f"{_OUR_LAYER}/mlp"),
     Row(f"{_LAYER}.moe.gate.weight", f"{_OUR_LAYER}/moe/router/kernel"),
@@ -148,13 +142,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter's path and shape."""
-    return dict(_leaf_shapes(config))
-
-
-@functools.cache
-def _leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    # Tracing the model takes a second; a command asks several times.
-    return {path: tuple(leaf.shape) for path, leaf in flatten(abstract_params(config)).items()}
+    return {path: spec.shape for path, spec in param_specs(config).items()}
 
 
 def slots(config: ModelConfig) -> dict[str, Slot]:
@@ -162,32 +150,21 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
 
     Raises KeyError for a parameter without a row: the table is then incomplete.
     """
-    leaves = leaf_shapes(config)
+    specs = param_specs(config)
     out: dict[str, Slot] = {}
     for row in TABLE:
-        shape = leaves.pop(row.path, None)
-        if shape is None:
+        if (spec := specs.pop(row.path, None)) is None:
             continue
-        stacked = row.name.count("{")
-        part = shape[stacked:]
-        merged = _merged(part, row.join)
-        for index in np.ndindex(shape[:stacked]):
+        stacked, outputs, inputs = spec.cut(spec.shape)
+        part = outputs + inputs
+        shape = tuple(math.prod(axes) for axes in (outputs, inputs) if axes)
+        for index in np.ndindex(stacked):
             name = row.name.format(**dict(zip("le", index, strict=False)))
-            out[name] = Slot(name, row.path, tuple(int(i) for i in index), merged, part)
-    if leaves:
-        raise KeyError(f"no row for the parameters {sorted(leaves)}")
+            place = tuple(int(i) for i in index)
+            out[name] = Slot(name, row.path, place, shape if row.merged else part, part)
+    if specs:
+        raise KeyError(f"no row for the parameters {sorted(specs)}")
     return out
-
-
-def _merged(part: tuple[int, ...], join: str) -> tuple[int, ...]:
-    """The checkpoint's shape of our `part`, by the row's bracketed axes."""
-    if not join:
-        return part
-    sizes = iter(part)
-    groups = [len(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", join)]
-    if sum(groups) != len(part):
-        raise KeyError(f"join {join!r} does not fit a parameter of {len(part)} axes")
-    return tuple(math.prod(next(sizes) for _ in range(count)) for count in groups)
 
 
 def released_name(name: str) -> str:

@@ -2,15 +2,28 @@
 
 from echovlm_jax.model.cache import Cache, extend_cache, init_cache
 from echovlm_jax.model.compute import Compute
-from echovlm_jax.model.echovlm import EchoVLM, abstract_params, init_params, logical_axes
+from echovlm_jax.model.echovlm import EchoVLM
+from echovlm_jax.model.params import (
+    ParamSpec,
+    abstract_params,
+    axes_of,
+    init_params,
+    logical_axes,
+    param_specs,
+    shapes_of,
+)
 
 __all__ = [
     "Cache",
     "Compute",
     "EchoVLM",
+    "ParamSpec",
     "abstract_params",
+    "axes_of",
     "extend_cache",
     "init_cache",
     "init_params",
     "logical_axes",
+    "param_specs",
+    "shapes_of",
 ]

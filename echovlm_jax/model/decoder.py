@@ -17,16 +17,18 @@ from echovlm_jax.model.layers import (
     GatedMLP,
     Linear,
     RMSNorm,
-    partitioned,
     scan_layers,
-    weight_init,
+    weight,
 )
 from echovlm_jax.model.moe import MoE
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.attention.dispatch import attention
-from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
+from echovlm_jax.ops.product.einsum import einsum
+from echovlm_jax.ops.product.weight import lookup
 from echovlm_jax.ops.rope import RopeTable, apply_rope, mrope_table
+
+_HEAD = "BTD,VD->BTV"
 
 
 class Context(NamedTuple):
@@ -77,19 +79,18 @@ class Embedding(nn.Module):
     layout: Layout = Layout()
 
     def setup(self) -> None:
-        init = partitioned(weight_init(self.shape[-1]), ("vocab", "embed"))
-        self.embedding = self.param("embedding", init, self.shape)
+        self.embedding = self.param("embedding", weight(_HEAD, ("vocab", "embed")), self.shape)
 
     def __call__(self, tokens: Array, dtype: Any) -> Array:
         # Every device looks up its own slice of the width for the tokens of all that share the
         # table; only then are slices exchanged for rows. The table itself never travels.
         tokens = self.layout.constrain(tokens, "lookup_batch", "length")
-        x = jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+        x = lookup(self.embedding, tokens, dtype)
         x = self.layout.constrain(x, "lookup_batch", "length", "embed")
         return self.layout.constrain(x, "batch", "length", None)
 
     def attend(self, hidden: Array) -> Array:
-        return einsum("BTD,VD->BTV", hidden, self.embedding, out_dtype=jnp.float32)
+        return einsum(_HEAD, hidden, self.embedding, out_dtype=jnp.float32)
 
 
 class Attention(nn.Module):
@@ -202,9 +203,7 @@ class Decoder(nn.Module):
         self.layers = layers(self.config, self.compute, self.keep_hidden)
         self.final_norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         if not text.tie_word_embeddings:
-            self.lm_head = Linear(
-                "BTD,VD->BTV", table, ("vocab", "embed"), layout=self.compute.layout
-            )
+            self.lm_head = Linear(_HEAD, table, ("vocab", "embed"), layout=self.compute.layout)
 
     def embed_tokens(self, tokens: Array) -> Array:
         """[B, T] → [B, T, D] in the compute dtype."""

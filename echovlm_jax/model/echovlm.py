@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -99,39 +97,3 @@ def insert_images(x: Array, image_tokens: Array, patch_index: Array) -> Array:
     index = patch_index[..., None]
     taken = jnp.take_along_axis(image_tokens, jnp.maximum(index, 0), axis=1)
     return jnp.where(index >= 0, taken, x)
-
-
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Random parameters in float32: normal, biases 0, norm scales 1."""
-    return nn.meta.unbox(jax.jit(functools.partial(_init, config))(key))
-
-
-def abstract_params(config: ModelConfig) -> Params:
-    """The parameters' shapes and dtypes (jax.ShapeDtypeStruct), without making them."""
-    return nn.meta.unbox(_abstract(config))
-
-
-def logical_axes(config: ModelConfig) -> Params:
-    """The same tree with each parameter's logical axis names, a tuple of one name a dimension."""
-    specs = nn.get_partition_spec(_abstract(config))
-    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
-
-
-@functools.lru_cache  # tracing takes a second, and many places ask
-def _abstract(config: ModelConfig) -> Params:
-    return jax.eval_shape(lambda key: _init(config, key), jax.random.key(0))
-
-
-def _init(config: ModelConfig, key: jax.Array) -> Params:
-    vision = config.vision
-    patches = vision.merge_unit
-    batch = {
-        "tokens": jnp.zeros((1, 1), jnp.int32),
-        "positions": jnp.zeros((1, 3, 1), jnp.int32),
-        "segment_ids": jnp.ones((1, 1), jnp.int32),
-        "patches": jnp.zeros((1, patches, vision.patch_dim), jnp.float32),
-        "patch_segment_ids": jnp.ones((1, patches), jnp.int32),
-        "patch_positions": jnp.zeros((1, patches, 2), jnp.int32),
-        "patch_index": jnp.zeros((1, 1), jnp.int32),
-    }
-    return dict(EchoVLM(config).init(key, batch, method="forward")["params"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
@@ -15,9 +18,9 @@ from echovlm_jax.model.compute import PRODUCT, REMAT, Compute
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.dropout import dropout
-from echovlm_jax.ops.einsum import add_bias, einsum
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.norms import layer_norm, rms_norm
+from echovlm_jax.ops.product.einsum import add_bias, einsum, letters
 
 
 class Linear(nn.Module):
@@ -46,28 +49,25 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, out_dtype: DTypeLike | None = None) -> Array:
-        inputs, letters, result = re.split(",|->", self.spec)
-        fan_in = math.prod(
-            n for n, axis in zip(self.shape, letters, strict=True) if axis not in result
-        )
-        kernel = self.param("kernel", partitioned(weight_init(fan_in), self.axes), self.shape)
+        names = letters(self.spec)
+        kernel = self.param("kernel", weight(self.spec, self.axes), self.shape)
         y = einsum(self.spec, x, kernel, axes=self.axes, layout=self.layout, out_dtype=out_dtype)
         y = checkpoint_name(y, PRODUCT)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            rest = "".join(letter for letter in inputs if letter not in letters)
-            narrow = "".join(letter for letter in letters if letter not in result)
-            wide = "".join(letter for letter in letters if letter in result)
+            rest = "".join(name for name in names.x if name not in names.inputs)
             if self.has_variable("lora", "key"):
                 key, keep = self.get_variable("lora", "key"), self.get_variable("lora", "keep")
                 x = dropout(x, key, keep)
-            low = einsum(f"{inputs},r{narrow}->{rest}r", x, a)
-            y = y + einsum(f"{rest}r,{wide}r->{result}", low, b, out_dtype=y.dtype)
+            stacked, outputs = names.stacked, names.outputs
+            low = einsum(f"{names.x},{stacked}r{names.inputs}->{rest}r", x, a)
+            spec = f"{rest}r,{stacked}{outputs}r->{names.result}"
+            y = y + einsum(spec, low, b, out_dtype=y.dtype)
         if not self.bias:
             return y
-        out = [i for i, letter in enumerate(letters) if letter in result]
-        shape, axes = zip(*[(self.shape[i], self.axes[i]) for i in out], strict=True)
-        bias = self.param("bias", partitioned(nn.initializers.zeros, axes), shape)
+        end = len(self.shape) - len(names.inputs)
+        init = vector(nn.initializers.zeros, self.axes[:end], stacked=len(names.stacked))
+        bias = self.param("bias", init, self.shape[:end])
         return add_bias(y, bias, self.layout)
 
 
@@ -79,7 +79,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = partitioned(nn.initializers.ones, ("norm",))
+        init = vector(nn.initializers.ones, ("norm",))
         return rms_norm(x, self.param("scale", init, (self.width,)), self.eps)
 
 
@@ -91,8 +91,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", partitioned(nn.initializers.ones, ("norm",)), (self.width,))
-        bias = self.param("bias", partitioned(nn.initializers.zeros, ("norm",)), (self.width,))
+        scale = self.param("scale", vector(nn.initializers.ones, ("norm",)), (self.width,))
+        bias = self.param("bias", vector(nn.initializers.zeros, ("norm",)), (self.width,))
         return layer_norm(x, scale, bias, self.eps)
 
 
@@ -113,19 +113,68 @@ class GatedMLP(nn.Module):
         return Linear("BTF,DF->BTD", shape[::-1], axes[::-1], **place, name="down")(hidden)
 
 
-def weight_init(fan_in: int) -> nn.initializers.Initializer:
-    """Normal with variance 1 / inputs (LeCun et al., Efficient BackProp, 1998); of an embedding,
-    the inputs of the head that may share its table.
+Axes = tuple[str, ...]
+
+
+class Declared(nn.LogicallyPartitioned):
+    """A parameter as its module declares it, for `params.param_specs` to read.
+
+    Attributes:
+      init: its initializer.
+      stacked: how many of its first axes count copies, of which each is a weight of its own.
+      inputs: how many of its last axes a product sums over; the axes between are what it makes.
+    """
+
+    init: Any = struct.field(default=None, pytree_node=False)
+    stacked: int = struct.field(default=0, pytree_node=False)
+    inputs: int = struct.field(default=0, pytree_node=False)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        return super().add_axis(index, params).replace(stacked=self.stacked + 1)
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        return super().remove_axis(index, params).replace(stacked=self.stacked - 1)
+
+
+def weight(spec: str, axes: Axes) -> Callable[..., Any]:
+    """The initializer of a weight: normal with variance 1 / inputs (LeCun et al., Efficient
+    BackProp, 1998); of an embedding, the inputs of the head that may share its table.
 
     At the released width that is nearly Qwen2's deviation of 0.02; a narrow model's layers would be
     nearly silent with that one, and learn slowly.
+
+    Args:
+      spec: the einsum of its product. The weight has what is stacked first and its inputs last.
+      axes: the weight's logical axes.
+
+    Raises:
+      ValueError: the weight's axes are in another order.
     """
-    return nn.initializers.normal(stddev=fan_in**-0.5)
+    names = letters(spec)
+    if names.weight != names.stacked + names.outputs + names.inputs:
+        raise ValueError(f"{spec}: order the weight's axes as stacked, outputs, inputs")
+    stacked, inputs = len(names.stacked), len(names.inputs)
+    return _declared(_weight_init(inputs), axes, stacked=stacked, inputs=inputs)
 
 
-def partitioned(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Callable[..., Any]:
-    """An initializer whose parameter carries its logical axes."""
-    return nn.with_logical_partitioning(init, axes)
+def vector(init: nn.initializers.Initializer, axes: Axes, stacked: int = 0) -> Callable[..., Any]:
+    """The initializer of what is added to outputs or scales them."""
+    return _declared(init, axes, stacked=stacked)
+
+
+def _declared(init: nn.initializers.Initializer, axes: Axes, **kinds: Any) -> Callable[..., Any]:
+    def declare(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Declared:
+        return Declared(init(key, shape, dtype), axes, init=init, **kinds)
+
+    return declare
+
+
+@functools.cache
+def _weight_init(inputs: int) -> nn.initializers.Initializer:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        return nn.initializers.normal(math.prod(shape[-inputs:]) ** -0.5)(key, shape, dtype)
+
+    return init
 
 
 def scan_layers(

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from echovlm_jax.config import MoEConfig
 from echovlm_jax.model.compute import Compute
-from echovlm_jax.model.layers import GatedMLP, Linear, partitioned, weight_init
+from echovlm_jax.model.layers import GatedMLP, Linear, weight
 from echovlm_jax.ops import Array
-from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.moe.dispatch import Experts, Routing, moe, route
+from echovlm_jax.ops.product.einsum import einsum
 
 
 class ExpertWeights(nn.Module):
@@ -24,14 +24,13 @@ class ExpertWeights(nn.Module):
     to it: how tokens meet experts is then the same with and without.
     """
 
+    spec: str
     shape: tuple[int, int, int]
     axes: tuple[str, str, str]
 
     @nn.compact
     def __call__(self) -> Array:
-        kernel = self.param(
-            "kernel", partitioned(weight_init(self.shape[-1]), self.axes), self.shape
-        )
+        kernel = self.param("kernel", weight(self.spec, self.axes), self.shape)
         if not self.has_variable("lora", "a"):
             return kernel
         a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
@@ -46,14 +45,14 @@ class RoutedExperts(nn.Module):
 
     @nn.compact
     def __call__(self) -> Experts:
-        inner = (self.config.num_experts, self.config.expert_mlp_dim, self.width)
-        outer = (self.config.num_experts, self.width, self.config.expert_mlp_dim)
+        count, inner, outer = self.config.num_experts, self.config.expert_mlp_dim, self.width
         # Not `embed`: that may be split over the mesh axis which splits the experts already.
-        axes = ("expert", "expert_mlp", "expert_embed")
+        wide = ("ECD,EFD->ECF", (count, inner, outer), ("expert", "expert_mlp", "expert_embed"))
+        back = ("ECF,EDF->ECD", (count, outer, inner), ("expert", "expert_embed", "expert_mlp"))
         return Experts(
-            gate=ExpertWeights(inner, axes, name="gate")(),
-            up=ExpertWeights(inner, axes, name="up")(),
-            down=ExpertWeights(outer, (axes[0], axes[2], axes[1]), name="down")(),
+            gate=ExpertWeights(*wide, name="gate")(),
+            up=ExpertWeights(*wide, name="up")(),
+            down=ExpertWeights(*back, name="down")(),
         )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.product.weight import as_operand
 
 # XLA:TPU scatters while it reduces only where a group is a ring or a small block of the torus.
 # Others become a whole all-reduce, with twice the traffic and a buffer as large as the weight. A
@@ -46,7 +47,7 @@ def all_gather(
 # The kinds: of the result, of the gradient's sum, of x.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _all_gather(x: Array, mesh_axes: tuple[str, ...], dim: int, kinds: tuple[Any, ...]) -> Any:
-    x = jnp.asarray(x, kinds[0])
+    x = as_operand(x, kinds[0])
     return jax.lax.all_gather(x, mesh_axes, axis=dim, tiled=True) if mesh_axes else x
 
 

@@ -12,8 +12,7 @@ import contextlib
 import json
 import os
 import stat
-import threading
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -29,18 +28,14 @@ MISSING, UNKNOWN, DIFFERS = "missing", "unknown", "differs"
 _OWN = b"# XXH128 of the lines above: "
 _BLOCK = 2**18  # stays in a core's cache between reading and hashing
 _THREADS = min(8, os.cpu_count() or 1)
-_LOOK_SECONDS = 0.05
 _SHOWN = 5
-
-# Device, number, size, times of change: equal before and after means that nobody wrote.
-Stamp = tuple[int, int, int, int, int]
+_DATA = "/d/"  # where a database of arrays has its data files
 
 
 def write(
     folder: Path,
     *,
     names: Iterable[str] | None = None,
-    seen: Mapping[Stamp, str] | None = None,
     known: Mapping[str, str] | None = None,
 ) -> None:
     """Writes XXH128SUMS for files of `folder`, and makes them, and it, durable.
@@ -48,8 +43,7 @@ def write(
     Args:
       folder: nobody writes into these files any more.
       names: the files to cover; all below `folder` by default.
-      seen: what a `Watch` hashed while files were being written.
-      known: digests by name that another process found.
+      known: digests by name that were found before.
 
     Raises:
       OSError: a file can't be read, or this one not be written.
@@ -57,22 +51,18 @@ def write(
     known = known or {}
     names = sorted(_list(folder) - {SUMS} if names is None else names)
     todo = [name for name in names if name not in known]
-    found = {**known, **of_files(folder, todo, seen)}
+    found = {**known, **of_files(folder, todo)}
     lines = b"".join(_line(name, found[name]) for name in names)
     write_bytes(folder / SUMS, lines + _own_line(lines))
     for inside in {parent for name in (*names, SUMS) for parent in Path(name).parents}:
         sync_folder(folder / inside)
 
 
-def of_files(
-    folder: Path, names: Iterable[str], seen: Mapping[Stamp, str] | None = None
-) -> dict[str, str]:
-    """The digests of some files of `folder` by name; what has to be read is made durable too."""
+def of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digests of some files of `folder` by name; they are made durable too."""
 
     def digest(name: str) -> str:
         with open(folder / name, "rb", buffering=0) as file:
-            if seen and (found := seen.get(_stamp(os.fstat(file.fileno())))):
-                return found
             os.fsync(file.fileno())
             return _hash(file)
 
@@ -102,17 +92,16 @@ def check(
     folder: Path,
     *,
     names: Iterable[str] | None = None,
+    data: bool = True,
     tick: Callable[[int], object] = lambda n: None,
-    part: int = 0,
-    parts: int = 1,
 ) -> dict[str, str]:
     """Compares every byte of `folder` with XXH128SUMS.
 
     Args:
       folder: what `write` was called with.
       names: the files that are there and covered; all below `folder` by default.
+      data: whether to read data files of arrays too, or only see that they are there.
       tick: told of bytes that were read.
-      part, parts: read only every `parts`-th file, from `part`; several processes share the work.
 
     Returns:
       name → "missing", "unknown" (not in XXH128SUMS, or no plain file) or "differs"; empty where
@@ -122,19 +111,6 @@ def check(
     if isinstance(wanted, str):
         return {SUMS: wanted}
     there = _list(folder) - {SUMS} if names is None else set(names)
-    return compare(folder, wanted, there, tick=tick, part=part, parts=parts)
-
-
-def compare(
-    folder: Path,
-    wanted: Mapping[str, str],
-    there: Set[str],
-    *,
-    tick: Callable[[int], object] = lambda n: None,
-    part: int = 0,
-    parts: int = 1,
-) -> dict[str, str]:
-    """As `check`, of the digests in `wanted` and the files `there`."""
     problems = dict.fromkeys(wanted.keys() - there, MISSING)
     problems |= dict.fromkeys(there - wanted.keys(), UNKNOWN)
 
@@ -143,12 +119,14 @@ def compare(
         try:
             if not stat.S_ISREG(os.lstat(path).st_mode):
                 return True
+            if not data and _DATA in name:
+                return False
             with open(path, "rb", buffering=0) as file:
                 return _hash(file, tick) != wanted[name]
         except OSError:
             return True
 
-    both = sorted(wanted.keys() & there)[part::parts]
+    both = sorted(wanted.keys() & there)
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(differs, both)
         problems |= {name: DIFFERS for name, bad in zip(both, found, strict=True) if bad}
@@ -176,78 +154,13 @@ def told(problems: Mapping[str, str]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def state(folder: Path) -> frozenset[tuple[str, Stamp]]:
-    """What changes whenever somebody writes into `folder`; finding it reads no file."""
-    out = set()
-    for name in _list(folder):
-        with contextlib.suppress(OSError):
-            out.add((name, _stamp(os.lstat(_path(folder, name)))))
-    return frozenset(out)
-
-
 def nbytes(folder: Path) -> int:
     """The bytes of all files of `folder`."""
-    return sum(stamp[2] for _, stamp in state(folder))
-
-
-class Watch:
-    """Hashes files while this process writes others, each once it has been closed.
-
-    Use as a context manager around the writing; then hand `seen` to `write`, which takes from it
-    only what has not changed since. Where the system doesn't tell which files are open, it does
-    nothing, and `write` does it all.
-
-    Args:
-      files: lists the files to look at; called again and again, from another thread.
-    """
-
-    def __init__(self, files: Callable[[], Iterable[Path]]) -> None:
-        self.seen: dict[Stamp, str] = {}
-        self._files = files
-        self._taken: set[tuple[int, int]] = set()  # by number: folders are renamed
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="digests", daemon=True)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.wait(_LOOK_SECONDS):
-            with contextlib.suppress(OSError):  # a folder that isn't there yet, or has moved
-                # In this order: what exists and is open no more is complete.
-                there = {_number(path): path for path in self._files()}
-                new = there.keys() - self._taken
-                for number in new - _open_files() if new else ():
-                    if self._ended.is_set():
-                        return  # `write` goes on, with more threads
-                    self._taken.add(number)
-                    self._take(there[number])
-
-    def _take(self, path: Path) -> None:
-        with open(path, "rb", buffering=0) as file:
-            stamp = _stamp(os.fstat(file.fileno()))
-            digest = _hash(file)
-            if _stamp(os.fstat(file.fileno())) == stamp:
-                self.seen[stamp] = digest
-
-
-def _open_files() -> set[tuple[int, int]]:
-    """Device and number of each file that this process has open. Raises OSError if nobody tells."""
-    out = set()
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # closed meanwhile
-            out.add(_number(f"/proc/self/fd/{name}"))
-    return out
-
-
-def _number(path: str | Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+    sizes = []
+    for name in _list(folder):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            sizes.append(os.lstat(_path(folder, name)).st_size)
+    return sum(sizes)
 
 
 def _hash(file: FileIO, tick: Callable[[int], object] = lambda n: None) -> str:
@@ -256,11 +169,6 @@ def _hash(file: FileIO, tick: Callable[[int], object] = lambda n: None) -> str:
         digest.update(block[:count])  # which lets go of the interpreter's lock
         tick(count)
     return digest.hexdigest()
-
-
-def _stamp(status: os.stat_result) -> Stamp:
-    times = status.st_mtime_ns, status.st_ctime_ns
-    return (status.st_dev, status.st_ino, status.st_size, *times)
 
 
 def _list(folder: Path) -> set[str]:

@@ -15,6 +15,7 @@ A training run:
   checkpoints/STEP/state/          parameters and the optimizer's state
   checkpoints/STEP/extra/          the training configuration that the step was made with
   checkpoints/STEP/extra/model/    the run's model/, as it was at that step
+  checkpoints/STEP/chunks.json     the digests of the arrays' chunks, which are what is read of them
   checkpoints/STEP/XXH128SUMS      the digest of every file of the checkpoint
 
 So a checkpoint needs nothing outside itself, and a run nothing outside its folder.
@@ -32,6 +33,7 @@ from echovlm_jax.storage.files import below, in_bucket
 CONFIG = "config.json"  # a model's, in Hugging Face's form; a run's training configuration
 SUMS = "XXH128SUMS"
 PARAMS, REPORT = "params", "conversion.json"
+CHUNKS = "chunks.json"
 TREE = "_METADATA"  # Orbax's list of the arrays in `params` or `state`
 CHECKPOINTS, MODEL, STATE, EXTRA = "checkpoints", "model", "state", "extra"
 OWN_MODEL = "extra/model"  # in a checkpoint; beside `state`, Orbax would warn of it

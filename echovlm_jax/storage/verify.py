@@ -83,6 +83,39 @@ def without_added(problems: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     return {name: what for name, what in problems.items() if name not in added}, added
 
 
+class DamagedError(InputError):
+    """What is stored is lost or not as it was written: `what`, in a few words."""
+
+    def __init__(self, folder: Path, what: str, mend: str) -> None:
+        super().__init__(f"{folder}: is broken: {what}; {mend}")
+        self.what = what
+
+
+def check_files(folder: Path, mend: str, *, data: bool = True, added: bool = False) -> list[str]:
+    """Compares files with their digests.
+
+    Args:
+      folder: of a checkpoint or a converted model.
+      mend: what to do where one differs.
+      data: whether to read those that hold arrays too.
+      added: whether there may be files that have no digest, beside the weights.
+
+    Returns:
+      the names of those.
+
+    Raises:
+      DamagedError: a file differs, is missing, or is none of the folder's.
+    """
+    with progress(digests.nbytes(folder) if data else 0, "B", f"check {folder.name}") as tick:
+        problems = digests.check(folder, tick=tick, data=data)
+    found = []
+    if added:
+        problems, found = without_added(problems)
+    if problems:
+        raise DamagedError(folder, digests.told(problems), mend)
+    return found
+
+
 def run_problems(run: Path) -> tuple[dict[str, str], list[str]]:
     """What is wrong with a run's own files, and which of them have no digests to tell by.
 

@@ -114,14 +114,11 @@ def train(
         if start.files != folder / MODEL:
             stack.enter_context(_frozen_files(start, folder, config))
         settings = _data_settings(config, folder, own=True)
-        newest = checkpoints.latest()
-        if newest is None:
-            first, state = (
-                0,
-                init_state(program, jax.random.key(config.seed), start.params(program)),
-            )
+        if found := checkpoints.restore_latest(program.state):
+            first, state, _ = found
         else:
-            first, (state, _) = newest, checkpoints.restore(newest, program.state)
+            first = 0
+            state = init_state(program, jax.random.key(config.seed), start.params(program))
         batches = make_batches(
             settings,
             process_index=jax.process_index(),

@@ -7,8 +7,8 @@ training alone, is of this branch's x, each value of it.
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-# How many leading dimensions of a kernel are outputs, the scan's layers not counted; others have 1.
-_OUTPUTS = ((r".*/attn/qkv", 3), (r".*/attn/[qkv]", 2))
-# How many leading dimensions count copies of a kernel: layers of a scan, and experts in a layer.
-_EXPERTS = r"text/layers/moe/experts/.*"
-_STACKED = ((_EXPERTS, 2), (r"(text/layers|vision/blocks)/.*", 1))
+from echovlm_jax.model import ParamSpec
 
 
 def takes_update(path: str) -> bool:
@@ -30,43 +26,56 @@ def takes_update(path: str) -> bool:
     return path.endswith("/kernel") and path != "text/lm_head/kernel"
 
 
-def of_experts(how: Mapping[str, str]) -> list[str]:
+def of_experts(specs: Mapping[str, ParamSpec], how: Mapping[str, str]) -> list[str]:
     """The routed experts' weights that have updates."""
-    return [path for path, one in how.items() if one == "lora" and re.fullmatch(_EXPERTS, path)]
+    return [path for path, one in how.items() if one == "lora" and "expert" in specs[path].axes]
 
 
-def lora_shapes(shapes: Any, how: Mapping[str, str], rank: int) -> Any:
-    """The tree of updates (jax.ShapeDtypeStruct, float32) for the kernels that `how` says lora."""
-    return _beside(
-        shapes,
-        how,
-        lambda kernel, *, is_a, stacked, out: jax.ShapeDtypeStruct(
-            _piece(kernel.shape, rank, is_a, stacked, out), jnp.float32
-        ),
-    )
+def lora_specs(
+    specs: Mapping[str, ParamSpec], how: Mapping[str, str], rank: int
+) -> dict[str, ParamSpec]:
+    """The updates, in float32, of the kernels that `how` says lora: "…/a" and "…/b" for "…/kernel".
 
-
-def lora_axes(axes: Any, how: Mapping[str, str]) -> Any:
-    """The same tree with logical axes; the rank's is "rank"."""
-    return _beside(
-        axes,
-        how,
-        lambda names, *, is_a, stacked, out: _piece(names, "rank", is_a, stacked, out),
-    )
-
-
-def init_lora(shapes: Any, key: jax.Array) -> Any:
-    """Values for a tree of `lora_shapes`: b zero, a uniform within ±1 / sqrt(inputs), as PEFT."""
-    flat = flatten_dict(shapes)
-    keys = jax.random.split(key, len(flat))
+    As PEFT begins them: b zero, a uniform within ±1 / sqrt(inputs). The rank's logical axis is
+    "rank".
+    """
     made = {}
-    for (path, leaf), k in zip(sorted(flat.items()), keys, strict=True):
-        if path[-1] == "b":
-            made[path] = jnp.zeros(leaf.shape, leaf.dtype)
-        else:
-            bound = math.prod(leaf.shape[_stacked("/".join(path)) + 1 :]) ** -0.5
-            made[path] = jax.random.uniform(k, leaf.shape, leaf.dtype, -bound, bound)
-    return unflatten_dict(made)
+    for path, spec in specs.items():
+        if how[path] != "lora":
+            continue
+        (lead, out, inner), names = spec.cut(spec.shape), spec.cut(spec.axes)
+        module = path.removesuffix("/kernel")
+        made[f"{module}/a"] = ParamSpec(
+            shape=(*lead, rank, *inner),
+            dtype=jnp.dtype(jnp.float32),
+            init=functools.partial(_uniform, bound=math.prod(inner) ** -0.5),
+            axes=(*names[0], "rank", *names[2]),
+            stacked=len(lead),
+            inputs=len(inner),
+        )
+        made[f"{module}/b"] = ParamSpec(
+            shape=(*lead, *out, rank),
+            dtype=jnp.dtype(jnp.float32),
+            init=jax.nn.initializers.zeros,
+            axes=(*names[0], *names[1], "rank"),
+            stacked=len(lead),
+            inputs=1,
+        )
+    return made
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, bound: float) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def init_lora(specs: Mapping[str, ParamSpec], key: jax.Array) -> Any:
+    """The tree of first values of `lora_specs`."""
+    keys = jax.random.split(key, len(specs))
+    made = {
+        path: spec.init(own, spec.shape, spec.dtype)
+        for (path, spec), own in zip(sorted(specs.items()), keys, strict=True)
+    }
+    return unflatten_dict(made, sep="/")
 
 
 def scaled(lora: Any, scale: float) -> Any:
@@ -76,11 +85,12 @@ def scaled(lora: Any, scale: float) -> Any:
     )
 
 
-def with_dropout(lora: Any, key: jax.Array, rate: float) -> Any:
+def with_dropout(lora: Any, specs: Mapping[str, ParamSpec], key: jax.Array, rate: float) -> Any:
     """The tree with a key for each matrix and layer, and the share of its inputs that is kept.
 
     Args:
       lora: of `scaled`.
+      specs: the model's parameters.
       key: of this step, and of this part of its batch.
       rate: the share of inputs that count as 0; the others count 1 / (1 - rate).
     """
@@ -88,30 +98,7 @@ def with_dropout(lora: Any, key: jax.Array, rate: float) -> Any:
     for path in [path for path in flat if path.endswith("/a")]:
         module = path.removesuffix("/a")
         own = jax.random.fold_in(key, zlib.crc32(module.encode()))
-        shape = flat[path].shape[: _stacked(module)]
+        shape = flat[path].shape[: specs[f"{module}/kernel"].stacked]
         flat[f"{module}/key"] = jax.random.split(own, shape) if shape else own
         flat[f"{module}/keep"] = jnp.full(shape, 1 - rate, jnp.float32)
     return unflatten_dict(flat, sep="/")
-
-
-def _beside(tree: Any, how: Mapping[str, str], make: Any) -> Any:
-    made = {}
-    for path, leaf in flatten_dict(tree, sep="/").items():
-        if how[path] == "lora":
-            module = path.removesuffix("/kernel")
-            out = next((n for pattern, n in _OUTPUTS if re.fullmatch(pattern, module)), 1)
-            for name in ("a", "b"):
-                made[f"{module}/{name}"] = make(
-                    leaf, is_a=name == "a", stacked=_stacked(path), out=out
-                )
-    return unflatten_dict(made, sep="/")
-
-
-def _stacked(path: str) -> int:
-    """How many of a parameter's first dimensions count copies of it."""
-    return next((n for pattern, n in _STACKED if re.fullmatch(pattern, path)), 0)
-
-
-def _piece(whole: tuple, rank: Any, is_a: bool, stacked: int, out: int) -> tuple:
-    first, rest = whole[:stacked], whole[stacked:]
-    return (*first, rank, *rest[out:]) if is_a else (*first, *rest[:out], rank)

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy whose logits never exist whole, and the balancing loss."""
+"""The training loss: cross-entropy whose logits never exist whole."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.collectives import all_gather
-from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
-from echovlm_jax.ops.moe.dispatch import load_balancing_loss
+from echovlm_jax.ops.product.einsum import einsum
 
 IGNORE = -100  # a label that does not count
 # Bytes of logits that one device holds at a time. Smaller saves memory and runs more, narrower
@@ -104,45 +103,3 @@ def _chunks(vocab: int, bytes_per_column: int, most: int) -> int:
         for n in range(1, vocab + 1)
         if vocab % n == 0 and (vocab // n * bytes_per_column <= most or n == vocab)
     )
-
-
-def balancing_part(
-    router_logits: Float[Array, "L B T E"],
-    counted: Bool[Array, "B T"],
-    chosen: Float[Array, "E"],
-    tokens: Float[Array, ""],
-) -> jax.Array:
-    """A part's share of a whole batch's `load_balancing_loss`: over all parts they add up to it.
-
-    E · Σ_e f_e · P_e, [] float32, with f_e = chosen_e / (L · tokens), of the whole batch, and P_e
-    the sum of the part's probabilities over the same. f has no gradient, so that of the sum is the
-    batch's too.
-
-    Args:
-      router_logits, counted: of the part, as of `load_balancing_loss`.
-      chosen: how often each expert was chosen in all layers, for all tokens of the batch.
-      tokens: of the batch.
-    """
-    layers, _, _, experts = router_logits.shape
-    probability = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
-    weight = counted.astype(jnp.float32)
-    total = jnp.einsum("LBTE,BT->E", probability, weight, precision="highest")
-    return experts * jnp.sum(chosen * total) / (layers * tokens) ** 2
-
-
-def balancing_losses(
-    router_logits: Float[Array, "L B T E"], counted: Bool[Array, "B T"], *, top_k: int
-) -> jax.Array:
-    """`load_balancing_loss` of each row by itself; 0 for a row without tokens.
-
-    A row is a packed one of a few thousand tokens. No part of a batch needs to know what others
-    chose, as `balancing_part` does; in exchange, a row of one organ has to be even by itself.
-    Returns float32 [B].
-    """
-    some = jnp.any(counted, axis=-1)
-
-    def one(logits: Array, counted: Array) -> Array:
-        return load_balancing_loss(logits[:, None], counted[None], top_k=top_k)
-
-    losses = jax.vmap(one, in_axes=(1, 0))(router_logits, counted | ~some[:, None])
-    return jnp.where(some, jnp.asarray(losses), 0.0)

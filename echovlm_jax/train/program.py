@@ -19,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh, param_shardings
-from echovlm_jax.model import Compute, abstract_params, init_params, logical_axes
+from echovlm_jax.model import Compute, ParamSpec, axes_of, init_params, param_specs, shapes_of
 from echovlm_jax.ops.attention.dispatch import default_implementation
 from echovlm_jax.train.config_file import check_config
-from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes, of_experts
+from echovlm_jax.train.lora import init_lora, lora_specs, of_experts
 from echovlm_jax.train.optimizer import in_float32, learning_rate, make_optimizer
 from echovlm_jax.train.stages import Rule, by_leaf, match_rules, read_rules, split
 from echovlm_jax.train.step import BATCH_AXES, TrainState, make_eval_step, make_train_step
@@ -46,6 +46,7 @@ class Program(NamedTuple):
     compute: Compute
     mesh: Mesh
     how: dict[str, str]  # each parameter's path → full, lora or frozen
+    updates: dict[str, ParamSpec]  # `lora.lora_specs`
     rules: dict[str, Rule]  # its rule, with a weight decay
     optimizer: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
@@ -116,17 +117,14 @@ def make_program(
         layout=layout,
     )
     dtype, param_dtype = _dtype(config, "dtype"), _dtype(config, "param_dtype")
-    shapes, axes = abstract_params(model), logical_axes(model)
-    rules = _rules(config, shapes)
+    specs = param_specs(model)
+    rules = _rules(config, specs)
     how = {path: rule.how for path, rule in rules.items()}
-    shardings = param_shardings(axes, shapes, mesh)
-    placed = jax.tree.map(_struct, shapes, shardings)
-    full, frozen = split(placed, how)
+    full, frozen = split(_placed(specs, mesh), how)
     trainable = {"params": _cast(full, param_dtype)}
-    if "lora" in how.values():
-        low = lora_shapes(shapes, how, config.lora.rank)
-        low_shardings = param_shardings(lora_axes(axes, how), low, mesh)
-        trainable["lora"] = jax.tree.map(_struct, low, low_shardings)
+    updates = lora_specs(specs, how, config.lora.rank)
+    if updates:
+        trainable["lora"] = _placed(updates, mesh)
     schedule = learning_rate(config.learning_rate, config.steps, config.warmup_fraction)
     leaves = by_leaf(trainable, rules)
     optimizer = make_optimizer(
@@ -169,6 +167,7 @@ def make_program(
         compute,
         mesh,
         how,
+        updates,
         rules,
         optimizer,
         schedule,
@@ -220,8 +219,8 @@ def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainSta
         params = init_params(program.model, params_key) if params is None else params
         full, frozen = split(params, program.how)
         trainable = {"params": full}
-        if "lora" in program.state.trainable:
-            trainable["lora"] = init_lora(program.state.trainable["lora"], lora_key)
+        if program.updates:
+            trainable["lora"] = init_lora(program.updates, lora_key)
         trainable, frozen = jax.tree.map(
             lambda x, s: x.astype(s.dtype),
             (trainable, frozen),
@@ -238,11 +237,11 @@ def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainSta
     return lowered.compile(options)(key, params)
 
 
-def _rules(config: Config, shapes: Any) -> dict[str, Rule]:
+def _rules(config: Config, specs: Mapping[str, ParamSpec]) -> dict[str, Rule]:
     """Each parameter's rule, with the configuration's weight decay where it has none of its own."""
     listed = config.get("stage_rules")
     name = config.stage if listed is None else "stage_rules"
-    found = match_rules(shapes, read_rules(config.stage, listed), name)
+    found = match_rules(specs, read_rules(config.stage, listed), name)
     if not any(rule.how != "frozen" for rule in found.values()):
         raise InputError("config key stage_rules leaves every parameter frozen; let one train")
     found = {
@@ -251,7 +250,7 @@ def _rules(config: Config, shapes: Any) -> dict[str, Rule]:
         else rule._replace(weight_decay=float(config.weight_decay))
         for path, rule in found.items()
     }
-    experts = of_experts({path: rule.how for path, rule in found.items()})
+    experts = of_experts(specs, {path: rule.how for path, rule in found.items()})
     if experts and config.lora.dropout:
         raise InputError(
             f"config key lora.dropout must be 0 where {experts[0]} has an update: that is added to"
@@ -332,6 +331,11 @@ def _dtype(config: Config, key: str) -> jnp.dtype:
 
 def _struct(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _placed(specs: Mapping[str, ParamSpec], mesh: Mesh) -> Any:
+    shapes = shapes_of(specs)
+    return jax.tree.map(_struct, shapes, param_shardings(axes_of(specs), shapes, mesh))
 
 
 def _cast(tree: Any, dtype: jnp.dtype) -> Any:

@@ -12,10 +12,11 @@ from jax.typing import DTypeLike
 
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.record import ORGANS
-from echovlm_jax.model import Compute, EchoVLM
+from echovlm_jax.model import Compute, EchoVLM, param_specs
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.moe.routing import balancing_losses, balancing_part
 from echovlm_jax.train.lora import scaled, with_dropout
-from echovlm_jax.train.loss import IGNORE, balancing_losses, balancing_part, token_losses
+from echovlm_jax.train.loss import IGNORE, token_losses
 from echovlm_jax.train.optimizer import global_norm, in_float32, updates_made
 from echovlm_jax.train.stages import merge
 from echovlm_jax.train.telemetry import mixture_sums, z_loss
@@ -160,7 +161,9 @@ def make_train_step(
     def variables_of(trainable: Any, frozen: Any, key: Any) -> dict[str, Any]:
         variables = _variables(trainable, frozen, lora_scale)
         if "lora" in variables and lora_dropout:
-            variables["lora"] = with_dropout(variables["lora"], key, lora_dropout)
+            variables["lora"] = with_dropout(
+                variables["lora"], param_specs(config), key, lora_dropout
+            )
         return variables
 
     def choices(trainable: Any, frozen: Any, key: Any, part: Batch) -> jax.Array:

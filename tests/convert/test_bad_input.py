@@ -14,6 +14,7 @@ from echovlm_jax.convert import convert, export, inspect, load_params, safetenso
 from echovlm_jax.convert.to_torch import parse_size
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage import digests as sums
+from echovlm_jax.storage.arrays import Reader
 from tests.convert.checkpoints import DENSE, MINI, Tensors, digests, new_name, tensors, write
 
 HEAD = "lm_head.weight"
@@ -272,7 +273,7 @@ def test_long_reasons_end_with_a_clause(tmp_path: Path) -> None:
     manifest = deep / "params/manifest.ocdbt"
     manifest.write_bytes(b"nonsense" + manifest.read_bytes())
     with pytest.raises(InputError) as caught:
-        inspect(deep)
+        Reader(deep / "params")
     text = str(caught.value)
     assert re.search(
         r'not a readable checkpoint \([A-Z_]*:? ?Error opening "zarr" driver\b.*\); conv', text

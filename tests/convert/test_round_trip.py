@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from echovlm_jax.config import preset
-from echovlm_jax.convert import convert, export, inspect, reader, store, table
+from echovlm_jax.convert import convert, export, inspect, store, table
 from echovlm_jax.convert.from_torch import Journal
 from echovlm_jax.errors import InputError
 from tests.convert.checkpoints import (
@@ -178,7 +178,7 @@ def test_inspect_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     values = tensors()
     source = write(tmp_path / "source", values, shards=2)
     convert(source, tmp_path / "ours")
-    monkeypatch.setattr(reader.Reader, "read", None)
+    monkeypatch.setattr(store.Reader, "read", None)
     monkeypatch.setattr("echovlm_jax.convert.safetensors.read_values", None)
     found = inspect(tmp_path / "ours")
     assert found == inspect(source)
@@ -232,7 +232,7 @@ def test_names_that_a_round_trip_would_not_miss() -> None:
 
 
 def test_a_parameter_without_a_rule_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "RULES", table.RULES[1:])
+    monkeypatch.setattr(table, "TABLE", table.TABLE[1:])
     with pytest.raises(KeyError, match="patch_embed"):
         table.slots(MINI)
 
@@ -261,11 +261,14 @@ def test_float_values_survive_as_they_are(tmp_path: Path) -> None:
     """The copy as JAX sees it: a stack of the checkpoint's tensors, reshaped."""
     values = tensors(dtype="float32")
     convert(write(tmp_path / "source", values), tmp_path / "ours")
-    opened = reader.Reader(tmp_path / "ours/params")
-    qkv = opened.read("vision/blocks/attn/qkv/kernel", (slice(0, 2),) + (slice(None),) * 4)
+    opened = store.Reader(tmp_path / "ours/params")
+    shape = opened.shapes["vision/blocks/attn/qkv/kernel"]
+    whole = tuple(slice(0, n) for n in shape)
+    qkv = opened.read("vision/blocks/attn/qkv/kernel", whole)
     stacked = np.stack([values[f"visual.blocks.{i}.attn.qkv.weight"] for i in range(2)])
     assert same_bits(qkv, stacked.reshape(2, 3, 2, 16, 32))
-    down = opened.read("text/layers/moe/experts/down/kernel", (slice(1, 2), slice(2, 3)))
+    rest = (slice(0, n) for n in opened.shapes["text/layers/moe/experts/down/kernel"][2:])
+    down = opened.read("text/layers/moe/experts/down/kernel", (slice(1, 2), slice(2, 3), *rest))
     assert same_bits(down[0, 0], values["model.layers.1.moe.experts.2.down_proj.weight"])
 
 

@@ -19,7 +19,7 @@ def state(step: int, *spec: str | None) -> dict[str, jax.Array]:
     mesh = Mesh(np.array(jax.devices()), ("x",))
     out = {}
     for name, parts in (("split", spec), ("whole", ())):
-        values = np.random.default_rng([step, len(name)]).normal(size=(8, 8)).astype("float32")
+        values = np.random.default_rng([step, len(name)]).normal(size=(64, 64)).astype("float32")
         where = NamedSharding(mesh, PartitionSpec(*parts))
         out[name] = jax.make_array_from_callback(
             values.shape, where, lambda index, values=values: values[index]
@@ -27,12 +27,13 @@ def state(step: int, *spec: str | None) -> dict[str, jax.Array]:
     return out
 
 
+def like(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
 def check(checkpoints, step: int) -> None:
     wanted = state(step, None, "x")
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted
-    )
-    found, extra = checkpoints.restore(step, like)
+    found, extra = checkpoints.restore(step, like(wanted))
     assert extra == {"step": step}
     for name in wanted:
         for a, b in zip(
@@ -64,5 +65,6 @@ if __name__ == "__main__":
                 data[len(data) // 2] ^= 4
                 path.write_bytes(data)
             multihost_utils.sync_global_devices("damaged")
-            assert checkpoints.latest() == 2
+            step, *_ = checkpoints.restore_latest(like(state(3, None, "x")))
+            assert step == 2
             check(checkpoints, 2)

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh
 from echovlm_jax.ops import collectives
 from echovlm_jax.ops.collectives import all_gather, reduce_scatter
-from echovlm_jax.ops.einsum import add_bias, einsum
+from echovlm_jax.ops.product.einsum import add_bias, einsum
 
 MESHES = [(1, 8, 1, 1, 1), (2, 2, 2, 1, 1), (1, 2, 2, 2, 1), (2, 2, 1, 1, 2), (1, 1, 4, 2, 1)]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echovlm_jax.ops.einsum import _merged, einsum
+from echovlm_jax.ops.product.einsum import _merged, einsum
 
 
 @pytest.mark.parametrize(

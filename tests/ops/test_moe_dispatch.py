@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.ops import grouped_matmul as grouped
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.moe import einsum as moe_einsum
 from echovlm_jax.ops.moe.dispatch import DISPATCHES, Experts, Routing, moe, route
+from echovlm_jax.ops.product import grouped
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 LAYOUT = Layout(

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.moe.dispatch import Experts, load_balancing_loss, moe, route
 from echovlm_jax.ops.norms import layer_norm, rms_norm
+from echovlm_jax.ops.product.einsum import einsum
 from echovlm_jax.ops.rope import apply_rope, mrope_table, vision_table
 
 

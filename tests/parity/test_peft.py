@@ -20,9 +20,9 @@ from echovlm_jax.convert.load import load_params  # noqa: E402
 from echovlm_jax.convert.peft import adapter_updates, export_adapter, open_adapter  # noqa: E402
 from echovlm_jax.convert.to_torch import export  # noqa: E402
 from echovlm_jax.errors import InputError  # noqa: E402
-from echovlm_jax.model import EchoVLM  # noqa: E402
+from echovlm_jax.model import EchoVLM, param_specs, shapes_of  # noqa: E402
 from echovlm_jax.processing.batch import make_batch  # noqa: E402
-from echovlm_jax.train.lora import lora_shapes, scaled  # noqa: E402
+from echovlm_jax.train.lora import lora_specs, scaled  # noqa: E402
 from echovlm_jax.train.stages import match_rules, read_rules, split  # noqa: E402
 from echovlm_jax.train.step import TrainState  # noqa: E402
 from tests.golden.make_golden import rope_positions  # noqa: E402
@@ -73,14 +73,15 @@ def run(base):
         if folder.exists():
             return folder
         rng = np.random.default_rng(3)
-        params = load_params(base)[1]
+        config, params = load_params(base)
         rules = match_rules(params, read_rules("instruction", STAGES[stage]), stage)
         how = {path: rule.how for path, rule in rules.items()}
         full, frozen = split(params, how)
         trainable = {
             "params": jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), full),
             "lora": jax.tree.map(
-                lambda s: 0.2 * rng.normal(size=s.shape), lora_shapes(params, how, LORA["rank"])
+                lambda s: 0.2 * rng.normal(size=s.shape),
+                shapes_of(lora_specs(param_specs(config), how, LORA["rank"])),
             ),
         }
         trainable = jax.tree.map(lambda x: np.asarray(x, np.float32), trainable)

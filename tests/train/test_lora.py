@@ -9,11 +9,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from echovlm_jax.config import MoEConfig, preset
-from echovlm_jax.model import Compute, abstract_params
+from echovlm_jax.model import Compute, param_specs, shapes_of
 from echovlm_jax.model.layers import Linear
 from echovlm_jax.model.moe import MoE
+from echovlm_jax.model.params import describe
 from echovlm_jax.train import step as step_module
-from echovlm_jax.train.lora import init_lora, lora_shapes, scaled, with_dropout
+from echovlm_jax.train.lora import init_lora, lora_specs, scaled, with_dropout
 from echovlm_jax.train.program import init_state
 from echovlm_jax.train.stages import how_it_trains
 from echovlm_jax.train.step import TrainState, make_eval_step, make_train_step
@@ -21,11 +22,11 @@ from tests.distributed.train_steps import place, random_batch
 from tests.train.test_step import LENGTH, MODEL, program
 
 RNG = np.random.default_rng(0)
+SPECS = param_specs(preset("tiny"))
 
 
 def some_updates():
-    shapes = abstract_params(preset("tiny"))
-    low = lora_shapes(shapes, how_it_trains(shapes, "instruction"), 2)
+    low = shapes_of(lora_specs(SPECS, how_it_trains(SPECS, "instruction"), 2))
     return jax.tree.map(lambda s: RNG.normal(size=s.shape).astype(np.float32), low)
 
 
@@ -40,7 +41,7 @@ def keys_of(tree) -> dict[str, np.ndarray]:
 
 def test_every_matrix_of_every_layer_has_a_key_of_its_own():
     low = some_updates()
-    made = with_dropout(low, jax.random.key(1), 0.25)
+    made = with_dropout(low, SPECS, jax.random.key(1), 0.25)
     flat, before = flatten_dict(made, sep="/"), flatten_dict(low, sep="/")
     assert all(flat[path] is before[path] for path in before)
     keys = keys_of(made)
@@ -52,9 +53,11 @@ def test_every_matrix_of_every_layer_has_a_key_of_its_own():
         np.testing.assert_array_equal(flat[path.replace("/key", "/keep")], 0.75)
     every = np.concatenate(list(keys.values()))
     assert len(np.unique(every, axis=0)) == len(every)
-    again = keys_of(with_dropout(low, jax.random.key(1), 0.25))
+    again = keys_of(with_dropout(low, SPECS, jax.random.key(1), 0.25))
     assert all((again[path] == keys[path]).all() for path in keys)
-    other = np.concatenate(list(keys_of(with_dropout(low, jax.random.key(2), 0.25)).values()))
+    other = np.concatenate(
+        list(keys_of(with_dropout(low, SPECS, jax.random.key(2), 0.25)).values())
+    )
     assert len(np.unique(np.concatenate([every, other]), axis=0)) == 2 * len(every)
 
 
@@ -70,8 +73,11 @@ def test_dropout_is_of_the_updates_inputs_alone():
     def run(x, lora):
         return layer.apply({"params": {"kernel": kernel}, "lora": lora}, x)
 
+    boxed = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    specs = describe({"layer": boxed})
+
     def dropped(key):
-        return run(x, with_dropout({"layer": {"a": a, "b": b}}, key, 0.25)["layer"])
+        return run(x, with_dropout({"layer": {"a": a, "b": b}}, specs, key, 0.25)["layer"])
 
     plain = np.asarray(run(x, {"a": a, "b": b}))
     base = np.asarray(run(x, {"a": a, "b": jnp.zeros_like(b)}))
@@ -169,15 +175,12 @@ def test_an_update_of_stacked_experts_equals_merged_weights():
     how = dict.fromkeys((f"text/layers/moe/{p}" for p in flatten_dict(params, sep="/")), "frozen")
     names = [f"text/layers/moe/experts/{name}/kernel" for name in ("gate", "up", "down")]
     how |= dict.fromkeys(names, "lora")
-    stacked = jax.tree.map(lambda x: x[None], params)  # one layer of a scan
-    shapes = lora_shapes({"text": {"layers": {"moe": stacked}}}, how, 3)
-    assert shapes["text"]["layers"]["moe"]["experts"]["down"]["a"].shape == (1, 4, 3, 24)
-    made = flatten_dict(init_lora(shapes, jax.random.key(1))["text"]["layers"]["moe"], sep="/")
+    specs = lora_specs(describe({"text": {"layers": {"moe": boxed}}}), how, 3)
+    assert specs["text/layers/moe/experts/down/a"].shape == (4, 3, 24)
+    made = flatten_dict(init_lora(specs, jax.random.key(1))["text"]["layers"]["moe"], sep="/")
     assert 0.9 * 24**-0.5 < np.abs(made["experts/down/a"]).max() <= 24**-0.5
     low = {
-        path: leaf[0]
-        if path.endswith("a")
-        else jnp.asarray(RNG.normal(size=leaf.shape[1:]), jnp.float32)
+        path: leaf if path.endswith("a") else jnp.asarray(RNG.normal(size=leaf.shape), jnp.float32)
         for path, leaf in made.items()
     }
     merged = flatten_dict(params, sep="/")

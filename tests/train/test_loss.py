@@ -8,7 +8,8 @@ from jax.sharding import NamedSharding
 
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh
 from echovlm_jax.ops.moe.dispatch import load_balancing_loss
-from echovlm_jax.train.loss import IGNORE, balancing_losses, balancing_part, token_losses
+from echovlm_jax.ops.moe.routing import balancing_losses, balancing_part
+from echovlm_jax.train.loss import IGNORE, token_losses
 from echovlm_jax.train.step import targets
 
 WIDTH = 16
@@ -179,7 +180,7 @@ def test_the_parts_of_a_batch_add_up_to_its_balancing_loss():
     counted = rng.random((4, 6)) < 0.7
     best = np.argsort(-logits[:, counted].reshape(-1, 4), axis=-1)[:, :2]
     chosen = np.bincount(best.ravel(), minlength=4).astype(np.float32)
-    tokens = np.float32(counted.sum())
+    tokens = jnp.float32(counted.sum())
 
     def parts(logits):
         halves = [(logits[:, rows], counted[rows]) for rows in (slice(0, 1), slice(1, 4))]

@@ -12,8 +12,8 @@ import pytest
 
 from echovlm_jax import demo
 from echovlm_jax.config import preset
-from echovlm_jax.convert.reader import Reader
 from echovlm_jax.storage import digests
+from echovlm_jax.storage.arrays import Reader
 
 ROOT = Path(__file__).parents[2]
 MODEL = preset("tiny").replace(

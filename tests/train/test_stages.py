@@ -10,9 +10,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
-from echovlm_jax.model import EchoVLM, abstract_params, init_params, logical_axes
+from echovlm_jax.model import EchoVLM, abstract_params, init_params, param_specs, shapes_of
 from echovlm_jax.train.config_file import load_config
-from echovlm_jax.train.lora import init_lora, lora_axes, lora_shapes, scaled
+from echovlm_jax.train.lora import init_lora, lora_specs, scaled
 from echovlm_jax.train.program import make_program
 from echovlm_jax.train.stages import (
     STAGES,
@@ -117,28 +117,24 @@ def test_counts_are_those_of_the_released_sizes(stage, full):
     trainable, rest = split(shapes, how)
     assert count(trainable) == full
     assert count(trainable) + count(rest) == TEXT + MOE + COEFFICIENT + VISION
-    low = count(lora_shapes(shapes, how, 8))
+    low = count(shapes_of(lora_specs(param_specs(RELEASED), how, 8)))
     assert low == (8 * PER_RANK if stage == "instruction" else 0)
     assert flatten_dict(merge(trainable, rest)) == flatten_dict(shapes)
 
 
 def test_every_parameter_has_one_rule_and_one_axis_name_a_dimension():
-    shapes, axes = abstract_params(RELEASED), logical_axes(RELEASED)
+    specs = param_specs(RELEASED)
     for stage in STAGES:
-        how = how_it_trains(shapes, stage)
-        assert how.keys() == flatten_dict(shapes, sep="/").keys()
-        low = flatten_dict(lora_shapes(shapes, how, 8), sep="/")
-        names = flatten_dict(lora_axes(axes, how), sep="/")
-        assert low.keys() == names.keys()
-        for path, leaf in low.items():
-            assert len(names[path]) == len(leaf.shape)
-            rank = names[path].index("rank")
-            assert leaf.shape[rank] == 8 and names[path].count("rank") == 1
-    how = how_it_trains(shapes, "instruction")
-    names = lora_axes(axes, how)["text"]["layers"]["attn"]
-    assert names["q"]["a"] == ("layers", "rank", "embed")
-    assert names["q"]["b"] == ("layers", "heads", "head_dim", "rank")
-    assert names["o"]["a"] == ("layers", "rank", "heads", "head_dim")
+        how = how_it_trains(specs, stage)
+        assert how.keys() == specs.keys()
+        for spec in lora_specs(specs, how, 8).values():
+            assert len(spec.axes) == len(spec.shape)
+            rank = spec.axes.index("rank")
+            assert spec.shape[rank] == 8 and spec.axes.count("rank") == 1
+    updates = lora_specs(specs, how_it_trains(specs, "instruction"), 8)
+    assert updates["text/layers/attn/q/a"].axes == ("layers", "rank", "embed")
+    assert updates["text/layers/attn/q/b"].axes == ("layers", "heads", "head_dim", "rank")
+    assert updates["text/layers/attn/o/a"].axes == ("layers", "rank", "heads", "head_dim")
 
 
 def test_wrong_stages_are_refused_by_name():
@@ -278,8 +274,8 @@ def model():
     """Parameters, updates with b ≠ 0, a batch, and (variables) → logits."""
     rng = np.random.default_rng(0)
     params = init_params(SMALL, jax.random.key(0))
-    shapes = lora_shapes(params, how_it_trains(params, "instruction"), 3)
-    low = jax.jit(lambda key: init_lora(shapes, key))(jax.random.key(1))
+    specs = lora_specs(param_specs(SMALL), how_it_trains(params, "instruction"), 3)
+    low = jax.jit(lambda key: init_lora(specs, key))(jax.random.key(1))
     index = np.full((2, 12), -1)
     index[:, 1:3] = [0, 1]
     batch = {

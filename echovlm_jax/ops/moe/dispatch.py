@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float, Int
 from echovlm_jax.errors import InputError
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.activations import swiglu
-from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.moe import einsum as by_capacity
 from echovlm_jax.ops.moe import ragged
 from echovlm_jax.ops.moe.routing import Experts, Routing, load_balancing_loss, route
+from echovlm_jax.ops.product.einsum import einsum
 
 __all__ = ["DISPATCHES", "Experts", "Routing", "load_balancing_loss", "moe", "route"]
 

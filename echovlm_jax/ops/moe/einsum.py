@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.activations import swiglu
-from echovlm_jax.ops.einsum import einsum
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.moe.routing import Experts, Routing
+from echovlm_jax.ops.product.einsum import einsum
 
 # Axes of this file beside the common ones: Z the pieces that "batch" is cut into, J the groups of
 # one piece, I the tokens of a group, C an expert's places in a group.

@@ -66,3 +66,45 @@ def load_balancing_loss(
     fraction = jnp.einsum("LBTkE,BT->kE", chosen, mask) / total
     mean = jnp.einsum("LBTE,BT->E", probability, mask) / total
     return experts * jnp.einsum("kE,E->", fraction, mean)
+
+
+def balancing_part(
+    router_logits: Float[Array, "L B T E"],
+    counted: Bool[Array, "B T"],
+    chosen: Float[Array, "E"],
+    tokens: Float[Array, ""],
+) -> jax.Array:
+    """A part's share of a whole batch's `load_balancing_loss`: over all parts they add up to it.
+
+    E · Σ_e f_e · P_e, [] float32, with f_e = chosen_e / (L · tokens), of the whole batch, and P_e
+    the sum of the part's probabilities over the same. f has no gradient, so that of the sum is the
+    batch's too.
+
+    Args:
+      router_logits, counted: of the part, as of `load_balancing_loss`.
+      chosen: how often each expert was chosen in all layers, for all tokens of the batch.
+      tokens: of the batch.
+    """
+    layers, _, _, experts = router_logits.shape
+    probability = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
+    weight = counted.astype(jnp.float32)
+    total = jnp.einsum("LBTE,BT->E", probability, weight, precision="highest")
+    return experts * jnp.sum(chosen * total) / (layers * tokens) ** 2
+
+
+def balancing_losses(
+    router_logits: Float[Array, "L B T E"], counted: Bool[Array, "B T"], *, top_k: int
+) -> jax.Array:
+    """`load_balancing_loss` of each row by itself; 0 for a row without tokens.
+
+    A row is a packed one of a few thousand tokens. No part of a batch needs to know what others
+    chose, as `balancing_part` does; in exchange, a row of one organ has to be even by itself.
+    Returns float32 [B].
+    """
+    some = jnp.any(counted, axis=-1)
+
+    def one(logits: Array, counted: Array) -> Array:
+        return load_balancing_loss(logits[:, None], counted[None], top_k=top_k)
+
+    losses = jax.vmap(one, in_axes=(1, 0))(router_logits, counted | ~some[:, None])
+    return jnp.where(some, jnp.asarray(losses), 0.0)

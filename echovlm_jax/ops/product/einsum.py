@@ -1,11 +1,11 @@
-"""The one door through which every weight is multiplied."""
+"""The product of activations and a weight, by its einsum."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,37 @@ from jax.typing import DTypeLike
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.collectives import reduce_scatter
 from echovlm_jax.ops.layout import Layout
+from echovlm_jax.ops.product.weight import as_operand
 
 Axes = tuple[str, ...]
+
+
+class Letters(NamedTuple):
+    """The axes in the einsum of a product, a letter each: "BTD,NHD->BTNH"."""
+
+    x: str
+    weight: str
+    result: str
+
+    @property
+    def stacked(self) -> str:
+        """The weight's axes that count copies of it, each with an x and a result of its own."""
+        return "".join(a for a in self.weight if a in self.x and a in self.result)
+
+    @property
+    def outputs(self) -> str:
+        """The weight's axes that the product makes."""
+        return "".join(a for a in self.weight if a not in self.x)
+
+    @property
+    def inputs(self) -> str:
+        """The weight's axes that the product sums over."""
+        return "".join(a for a in self.weight if a not in self.result)
+
+
+def letters(spec: str) -> Letters:
+    """An einsum of two operands, taken apart."""
+    return Letters(*re.split(",|->", spec))
 
 
 def einsum(
@@ -74,8 +103,8 @@ def _product_bwd(
     (dx,) = jax.linear_transpose(lambda x: _compute(spec, x, weight, out_dtype), x)(gradient)
     if _mesh_size() > 1 and jnp.promote_types(x.dtype, weight.dtype) == sums != x.dtype:
         # Where the compiler puts a sum over devices, it is one of this product's dtype.
-        inputs, letters, result = re.split(",|->", spec)
-        dw = jnp.einsum(f"{inputs},{result}->{letters}", x, gradient, preferred_element_type=sums)
+        inputs, own, result = letters(spec)
+        dw = jnp.einsum(f"{inputs},{result}->{own}", x, gradient, preferred_element_type=sums)
         return dx, dw.astype(weight.dtype)
     (dw,) = jax.linear_transpose(lambda w: _compute(spec, x, w, out_dtype), weight)(gradient)
     return dx, dw
@@ -85,17 +114,17 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 def _compute(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Array:
-    weight = jnp.asarray(weight, x.dtype)
-    inputs, letters, result = re.split(",|->", spec)
+    weight = as_operand(weight, x.dtype)
+    inputs, own, result = letters(spec)
     rows = inputs[:2]
-    if rows != result[:2] or set(rows) & set(letters) or _mesh_size() > 1:
+    if rows != result[:2] or set(rows) & set(own) or _mesh_size() > 1:
         return jnp.einsum(spec, x, weight, preferred_element_type=out_dtype)
     # Without a mesh of several devices in the context, axes that lie side by side in both of their
     # operands are one: XLA:CPU copies an operand, transposed, for a sum over two axes (batch and
     # length, in the weight's gradient) or for a weight with two axes that are not summed.
     merged, operands = _merged(spec, x, weight)
     y = jnp.einsum(merged, *operands, preferred_element_type=out_dtype)
-    sizes = dict(zip(inputs + letters, x.shape + weight.shape, strict=True))
+    sizes = dict(zip(inputs + own, x.shape + weight.shape, strict=True))
     return y.reshape([sizes[name] for name in result])
 
 
@@ -105,7 +134,7 @@ def _mesh_size() -> int:
 
 def _merged(spec: str, x: Array, weight: Array) -> tuple[str, list[jax.Array]]:
     """The same einsum with neighbouring axes as one, where that copies nothing."""
-    names = re.split(",|->", spec)
+    names = list(letters(spec))
     arrays = [jnp.asarray(x), jnp.asarray(weight)]
     for pair in [a + b for one in names[:2] for a, b in itertools.pairwise(one)]:
         # Who has one of the two has both, the second after the first.
@@ -132,7 +161,7 @@ def _whole(weight: Array, dtype: Any, axes: Axes, layout: Layout) -> jax.Array:
     shared = layout.mesh_axes("batch")
     spec = [[m for m in layout.mesh_axes(axis) if m not in shared] or None for axis in axes]
     spec = PartitionSpec(*[tuple(entry) if entry else None for entry in spec])
-    return jax.lax.with_sharding_constraint(jnp.asarray(weight, dtype), spec)
+    return jax.lax.with_sharding_constraint(as_operand(weight, dtype), spec)
 
 
 def _gathered_fwd(
@@ -146,9 +175,9 @@ def _gathered_bwd(
 ) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     gradient = gradient.astype(x.dtype)
-    inputs, letters, result = re.split(",|->", spec)
+    inputs, own, result = letters(spec)
     whole = _whole(weight, x.dtype, axes, layout)
-    dx = _compute(f"{result},{letters}->{inputs}", gradient, whole, x.dtype)
+    dx = _compute(f"{result},{own}->{inputs}", gradient, whole, x.dtype)
 
     batch, length = layout.mesh_axes("batch"), layout.mesh_axes("length")
     targets = [layout.mesh_axes(axis) for axis in axes]
@@ -156,7 +185,7 @@ def _gathered_bwd(
 
     def local(x: Array, gradient: Array) -> jax.Array:
         dw = jnp.einsum(
-            f"{inputs},{result}->{letters}",
+            f"{inputs},{result}->{own}",
             x,
             gradient,
             preferred_element_type=layout.sums(x.dtype),
@@ -168,7 +197,7 @@ def _gathered_bwd(
 
     def activation(names: str) -> PartitionSpec:
         """Batch and length first, then what the weight's axes say, rows' own devices left out."""
-        kept = dict(zip(letters, targets, strict=True))
+        kept = dict(zip(own, targets, strict=True))
         rest = [tuple(m for m in kept.get(n, ()) if m not in batch) or None for n in names[2:]]
         return PartitionSpec(batch or None, length or None, *rest)
 
