@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -34,10 +33,22 @@ from jax.experimental import multihost_utils
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import arrays, digests
-from echovlm_jax.storage.files import rename_folder, write_text
-from echovlm_jax.storage.layout import CHUNKS, EXTRA, EXTRA_FILE, OWN_MODEL, STATE, steps
+from echovlm_jax.storage.files import (
+    as_path,
+    below,
+    copy_folder,
+    in_bucket,
+    make_folder,
+    remove,
+    rename_folder,
+    write_bytes,
+    write_text,
+)
+from echovlm_jax.storage.layout import CHUNKS, EXTRA, EXTRA_FILE, OWN_MODEL, STATE, SUMS, steps
 from echovlm_jax.storage.lock import Lock
+from echovlm_jax.storage.state import State, array_name
 from echovlm_jax.storage.verify import DamagedError
+from echovlm_jax.storage.writer import PROCESS
 
 _Made = TypeVar("_Made")
 
@@ -74,7 +85,7 @@ class Checkpoints:
     """The checkpoints of one run; `open_checkpoints` makes it. All processes call all methods."""
 
     def __init__(self, folder: Path, keep: int, keep_every: int | None) -> None:
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = as_path(folder).absolute()
         self._keep, self._keep_every = keep, keep_every
         self._first = jax.process_index() == 0
         self._saves, self._step = 0, -1
@@ -83,7 +94,7 @@ class Checkpoints:
         self._lock: Lock | None = None
         if self._first:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder)
                 self._lock = Lock(self.folder)
                 self._clear()
             except OSError as error:
@@ -119,16 +130,17 @@ class Checkpoints:
         if step in steps(self.folder):
             return
         self._saves, self._step = self._saves + 1, step
-        work = self.folder / f"{step}{UNFINISHED}"
-        cut = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
+        # A bucket's folder has its name from the beginning, and is whole once it has XXH128SUMS.
+        work = self.folder / (f"{step}" if in_bucket(self.folder) else f"{step}{UNFINISHED}")
         try:
-            saved = ocp.args.PyTreeSave(state, cut, ocdbt_target_data_file_size=_FILE_BYTES)
-            args = ocp.args.Composite(**{STATE: saved, EXTRA: ocp.args.JsonSave(dict(extra))})
-            self._orbax.save(work, args=args, force=True)
+            begin = self._begin_in_bucket if in_bucket(self.folder) else self._begin_with_orbax
+            write = begin(work, state, dict(extra))
         except BaseException as error:
             self._give_up()
             self._raise(error)
-        self._saving = threading.Thread(target=self._finish, args=(work, model), name="checkpoint")
+        self._saving = threading.Thread(
+            target=self._finish, args=(work, write, model), name="checkpoint"
+        )
         self._saving.start()
         if wait:
             self.wait()
@@ -167,7 +179,7 @@ class Checkpoints:
                 return step
             except DamagedError as error:
                 self._set_aside(step, error)
-        if broken := sorted(path.name for path in self.folder.glob(f"*{BROKEN}*")):
+        if broken := self._broken():
             raise InputError(
                 f"{self.folder}: no whole checkpoint is left ({', '.join(broken)}); delete the"
                 " broken ones to start over"
@@ -198,7 +210,7 @@ class Checkpoints:
         def read() -> tuple[Any, dict[str, Any]]:
             stored = self._open(step)
             leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-            wanted = {_name(key): leaf for key, leaf in leaves}
+            wanted = {array_name(key): leaf for key, leaf in leaves}
             _compare(path, stored, wanted)
             size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wanted.values())
             loaded = []
@@ -240,29 +252,59 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _finish(self, work: Path, model: Path | None) -> None:
-        """In the background: what is to be done once Orbax has the arrays."""
-        try:
+    def _begin_with_orbax(self, work: Path, state: Any, extra: Any) -> Callable[[], Any]:
+        """Copies the state; what is returned writes it, in the background, and returns the chunks'
+        digests."""
+        cut = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
+        saved = ocp.args.PyTreeSave(state, cut, ocdbt_target_data_file_size=_FILE_BYTES)
+        args = ocp.args.Composite(**{STATE: saved, EXTRA: ocp.args.JsonSave(extra)})
+        self._orbax.save(work, args=args, force=True)
+
+        def write() -> dict[str, str]:
             self._orbax.wait_until_finished()
-            if model is not None and self._first:
-                shutil.copytree(model, work / OWN_MODEL)
-            self._write_digests(work)
+            return arrays.digest_chunks(work / STATE / f"{PROCESS}{jax.process_index()}")
+
+        return write
+
+    def _begin_in_bucket(self, work: Path, state: Any, extra: Any) -> Callable[[], Any]:
+        copied = State(state)
+
+        def write() -> dict[str, str]:
             if self._first:
-                rename_folder(work, self.folder / str(self._step))
+                remove(work)  # what a killed run left, or a broken checkpoint of this step
+            self._barrier("cleared")
+            found = copied.write(work / STATE, jax.process_index())
+            self._barrier("written")
+            if self._first:
+                copied.finish(work / STATE, jax.process_count())
+                write_text(work / EXTRA / EXTRA_FILE, json.dumps(extra))
+            return found
+
+        return write
+
+    def _finish(self, work: Path, write: Callable[[], Any], model: Path | None) -> None:
+        """In the background: all that makes a checkpoint of a copy of the state."""
+        try:
+            chunks = write()
+            if model is not None and self._first:
+                copy_folder(model, work / OWN_MODEL)
+            self._write_digests(work, chunks)
+            if self._first:
+                if not in_bucket(work):
+                    rename_folder(work, self.folder / str(self._step))
                 self._prune()
             self._barrier("whole")
         except BaseException as error:
             self._failure = error
             self._give_up()
 
-    def _write_digests(self, work: Path) -> None:
-        """Each process hashes the shards that it wrote, the first one all the rest."""
-        own = work / STATE / f"ocdbt.process_{jax.process_index()}"
-        chunks = arrays.digest_chunks(own)
+    def _write_digests(self, work: Path, chunks: dict[str, str]) -> None:
+        """Each process hashes the files that it wrote, the first one all the rest."""
         if not self._first:
-            names = [p.relative_to(work).as_posix() for p in own.rglob("*") if p.is_file()]
+            own = f"{STATE}/{PROCESS}{jax.process_index()}"
+            names = [f"{own}/{name}" for name in below(work / own)]
             part = work / _PART.format(jax.process_index())
-            part.write_text(json.dumps([chunks, digests.of_files(work, names)]))
+            write_text(part, json.dumps([chunks, digests.of_files(work, names)]))
         self._barrier("hashed")
         if self._first:
             known: dict[str, str] = {}
@@ -275,6 +317,8 @@ class Checkpoints:
             ordered = arrays.in_order(chunks)
             arrays.Reader(work / STATE, chunks=ordered)  # there is one for each chunk
             write_text(work / CHUNKS, json.dumps(ordered))
+            if self._lock is not None:
+                self._lock.check()
             digests.write(work, known=known)
 
     def _barrier(self, what: str) -> None:
@@ -285,15 +329,30 @@ class Checkpoints:
         there = steps(self.folder)
         for step in there[: -self._keep]:
             if self._keep_every is None or step % self._keep_every:
-                # Its name goes first: what a kill leaves of it is not taken for a checkpoint.
-                gone = self.folder / f"{step}{DELETED}"
-                os.rename(self.folder / str(step), gone)
-                shutil.rmtree(gone)
+                # First its name or its digests: what a kill leaves of it is no checkpoint.
+                gone = self.folder / str(step)
+                if in_bucket(gone):
+                    (gone / SUMS).unlink()
+                else:
+                    gone = gone.rename(self.folder / f"{step}{DELETED}")
+                remove(gone)
 
     def _clear(self) -> None:
+        there = [str(step) for step in steps(self.folder)] + self._broken()
         for path in self.folder.iterdir():
-            if _LEFT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+            if in_bucket(path):
+                if path.name.isdecimal() and path.name not in there:
+                    remove(path)
+            elif _LEFT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                remove(path)
+
+    def _broken(self) -> list[str]:
+        """What was set aside."""
+        if in_bucket(self.folder):
+            mark = f"/{SUMS}{BROKEN}"
+            names = below(self.folder)
+            return sorted(name.removesuffix(mark) for name in names if name.endswith(mark))
+        return sorted(path.name for path in self.folder.glob(f"*{BROKEN}*"))
 
     def _give_up(self) -> None:
         """Frees what a failed save took of a disk that may be full."""
@@ -324,7 +383,13 @@ class Checkpoints:
 
     def _set_aside(self, step: int, damage: DamagedError) -> None:
         path = self.folder / str(step)
-        if self._first:
+        if self._first and in_bucket(path):
+            # There are no renames: it loses its digests, without which it is none.
+            found = path / SUMS
+            write_bytes(path / f"{SUMS}{BROKEN}", found.read_bytes() if found.is_file() else b"")
+            found.unlink()
+            _say(f"{path}: is broken: {damage.what}; left there without its {SUMS}")
+        elif self._first:
             aside, count = self.folder / f"{step}{BROKEN}", 1
             while aside.exists():
                 count += 1
@@ -379,11 +444,6 @@ def _compare(path: Path, stored: arrays.Reader, like: Mapping[str, Any]) -> None
 
 def _described(dtype: Any, shape: tuple[int, ...]) -> str:
     return f"{dtype}{list(shape)}"
-
-
-def _name(path: Any) -> str:
-    """An array's path in a tree, as Orbax stores it, whatever kinds of nodes the tree has."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _refusal(error: BaseException) -> str | None:

@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "cli": ANYTHING,
 }
 NOBODY_IMPORTS = ("cli", "launch", "configs", "tests")
-# `storage.bucket`: the endpoint, as all clients of S3 read it, in worker processes and notebooks too.
+# `storage.bucket`: the endpoint, as all clients of S3 read it, in worker processes too.
 READS_THE_OUTSIDE = ("cli", "launch", "storage.bucket")
 
 # Import name -> name on PyPI, where they differ.

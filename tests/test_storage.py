@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from echovlm_jax.convert import convert, export, from_torch, load_params, store
+from echovlm_jax.convert import convert, export, from_torch, load_params
 from echovlm_jax.convert.folder import open_model
 from echovlm_jax.convert.journal import Journal
 from echovlm_jax.errors import InputError
 from echovlm_jax.load import fingerprint
 from echovlm_jax.storage import digests
+from echovlm_jax.storage import writer as store
 from echovlm_jax.storage.lock import Lock
 from echovlm_jax.storage.verify import verify
 from tests.convert.checkpoints import tensors, write

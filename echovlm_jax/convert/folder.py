@@ -21,13 +21,15 @@ import numpy as np
 
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert import store, table
+from echovlm_jax.convert import table
 from echovlm_jax.convert.quantized import refuse_quantized, refuse_quantized_tensors
 from echovlm_jax.convert.run import open_run
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
-from echovlm_jax.storage import digests, files
-from echovlm_jax.storage.arrays import AGAIN, Index, Reader, Take, array_key
+from echovlm_jax.storage import digests
+from echovlm_jax.storage import writer as store
+from echovlm_jax.storage.arrays import AGAIN, Index, Reader, Take, array_key, piece_shape
+from echovlm_jax.storage.files import as_path, in_bucket, write_bytes, write_json
 from echovlm_jax.storage.layout import CONFIG, PARAMS, REPORT, SUMS, TREE
 from echovlm_jax.storage.verify import check_files
 
@@ -68,7 +70,7 @@ def open_model(path: str | os.PathLike[str]) -> StoredModel:
     Raises:
       InputError: it is neither form, or what it holds does not fit its config.json.
     """
-    folder = Path(path)
+    folder = as_path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a model folder")
     if run := open_run(folder):
@@ -101,7 +103,7 @@ def open_checkpoint(
     Raises:
       InputError: as there; its configuration is not one; its weights are quantized.
     """
-    where = Path(path)
+    where = as_path(path)
     refuse_quantized(where.parent if where.is_file() else where)
     source = sources.open_source(where, once=once)
     refuse_quantized_tensors(source)
@@ -203,12 +205,12 @@ class _HuggingFace:
             self._places.setdefault(slot.path, {})[slot.index] = slot
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        out = np.empty(store.piece_shape(index), self.dtypes[path])
+        out = np.empty(piece_shape(index), self.dtypes[path])
         places = self._places[path]
         stacked = len(next(iter(places)))
         lead, rest = index[:stacked], index[stacked:]
         first = rest[0]
-        for place in np.ndindex(*store.piece_shape(lead)):
+        for place in np.ndindex(*piece_shape(lead)):
             where = tuple(s.start + i for s, i in zip(lead, place, strict=True))
             slot = places[where]
             tensor = self._source.tensors[self._found[slot.name]]
@@ -220,7 +222,7 @@ class _HuggingFace:
 
     def read_blocks(self, path: str, indices: Sequence[Index], take: Take) -> None:
         for number, index in enumerate(indices):
-            for cut in store.pieces(store.piece_shape(index), self.dtypes[path].itemsize):
+            for cut in store.pieces(piece_shape(index), self.dtypes[path].itemsize):
                 where = tuple(
                     slice(i.start + c.start, i.start + c.stop)
                     for i, c in zip(index, cut, strict=True)
@@ -311,8 +313,9 @@ def copy_side_files(
 ) -> None:
     """Copies everything but weights. config.json is told of a new dtype, or has other content,
     where one is given."""
-    for path in side_files(folder):
-        shutil.copyfile(path, target / path.name)
+    # config.json last: a folder of a bucket is a model from then on.
+    for path in sorted(side_files(folder), key=lambda path: path.name == CONFIG):
+        write_bytes(target / path.name, path.read_bytes())
     if dtype is None and config is None:
         return
     raw = json.loads(json.dumps(config) if config else (target / CONFIG).read_text("utf-8"))
@@ -333,9 +336,6 @@ def side_files(folder: Path) -> list[Path]:
     )
 
 
-write_json = files.write_json
-
-
 def check_new(path: Path) -> None:
     """Refuses to write over something. An empty folder counts as nothing, a link to one not."""
     if path.is_symlink():
@@ -348,7 +348,9 @@ def check_new(path: Path) -> None:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Refuses early what the disk can't take. `path` is a folder on it."""
+    """Refuses early what the disk can't take. `path` is a folder on it; a bucket takes all."""
+    if in_bucket(path):
+        return
     free = shutil.disk_usage(path).free
     if free < needed:
         raise InputError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import sys
 import time
 from collections import deque
@@ -21,14 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from echovlm_jax.convert import folder, store, table
+from echovlm_jax.convert import folder, table
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
 from echovlm_jax.convert.peft import Adapter, open_adapter
+from echovlm_jax.convert.store import DataFiles
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests
-from echovlm_jax.storage.files import sync_folder
+from echovlm_jax.storage import writer as store
+from echovlm_jax.storage.arrays import piece_shape, reason
+from echovlm_jax.storage.files import as_path, in_bucket, remove, rename_folder, write_json
 from echovlm_jax.storage.verify import without_added
 
 # What only suggests that weights are others: their bytes tell.
@@ -60,12 +62,14 @@ class Conversion:
     config: Mapping[str, Any] | None = None
     adapter: Adapter | None = None
 
-    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
-        """Each parameter's shape, dtype and count of stacked axes."""
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype, tuple[int, ...]]]:
+        """Each parameter's shape, dtype and shape of a chunk."""
         out = {}
         for slot in self.slots.values():
             size = tuple(i + 1 for i in slot.index)  # the last slot of a path has the largest
-            out[slot.path] = (size + slot.part, self.dtypes[slot.path], len(size))
+            dtype = self.dtypes[slot.path]
+            chunk = (1,) * len(size) + store.chunk_shape(slot.part, dtype.itemsize)
+            out[slot.path] = size + slot.part, dtype, chunk
         return out
 
     def nbytes(self, name: str) -> int:
@@ -111,21 +115,27 @@ def convert(
 def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> dict[str, Any]:
     """Makes a folder, as `convert` says; the job is asked for where `dst` may be made."""
     started = time.monotonic()
-    target = Path(os.path.abspath(dst))
+    target = as_path(dst).absolute()
     partial = work_folder(target, ".partial")
-    if not (target / folder.REPORT).is_file():
+    unfinished = in_bucket(target) and (partial / JOURNAL).is_file()
+    if not unfinished and not (target / folder.REPORT).is_file():
         folder.check_new(target)
     job = make()
     if finished := _finished(target, job):
         _drop_leftover(partial, job.identity)
         return finished
-    folder.check_new(target)
+    if not unfinished:
+        folder.check_new(target)
     made = make_folder(partial)
+    # A bucket's folder has its name from the beginning, and is whole once it has XXH128SUMS.
+    model = target if in_bucket(target) else partial / MODEL
     with Journal(partial / JOURNAL, job.identity) as journal:
         try:
-            folder.check_new(target)  # again: the last one to hold the lock may have made it
+            # Again: the last one to hold the lock may have made it.
+            if model != target or not journal.done:
+                folder.check_new(target)
             _check_left(job, partial, journal)
-            resumed, known = _make_model(job, partial, journal)
+            resumed, known = _make_model(job, partial, model, journal)
         except store.LostChunksError:
             discard(partial)  # the journal promises what is gone
             raise
@@ -137,13 +147,14 @@ def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> di
         report = _report(job, resumed, time.monotonic() - started)
         of_tensors = {name: journal.done[name].split(" ", 1)[0] for name in job.slots}
         of_chunks = _by_parameter(job, journal)
-        folder.write_json(
-            partial / MODEL / folder.REPORT,
+        write_json(
+            model / folder.REPORT,
             {**report, "identity": job.identity, "sha256": of_tensors, "chunks": of_chunks},
         )
-        digests.write(partial / MODEL, known=known)
-        os.replace(partial / MODEL, target)
-        sync_folder(target.parent)
+        journal.check()
+        digests.write(model, known=known)
+        if model != target:
+            rename_folder(model, target)
         discard(partial)
     return report
 
@@ -167,25 +178,26 @@ def _by_parameter(job: Conversion, journal: Journal) -> dict[str, list[str]]:
     return out
 
 
-def _make_model(job: Conversion, partial: Path, journal: Journal) -> tuple[int, dict[str, str]]:
+def _make_model(
+    job: Conversion, partial: Path, model: Path, journal: Journal
+) -> tuple[int, dict[str, str]]:
     """Everything of the model folder but its report. Returns how many tensors were there, and
     digests of files."""
-    model = partial / MODEL
     if not journal.done:
-        shutil.rmtree(model, ignore_errors=True)
+        remove(model)
     try:
         resumed, known = _write_params(job, model / folder.PARAMS, journal)
     except InputError:
         raise
     except ValueError as error:
-        if store.reason(error).startswith("DATA_LOSS"):
+        if reason(error).startswith("DATA_LOSS"):
             raise store.LostChunksError(
                 f"{partial}: what had been written is damaged; run the same command again to start"
                 " over"
             ) from error
         # TensorStore's way to say that the disk refused.
         raise InputError(
-            f"{partial}: writing failed ({store.reason(error)}); free some space and run the same"
+            f"{partial}: writing failed ({reason(error)}); free some space and run the same"
             " command again"
         ) from error
     dtype = folder.as_dtype(job.identity["dtype"])
@@ -323,7 +335,7 @@ def _write_params(job: Conversion, target: Path, journal: Journal) -> tuple[int,
             ThreadPoolExecutor(1) as other,
             ThreadPoolExecutor(1) as third,
         ):
-            files = store.DataFiles(target, third)
+            files = DataFiles(target, third)
             tick(sum(map(job.nbytes, journal.done)))
             for chunk in _chunks(job, writer, hasher, other, set(journal.done)):
                 pending.append(chunk)
@@ -411,7 +423,7 @@ def _values(
         cuts = list(store.pieces(slot.part, dtype.itemsize))
         start = 0
         for cut in cuts:
-            shape = store.piece_shape(cut)
+            shape = piece_shape(cut)
             stop = start + int(np.prod(shape))
             values = tensor.read(start, stop)
             if job.adapter:

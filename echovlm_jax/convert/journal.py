@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
-from echovlm_jax.storage.lock import Lock
+from echovlm_jax.storage import files
+from echovlm_jax.storage.lock import WRITER, Lock
 
 JOURNAL, MODEL = "journal.jsonl", "model"
 
@@ -37,6 +37,7 @@ def make_folder(path: Path) -> bool:
     try:
         there = path.is_dir()
         held = {inside.name for inside in path.iterdir()} if there else set()
+        held -= {JOURNAL + WRITER}
         odd = held - {JOURNAL, MODEL} or (held if JOURNAL not in held else set())
         if odd or path.is_symlink():
             what = f"holds {quoted(min(odd))}" if odd else "is a link"
@@ -44,7 +45,7 @@ def make_folder(path: Path) -> bool:
                 f"{path}: {what} and is no unfinished work of ours, but its name is needed; delete"
                 " it or move it away"
             )
-        path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be made ({error.strerror}); choose another place"
@@ -54,8 +55,10 @@ def make_folder(path: Path) -> bool:
 
 def discard(path: Path) -> None:
     """Removes a work folder whose journal this process holds; the journal, which says so, last."""
-    shutil.rmtree(path / MODEL, ignore_errors=True)
+    files.remove(path / MODEL)
     (path / JOURNAL).unlink(missing_ok=True)
+    if files.in_bucket(path):
+        return
     # Whatever else came into it meanwhile is not ours.
     with contextlib.suppress(OSError):
         path.rmdir()
@@ -75,16 +78,14 @@ class Journal:
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self._folder = path.parent
+        self._path, self._folder = path, path.parent
+        self._file: files.Lines | None = None
         try:
-            self._file = open(path, "a+b")  # noqa: SIM115 - closed by __exit__
+            if not files.in_bucket(path):
+                files.Lines(path).close()  # there has to be something to hold
+            self._lock = Lock(path, name=path.parent)
         except OSError as error:
             raise InputError(f"{path}: cannot be opened ({error.strerror}); try again") from None
-        try:
-            self._lock = Lock(path, name=path.parent)
-        except BaseException:
-            self._file.close()
-            raise
         try:
             self._synced = 0.0
             self.done = self._read(identity)
@@ -92,20 +93,27 @@ class Journal:
             self.__exit__()
             raise
 
+    def check(self) -> None:
+        """Raises InputError where another process has taken over since."""
+        self._lock.check()
+
     def _read(self, identity: dict[str, Any]) -> dict[str, str]:
         """What is done. Changes nothing in a file that is not of this very conversion."""
-        lines, end = self._complete_lines()
+        data = self._path.read_bytes() if self._path.is_file() else b""
+        lines, end = self._complete_lines(data)
         if not lines:
-            if self._file.tell() or len(os.listdir(self._folder)) > 1:
+            if data or (not files.in_bucket(self._path) and len(os.listdir(self._folder)) > 1):
                 raise self._damaged()
+            self._file = files.Lines(self._path)
             self._append(identity)
+            self._file.sync()
             return {}
         if lines[0] != identity:
             raise InputError(
                 f"{self._folder}: holds an unfinished conversion of another source or dtype, or"
                 " with other settings; delete that folder to start over"
             )
-        self._file.truncate(end)
+        self._file = files.Lines(self._path, end)
         done: dict[str, str] = {}
         for line in lines[1:]:
             name, digest = line.get("name"), line.get("sha256")
@@ -114,10 +122,8 @@ class Journal:
             done[name] = digest
         return done
 
-    def _complete_lines(self) -> tuple[list[dict[str, Any]], int]:
+    def _complete_lines(self, data: bytes) -> tuple[list[dict[str, Any]], int]:
         """The lines before the first torn one, which a kill or a power cut left; their size."""
-        self._file.seek(0)
-        data = self._file.read()
         lines, end = [], 0
         for line in data.splitlines(keepends=True):
             try:
@@ -143,16 +149,17 @@ class Journal:
         self._append({"name": name, "sha256": digest})
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        # A kill loses nothing that was flushed; only a power cut does, and then a second's work.
-        if time.monotonic() - self._synced > 1:
-            os.fsync(self._file.fileno())
+        assert self._file is not None
+        self._file.write(json.dumps(line) + "\n")
+        # A kill loses nothing that was written to a disk; a power cut a second's work.
+        if not files.in_bucket(self._path) and time.monotonic() - self._synced > 1:
+            self._file.sync()
             self._synced = time.monotonic()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None and self._path.is_file():  # it may have been discarded
+            self._file.close()
         self._lock.close()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from echovlm_jax.config import ModelConfig
-from echovlm_jax.convert import folder, safetensors, store, table, to_torch
+from echovlm_jax.convert import folder, safetensors, table, to_torch
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert.peft_config import read_settings
 from echovlm_jax.convert.peft_tensors import (
@@ -40,6 +40,8 @@ from echovlm_jax.convert.peft_tensors import (
 from echovlm_jax.convert.run import Run, open_run
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import param_specs
+from echovlm_jax.storage import writer as store
+from echovlm_jax.storage.files import as_path, write_json
 
 
 class Update(NamedTuple):
@@ -89,7 +91,7 @@ def open_adapter(path: str | os.PathLike[str], config: ModelConfig) -> Adapter:
       InputError: no adapter there, one of another kind or model, one whose settings and tensors
         don't say the same, or damaged data.
     """
-    where = Path(path)
+    where = as_path(path)
     if not (where / CONFIG).is_file():
         raise InputError(f"{where}: has no {CONFIG}; give the folder of a PEFT adapter")
     if not (where / WEIGHTS).is_file():
@@ -155,7 +157,7 @@ def export_adapter(model: str | os.PathLike[str], dst: str | os.PathLike[str]) -
       InputError: no run there, or one without updates; DST exists; no space.
     """
     started = time.monotonic()
-    run = open_run(Path(model))
+    run = open_run(as_path(model))
     if run is None:
         raise InputError(f"{model}: is no training run's folder, and only a run has an adapter")
     if not run.updated:
@@ -176,7 +178,7 @@ def export_adapter(model: str | os.PathLike[str], dst: str | os.PathLike[str]) -
     def write(made: Path) -> None:
         header = {key: (shape, dtype) for key, (shape, dtype, *_) in tensors.items()}
         safetensors.write_file(made / WEIGHTS, header, values)
-        folder.write_json(made / CONFIG, _config(run))
+        write_json(made / CONFIG, _config(run))
 
     to_torch.make_folder_whole(dst, total, write)
     return {

@@ -19,6 +19,8 @@ import numpy as np
 
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.bucket import BucketPath
+from echovlm_jax.storage.files import new_file
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -58,6 +60,8 @@ def read_header(path: Path) -> dict[str, Entry]:
       InputError: the file is truncated or not safetensors, or its header does not describe exactly
         the bytes that follow it.
     """
+    if isinstance(path, BucketPath):
+        return _read_object_header(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -76,6 +80,22 @@ def read_header(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     header = _parse(path, text)
+    return _check_layout(path, header, 8 + length, size)
+
+
+def _read_object_header(path: Any) -> dict[str, Entry]:
+    """As `read_header`; a bucket tells no sizes, so that the last byte is asked for."""
+    try:
+        length = int.from_bytes(path.read_bytes(0, 8), "little")
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise InputError(f"{path}: not a safetensors file; fetch it again")
+        header = _parse(path, path.read_bytes(8, 8 + length))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    entries = [_entry(path, name, raw, 8 + length) for name, raw in header.items()]
+    size = max((entry.offset + entry.nbytes for entry in entries), default=8 + length)
+    if not path.ends_at(size):
+        raise InputError(f"{path}: is not as long as its header says; fetch it again")
     return _check_layout(path, header, 8 + length, size)
 
 
@@ -219,12 +239,10 @@ def write_file(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
-    with open(path, "wb") as file:
+    with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in tensors:
             for piece in values(name):
                 file.write(piece.reshape(-1).view(np.uint8).data)
         if file.tell() != 8 + len(text) + end:
             raise RuntimeError(f"{path}: wrote {file.tell() - 8 - len(text)} of {end} bytes")
-        file.flush()
-        os.fsync(file.fileno())

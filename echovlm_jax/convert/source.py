@@ -20,6 +20,8 @@ import numpy as np
 from echovlm_jax.convert import safetensors
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.bucket import BucketPath
+from echovlm_jax.storage.files import as_path, in_bucket, read_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -61,6 +63,9 @@ class Source:
         that of the last writing."""
         digest = hashlib.sha256()
         for path in self.files:
+            if isinstance(path, BucketPath):
+                digest.update(f"{path.name}\0".encode() + path.version() + b"\n")
+                continue
             stat = path.stat()
             digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_ino}".encode())
             digest.update(f"\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\n".encode())
@@ -75,7 +80,7 @@ def open_source(path: str | os.PathLike[str], *, once: bool = False) -> Source:
     Raises:
       InputError: nothing to read there, or a file is missing, damaged or would need unpickling.
     """
-    where = Path(path)
+    where = as_path(path)
     if where.is_file():
         return _open_files(where.parent, {where.name: None}, where, once)
     if not where.is_dir():
@@ -107,9 +112,9 @@ def weight_file(folder: Path) -> Path | None:
 def read_json(path: Path) -> Any:
     """A JSON file's content. Raises InputError where it is missing, huge or not JSON."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        if len(text := read_bytes(path, _MAX_JSON_BYTES)) > _MAX_JSON_BYTES:
             raise InputError(f"{path}: too large for a JSON file; check the path")
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(text.decode("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); add the file") from None
     except (RecursionError, ValueError) as error:
@@ -170,6 +175,11 @@ def _compare(index: Path, shard: Path, expected: set[str], found: set[str]) -> N
 
 def _open_safetensors(path: Path, once: bool) -> dict[str, Tensor]:
     entries = safetensors.read_header(path)
+    if isinstance(path, BucketPath):
+        return {
+            name: Tensor(e.shape, e.dtype, (path.name, e.offset), _of_object(path, e))
+            for name, e in entries.items()
+        }
     fd = safetensors.open_file(path, direct=once)
     # Closed when the last of the readers below is gone.
     file = os.fdopen(fd, "rb", buffering=0)
@@ -191,8 +201,23 @@ def _open_safetensors(path: Path, once: bool) -> dict[str, Tensor]:
     }
 
 
+def _of_object(path: BucketPath, entry: safetensors.Entry) -> Callable[[int, int], np.ndarray]:
+    size = entry.dtype.itemsize
+
+    def read(start: int, stop: int) -> np.ndarray:
+        try:
+            data = path.read_bytes(entry.offset + start * size, entry.offset + stop * size)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        return np.frombuffer(data, entry.dtype)
+
+    return read
+
+
 def _open_torch(path: Path) -> dict[str, Tensor]:
     """A PyTorch file, its tensors mapped from disk and not loaded."""
+    if in_bucket(path):
+        raise InputError(f"{path}: a PyTorch file must be on a file system; copy it there")
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:

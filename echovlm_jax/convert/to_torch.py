@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,14 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from echovlm_jax.convert import folder, safetensors, store, table
+from echovlm_jax.convert import folder, safetensors, table
 from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
 from echovlm_jax.convert.source import INDEX, SINGLE
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
+from echovlm_jax.storage import writer as store
+from echovlm_jax.storage.files import as_path, in_bucket, remove, rename_folder, write_json
+from echovlm_jax.storage.files import make_folder as make_folder_at
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_OBJECT_BYTES = 2**29  # of a shard in a bucket: it is in memory until it is sent
 _READ_AHEAD = 3
 
 
@@ -53,7 +56,11 @@ def export(
     """
     started = time.monotonic()
     limit = parse_size(max_shard_size)
-    folder.check_new(Path(os.path.abspath(dst)))
+    target = as_path(dst).absolute()
+    if not in_bucket(target):
+        folder.check_new(target)
+    else:
+        limit = min(limit, _OBJECT_BYTES)
     opened = folder.open_model(model)
     if merge_lora and not getattr(opened, "updated", None):
         raise InputError(f"{model}: has no low-rank updates to merge; leave --merge-lora out")
@@ -77,24 +84,34 @@ def make_folder_whole(
     dst: str | os.PathLike[str], size: int, write: Callable[[Path], None]
 ) -> None:
     """Makes the folder `dst` of what `write` puts into one, of about `size` bytes, or nothing."""
-    target = Path(os.path.abspath(dst))
+    target = as_path(dst).absolute()
     work = work_folder(target, ".exporting")
-    folder.check_new(target)
+    # What a killed export left in a bucket is below `target` itself.
+    unfinished = in_bucket(target) and (work / JOURNAL).is_file()
+    if not unfinished:
+        folder.check_new(target)
     make_folder(work)
-    with Journal(work / JOURNAL, {"export": 1}):
-        made = work / MODEL
+    with Journal(work / JOURNAL, {"export": 1}) as journal:
+        made = target if in_bucket(target) else work / MODEL
+        done = False
         try:
-            folder.check_new(target)  # again: the last one to hold the lock may have made it
-            shutil.rmtree(made, ignore_errors=True)
-            made.mkdir()
+            if not unfinished:
+                folder.check_new(target)  # again: the last one to hold the lock may have made it
+            remove(made)
+            make_folder_at(made)
             folder.check_space(work, size)
             write(made)
-            os.replace(made, target)
+            journal.check()
+            if made != target:
+                rename_folder(made, target)
+            done = True
         except OSError as error:
             raise InputError(
                 f"{target}: cannot be written ({error.strerror}); check the disk"
             ) from error
         finally:
+            if not done:
+                remove(made)
             discard(work)
 
 
@@ -171,7 +188,7 @@ def _write_shards(
             weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        folder.write_json(work / INDEX, index)
+        write_json(work / INDEX, index)
 
 
 def _read_ahead(

@@ -33,6 +33,7 @@ from echovlm_jax.convert import source as sources
 from echovlm_jax.convert.from_torch import Conversion, carry_out, identity_of
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.batch import make_batch
+from echovlm_jax.storage.files import as_path
 
 INITS = ("random", "sliced", "released")
 PRESERVED = 1e-5  # the most that a logit may change where the function is preserved, in float32
@@ -85,7 +86,7 @@ def upcycle(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed {seed} must be a whole number of at least 0")
     target_dtype = folder.as_dtype(dtype)
-    raw, before = _read_dense(Path(src))
+    raw, before = _read_dense(as_path(src))
     changes = {key: value for key, value in (sizes or {}).items() if value is not None}
     moe = dataclasses.replace(like or scaled_mixture(before), **changes)
     after = before.replace(moe=moe)
@@ -129,7 +130,7 @@ def read_mixture(model: str | os.PathLike[str]) -> MoEConfig:
     Raises:
       InputError: there is none.
     """
-    path = Path(model)
+    path = as_path(model)
     if str(model) in PRESETS:
         config = preset(str(model))
     elif path.is_file():

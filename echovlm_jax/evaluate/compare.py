@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,14 @@ def compare(
 
 
 def _folders(given: str | Path | Sequence[str | Path]) -> list[Path]:
-    folders = [given] if isinstance(given, str | Path) else given
+    folders = [given] if isinstance(given, str | os.PathLike) else given
     if not folders:
         raise InputError("no evaluation was given; name at least one on each side")
     return [as_path(folder) for folder in folders]
 
 
 def _names(given: str | Path | Sequence[str | Path]) -> str | list[str]:
-    return str(given) if isinstance(given, str | Path) else [str(folder) for folder in given]
+    return str(given) if isinstance(given, str | os.PathLike) else [str(folder) for folder in given]
 
 
 def _same(lines: Sequence[Line], other: Sequence[Line], at: Path, folder: Path) -> list[Line]:

@@ -124,7 +124,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     Raises:
       InputError: one is missing or of another form.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     metrics = read_json(folder / FIGURES)
     for key in ("overall", "by_organ", "by_task"):
         if not isinstance(metrics.get(key), dict):

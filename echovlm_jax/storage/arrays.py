@@ -23,6 +23,8 @@ import numpy as np
 import tensorstore as ts
 
 from echovlm_jax.storage import digests
+from echovlm_jax.storage.bucket import BucketPath
+from echovlm_jax.storage.files import in_bucket
 from echovlm_jax.storage.layout import CHUNKS, STATE, TREE
 from echovlm_jax.storage.verify import DamagedError, check_files
 
@@ -33,6 +35,7 @@ _HOST_BYTES = 2**30
 _KEPT_BYTES = 256 * 2**20
 _NODES_BYTES = 64 * 2**20  # of a database's index
 _THREADS = min(8, os.cpu_count() or 1)
+_OBJECT_BYTES = 2**26  # of a bucket: they are in memory one by one
 _REASON_CHARS = 200  # of an error's line
 
 # One block of an array: a slice with start and stop for every axis.
@@ -331,18 +334,27 @@ def piece_shape(piece: tuple[slice, ...]) -> tuple[int, ...]:
     return tuple(s.stop - s.start for s in piece)
 
 
+def base_kvstore(folder: Path) -> dict[str, Any]:
+    """TensorStore's spec of a folder's files."""
+    if isinstance(folder, BucketPath):
+        return folder.kvstore()
+    return {"driver": "file", "path": f"{folder.resolve()}/"}
+
+
 def kvstore(folder: Path, *, create: bool) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{folder.resolve()}/"}
+    """TensorStore's spec of an OCDBT database in a folder."""
+    base = base_kvstore(folder)
     spec: dict[str, Any] = {"driver": "ocdbt", "base": base}
     if not create:
         spec |= {"cache_pool": "cache_pool#index"}  # of `_context`
     else:
         # The data files have random names and are found through the manifest only, so that they
         # need no rename; the manifest does. The rest is what Orbax asks for.
+        local = {} if in_bucket(folder) else {"file_io_locking": {"mode": "non_atomic"}}
         spec |= {
-            "base": {**base, "file_io_locking": {"mode": "non_atomic"}},
+            "base": {**base, **local},
             "manifest": base,
-            "target_data_file_size": 2**31,
+            "target_data_file_size": _OBJECT_BYTES if in_bucket(folder) else 2**31,
             "assume_config": True,
             "config": {
                 "max_inline_value_bytes": 1024,

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from echovlm_jax.storage.files import sync_folder, write_bytes
+from echovlm_jax.storage.files import below, in_bucket, sync_folder, write_bytes
 from echovlm_jax.storage.layout import SUMS
 
 MISSING, UNKNOWN, DIFFERS = "missing", "unknown", "differs"
@@ -49,7 +49,7 @@ def write(
       OSError: a file can't be read, or this one not be written.
     """
     known = known or {}
-    names = sorted(_list(folder) - {SUMS} if names is None else names)
+    names = sorted(set(below(folder)) - {SUMS} if names is None else names)
     todo = [name for name in names if name not in known]
     found = {**known, **of_files(folder, todo)}
     lines = b"".join(_line(name, found[name]) for name in names)
@@ -62,6 +62,8 @@ def of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """The digests of some files of `folder` by name; they are made durable too."""
 
     def digest(name: str) -> str:
+        if in_bucket(folder):
+            return of_file(folder / name)
         with open(folder / name, "rb", buffering=0) as file:
             os.fsync(file.fileno())
             return _hash(file)
@@ -79,6 +81,8 @@ def of_array(values: np.ndarray) -> str:
 
 def of_file(path: Path) -> str:
     """The digest of a file's bytes. Raises OSError."""
+    if in_bucket(path):
+        return xxhash.xxh3_128(path.read_bytes()).hexdigest()
     with open(path, "rb", buffering=0) as file:
         return _hash(file)
 
@@ -110,13 +114,19 @@ def check(
     wanted = read(folder)
     if isinstance(wanted, str):
         return {SUMS: wanted}
-    there = _list(folder) - {SUMS} if names is None else set(names)
+    there = set(below(folder)) - {SUMS} if names is None else set(names)
     problems = dict.fromkeys(wanted.keys() - there, MISSING)
     problems |= dict.fromkeys(there - wanted.keys(), UNKNOWN)
 
     def differs(name: str) -> bool:
-        path = _path(folder, name)
+        path = folder / name
         try:
+            if in_bucket(folder):
+                if not data and _DATA in name:
+                    return False
+                content = path.read_bytes()
+                tick(len(content))
+                return xxhash.xxh3_128(content).hexdigest() != wanted[name]
             if not stat.S_ISREG(os.lstat(path).st_mode):
                 return True
             if not data and _DATA in name:
@@ -155,11 +165,13 @@ def told(problems: Mapping[str, str]) -> str:
 
 
 def nbytes(folder: Path) -> int:
-    """The bytes of all files of `folder`."""
+    """The bytes of all files of `folder`; 0 of a bucket's, which doesn't list sizes."""
+    if in_bucket(folder):
+        return 0
     sizes = []
-    for name in _list(folder):
+    for name in set(below(folder)):
         with contextlib.suppress(OSError):  # deleted meanwhile
-            sizes.append(os.lstat(_path(folder, name)).st_size)
+            sizes.append(os.lstat(folder / name).st_size)
     return sum(sizes)
 
 
@@ -169,20 +181,6 @@ def _hash(file: FileIO, tick: Callable[[int], object] = lambda n: None) -> str:
         digest.update(block[:count])  # which lets go of the interpreter's lock
         tick(count)
     return digest.hexdigest()
-
-
-def _list(folder: Path) -> set[str]:
-    """Every name below `folder` that is no folder; links are not followed."""
-    names = set()
-    for inside, folders, files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(inside, name))]
-        base = os.path.relpath(inside, folder)
-        names |= {os.path.normpath(os.path.join(base, name)) for name in (*files, *links)}
-    return names
-
-
-def _path(folder: Path, name: str) -> str:
-    return os.path.join(folder, name)
 
 
 def _line(name: str, digest: str) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests
+from echovlm_jax.storage.files import as_path
 from echovlm_jax.storage.layout import (
     CHECKPOINTS,
     OWN_MODEL,
@@ -38,7 +39,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       InputError: there is no such folder, or one without digests.
     """
-    root = Path(folder)
+    root = as_path(folder)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give a model's or a run's folder")
     inside = root / CHECKPOINTS if (root / CHECKPOINTS).is_dir() else root
@@ -51,16 +52,21 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(
             f"{root}: holds no digests; `convert` and `train` store them, other folders have none"
         )
-    arrays = size = 0
+    arrays = 0
+    sizes: list[int] = []
     corrupt: list[str] = []
     unchecked: list[str] = []
     if inside != root:
         problems, unchecked = run_problems(root)
         corrupt += problems
-    sizes = [digests.nbytes(part) for part in parts]
-    with progress(sum(sizes), "B", "verify") as tick:
-        for part, nbytes in zip(parts, sizes, strict=True):
-            problems = digests.check(part, tick=tick)
+    with progress(sum(map(digests.nbytes, parts)), "B", "verify") as tick:
+
+        def read(count: int) -> None:
+            sizes.append(count)  # from several threads
+            tick(count)
+
+        for part in parts:
+            problems = digests.check(part, tick=read)
             if problems and not part.exists():
                 continue  # a run that goes on has pruned it meanwhile
             base = part.relative_to(root)
@@ -69,8 +75,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 unchecked += added
             corrupt += [str(base / name) for name in problems]
             arrays += sum(_count(tree) for tree in _trees(part))
-            size += nbytes
-    result = {"ok": not corrupt, "arrays": arrays, "bytes": size, "corrupt": corrupt}
+    result = {"ok": not corrupt, "arrays": arrays, "bytes": sum(sizes), "corrupt": corrupt}
     if unchecked:
         result |= {"unchecked": unchecked}
     return {**result, "checkpoints": found} if found else result
@@ -125,7 +130,7 @@ def run_problems(run: Path) -> tuple[dict[str, str], list[str]]:
     names = run_files(run)
     if digests.read(run) == digests.MISSING:
         kept = [run / CHECKPOINTS / str(step) / OWN_MODEL for step in steps(run / CHECKPOINTS)]
-        return ({SUMS: digests.MISSING}, []) if any(map(Path.is_dir, kept)) else ({}, names)
+        return ({SUMS: digests.MISSING}, []) if any(path.is_dir() for path in kept) else ({}, names)
     return digests.check(run, names=names), []
 
 

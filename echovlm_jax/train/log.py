@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,15 @@ from echovlm_jax.chips import chip_of
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import Flops, Work, model_flops
-from echovlm_jax.storage.files import write_text
+from echovlm_jax.storage.files import (
+    Lines,
+    copy_folder,
+    in_bucket,
+    make_folder,
+    new_file,
+    remove,
+    write_text,
+)
 from echovlm_jax.storage.layout import METRICS_LOG, ROUTING
 from echovlm_jax.train.heatmap import heatmap
 from echovlm_jax.train.program import Config, Program
@@ -58,15 +67,26 @@ class Log:
         if jax.process_index() == 0:
             self._file = _reopen(folder / METRICS_LOG, first)
             _reopen(folder / ROUTING, first).close()
-            self._board = SummaryWriter(str(folder), purge_step=first + 1)
+            # Events for TensorBoard are appended to, which a bucket can't: they are sent whole.
+            self._events = Path(tempfile.mkdtemp()) if in_bucket(folder) else folder
+            self._board = SummaryWriter(str(self._events), purge_step=first + 1)
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._send()
         for writer in (self._file, self._board):
             if writer is not None:
                 writer.close()
+        if self._board is not None and self._events != self._folder:
+            remove(self._events)
+
+    def _send(self) -> None:
+        """Copies the events into a bucket."""
+        if self._board is not None and self._events != self._folder:
+            self._board.flush()
+            copy_folder(self._events, self._folder)
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step just begun (from 0), and reads those of the one before.
@@ -89,6 +109,9 @@ class Log:
         """What is done in here takes no part in the time of a step."""
         self.flush()
         began = time.perf_counter()
+        if self._file is not None:
+            self._file.sync()  # what a checkpoint comes after is not lost
+        self._send()
         yield
         self._since += time.perf_counter() - began
 
@@ -108,12 +131,13 @@ class Log:
             for o, organ in enumerate(organs)
             if counts[:, o].any()
         }
-        with open(self._folder / ROUTING, "a", encoding="utf-8") as file:
+        with Lines(self._folder / ROUTING) as file:
             file.write(json.dumps({"step": step, "expert_load": line}) + "\n")
         both = counts.sum(axis=2)
         seen = both.sum(axis=-1, keepdims=True) > 0
         picture = heatmap(np.where(seen, _shares(both), np.nan), organs)
-        picture.save(self._folder / ROUTING_PICTURE)
+        with new_file(self._folder / ROUTING_PICTURE) as file:
+            picture.save(file, "PNG")
         self._board.add_image("expert_load", np.asarray(picture), step, dataformats="HWC")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -123,10 +147,9 @@ class Log:
         line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
         try:
             self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
         except OSError as error:
             raise InputError(
-                f"{self._file.name}: can't be written ({error.strerror}); mend that and start"
+                f"{self._file.path}: can't be written ({error.strerror}); mend that and start"
                 " again: the run goes on from its last checkpoint"
             ) from error
         for name, value in line.items():
@@ -232,9 +255,9 @@ def _reopen(path: Path, first: int) -> Any:
             if whole:
                 kept.append(line)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_text(path, "".join(kept))
-        return open(path, "a", encoding="utf-8")
+        return Lines(path)
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror})") from error
 

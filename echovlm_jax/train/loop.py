@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import shutil
 import signal
 import sys
 import threading
@@ -89,7 +88,9 @@ def train(
         in a row had no finite loss and gradient.
     """
     check_config(config)
-    folder = Path(workdir)
+    folder = files.as_path(workdir)
+    if profile and files.in_bucket(folder):
+        raise InputError(f"{folder}: a profile can't be written to a bucket; name a local folder")
     changed = _differences(config, folder, change_config)
     begun = bool(steps(folder / CHECKPOINTS))
     start = _frozen(folder, change_config) if begun else None
@@ -221,22 +222,17 @@ def _frozen(folder: Path, change_config: bool) -> Start | None:
 def _frozen_files(start: Start, folder: Path, config: Config) -> Iterator[None]:
     """Makes the run's model/. It goes again where the run could not begin."""
     if jax.process_index() == 0:
-        partial = folder / f".{MODEL}.partial"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            start.keep(partial, config)
-            shutil.rmtree(folder / MODEL, ignore_errors=True)
-            files.rename_folder(partial, folder / MODEL)
+            with files.new_folder(folder / MODEL) as made:
+                start.keep(made, config)
         except OSError as error:
             raise InputError(f"{folder / MODEL}: can't be written ({error})") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     multihost_utils.sync_global_devices("echovlm: the model's files are kept")
     try:
         yield
     finally:
         if jax.process_index() == 0 and not (folder / CONFIG).exists():
-            shutil.rmtree(folder / MODEL, ignore_errors=True)
+            files.remove(folder / MODEL)
 
 
 def _data_settings(config: Config, folder: Path, *, own: bool) -> Config:
@@ -284,7 +280,7 @@ def _write(path: Path, text: str) -> None:
     if jax.process_index():
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         files.write_text(path, text)
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror or error})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from echovlm_jax.config import PRESETS, ModelConfig, preset, to_hf
-from echovlm_jax.convert.folder import copy_side_files, open_model, read_config, write_json
+from echovlm_jax.convert.folder import copy_side_files, open_model, read_config
 from echovlm_jax.convert.load import load_params
 from echovlm_jax.data.dataset import open_dataset
 from echovlm_jax.data.fit import training_images
@@ -18,6 +17,7 @@ from echovlm_jax.data.tokenizer import byte_tokenizer, images_of_preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.processor import pixel_configs, stated_pixels
 from echovlm_jax.processing.tokenizer import load_tokenizer
+from echovlm_jax.storage.files import as_path, write_bytes, write_json
 from echovlm_jax.train.program import Program
 from echovlm_jax.train.stages import merge
 
@@ -38,7 +38,6 @@ class Start(NamedTuple):
     def keep(self, folder: Path, config: Any) -> None:
         """Puts what a model has beside its weights into a run's folder, so that it is a model too:
         config.json, the tokenizer that it is trained with, and how its pictures become patches."""
-        folder.mkdir(parents=True, exist_ok=True)
         described = to_hf(self.config, config.param_dtype)
         if self.files is None:
             write_json(folder / "config.json", described)
@@ -47,7 +46,7 @@ class Start(NamedTuple):
             images, _ = pixel_configs(self.files, None)
             copy_side_files(self.files, folder)
         if config.get("tokenizer"):
-            _copy_tokenizer(Path(config.tokenizer), folder)
+            _copy_tokenizer(as_path(config.tokenizer), folder)
         elif self.files is None:
             byte_tokenizer(self.config).save(str(folder / "tokenizer.json"))
         images = training_images(images, config.max_image_patches, config.max_patches)
@@ -67,7 +66,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     for name in _TOKENIZER:
         (folder / name).unlink(missing_ok=True)
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            write_bytes(folder / name, (source / name).read_bytes())
 
 
 def frozen_start(folder: Path) -> Start:
@@ -86,7 +85,7 @@ def starting_point(model: str) -> Start:
     """
     if model in PRESETS:
         return Start(preset(model), lambda program: None, None)
-    if not Path(model).is_dir():
+    if not as_path(model).is_dir():
         raise InputError(
             f"config key model: {model!r} is neither a folder nor one of {', '.join(PRESETS)}"
         )

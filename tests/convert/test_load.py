@@ -9,9 +9,11 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from echovlm_jax.convert import convert, folder, load_params, store, table
+from echovlm_jax.convert import convert, folder, load_params, table
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import abstract_params
+from echovlm_jax.storage import writer as store
+from echovlm_jax.storage.arrays import Reader
 from tests.convert.checkpoints import MINI, TIED, finite, new_name, same_bits, tensors, write
 
 
@@ -147,7 +149,7 @@ def test_what_orbax_saves_is_read(tmp_path: Path) -> None:
     wanted = expected(tensors(seed=3))
     with ocp.StandardCheckpointer() as standard:
         standard.save(tmp_path / "params", jax.tree.map(jnp.asarray, table.unflatten(wanted)))
-    opened = store.Reader(tmp_path / "params")
+    opened = Reader(tmp_path / "params")
     for path, value in wanted.items():
         index = tuple(slice(0, size) for size in value.shape)
         assert same_bits(opened.read(path, index), value)

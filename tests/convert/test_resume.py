@@ -20,7 +20,8 @@ from tests.convert.checkpoints import digests, tensors, write
 # Kills itself, for real, when the named function is reached for the n-th time.
 _CHILD = """
 import os, signal, sys
-from echovlm_jax.convert import from_torch, store
+from echovlm_jax.convert import from_torch
+from echovlm_jax.storage import writer as store
 from echovlm_jax.convert.journal import Journal
 source, target, place, count = sys.argv[1:]
 store.CHUNK_BYTES = from_torch._IN_FLIGHT_BYTES = 3000
@@ -54,7 +55,7 @@ from_torch.convert(source, target)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echovlm_jax.convert.store.CHUNK_BYTES", 3000)
+    monkeypatch.setattr("echovlm_jax.storage.writer.CHUNK_BYTES", 3000)
 
 
 def killed(source: Path, target: Path, place: str, count: int) -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from echovlm_jax.config import preset
-from echovlm_jax.convert import convert, export, inspect, store, table
+from echovlm_jax.convert import convert, export, inspect, table
 from echovlm_jax.convert.from_torch import Journal
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage import writer as store
+from echovlm_jax.storage.arrays import Reader
 from tests.convert.checkpoints import (
     DENSE,
     DTYPES,
@@ -178,7 +180,7 @@ def test_inspect_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     values = tensors()
     source = write(tmp_path / "source", values, shards=2)
     convert(source, tmp_path / "ours")
-    monkeypatch.setattr(store.Reader, "read", None)
+    monkeypatch.setattr(Reader, "read", None)
     monkeypatch.setattr("echovlm_jax.convert.safetensors.read_values", None)
     found = inspect(tmp_path / "ours")
     assert found == inspect(source)
@@ -261,7 +263,7 @@ def test_float_values_survive_as_they_are(tmp_path: Path) -> None:
     """The copy as JAX sees it: a stack of the checkpoint's tensors, reshaped."""
     values = tensors(dtype="float32")
     convert(write(tmp_path / "source", values), tmp_path / "ours")
-    opened = store.Reader(tmp_path / "ours/params")
+    opened = Reader(tmp_path / "ours/params")
     shape = opened.shapes["vision/blocks/attn/qkv/kernel"]
     whole = tuple(slice(0, n) for n in shape)
     qkv = opened.read("vision/blocks/attn/qkv/kernel", whole)

@@ -164,7 +164,7 @@ def test_a_change_is_found(
 def test_a_seed_decides_all_random_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for number, (seed, chunk) in enumerate([(0, 2**24), (0, 700), (1, 2**24)]):
-        monkeypatch.setattr("echovlm_jax.convert.store.CHUNK_BYTES", chunk)
+        monkeypatch.setattr("echovlm_jax.storage.writer.CHUNK_BYTES", chunk)
         monkeypatch.setattr("echovlm_jax.convert.upcycle._BLOCK", 64)
         target, _ = made(tmp_path / str(number), seed=seed)
         export(target, tmp_path / str(number) / "back")

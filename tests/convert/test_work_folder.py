@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from echovlm_jax.convert import convert, export, safetensors, source, store, to_torch
+from echovlm_jax.convert import convert, export, safetensors, source, to_torch
 from echovlm_jax.convert.journal import Journal
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage import writer as store
 from tests.convert.checkpoints import digests, tensors, write
 
 
