@@ -33,6 +33,7 @@ from jax.experimental import multihost_utils
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import arrays, digests
+from echovlm_jax.storage import steps as keeping
 from echovlm_jax.storage.files import (
     as_path,
     below,
@@ -41,10 +42,9 @@ from echovlm_jax.storage.files import (
     make_folder,
     remove,
     rename_folder,
-    write_bytes,
     write_text,
 )
-from echovlm_jax.storage.layout import CHUNKS, EXTRA, EXTRA_FILE, OWN_MODEL, STATE, SUMS, steps
+from echovlm_jax.storage.layout import CHUNKS, EXTRA, EXTRA_FILE, OWN_MODEL, STATE, steps
 from echovlm_jax.storage.lock import Lock
 from echovlm_jax.storage.state import State, array_name
 from echovlm_jax.storage.verify import DamagedError
@@ -52,12 +52,6 @@ from echovlm_jax.storage.writer import PROCESS
 
 _Made = TypeVar("_Made")
 
-UNFINISHED, DELETED, BROKEN = ".unfinished", ".deleted", ".broken"
-
-# What a kill leaves: a save of ours or of Orbax's that has no name yet, or a deletion that had
-# begun.
-_LEFT = re.compile(rf"[0-9]+({re.escape(UNFINISHED)}|{re.escape(DELETED)})(\.orbax-.*)?")
-_PART = ".digests.{}.json"
 # Orbax gives up after 20 minutes by default, and a slow disk takes longer than that.
 _PATIENCE_SECONDS = 6 * 3600
 # A chunk is read whole, whatever part of it is needed: as large as a disk streams well.
@@ -96,7 +90,7 @@ class Checkpoints:
             try:
                 make_folder(self.folder)
                 self._lock = Lock(self.folder)
-                self._clear()
+                keeping.clear(self.folder)
             except OSError as error:
                 raise InputError(f"{self.folder}: {error.strerror}; name another folder") from error
         ocp.multihost.sync_global_processes("echovlm: checkpoints are open")
@@ -130,8 +124,7 @@ class Checkpoints:
         if step in steps(self.folder):
             return
         self._saves, self._step = self._saves + 1, step
-        # A bucket's folder has its name from the beginning, and is whole once it has XXH128SUMS.
-        work = self.folder / (f"{step}" if in_bucket(self.folder) else f"{step}{UNFINISHED}")
+        work = keeping.unfinished(self.folder, step)
         try:
             begin = self._begin_in_bucket if in_bucket(self.folder) else self._begin_with_orbax
             write = begin(work, state, dict(extra))
@@ -179,7 +172,7 @@ class Checkpoints:
                 return step
             except DamagedError as error:
                 self._set_aside(step, error)
-        if broken := self._broken():
+        if broken := keeping.broken(self.folder):
             raise InputError(
                 f"{self.folder}: no whole checkpoint is left ({', '.join(broken)}); delete the"
                 " broken ones to start over"
@@ -292,7 +285,7 @@ class Checkpoints:
             if self._first:
                 if not in_bucket(work):
                     rename_folder(work, self.folder / str(self._step))
-                self._prune()
+                keeping.prune(self.folder, self._keep, self._keep_every)
             self._barrier("whole")
         except BaseException as error:
             self._failure = error
@@ -303,13 +296,13 @@ class Checkpoints:
         if not self._first:
             own = f"{STATE}/{PROCESS}{jax.process_index()}"
             names = [f"{own}/{name}" for name in below(work / own)]
-            part = work / _PART.format(jax.process_index())
+            part = work / keeping.PART.format(jax.process_index())
             write_text(part, json.dumps([chunks, digests.of_files(work, names)]))
         self._barrier("hashed")
         if self._first:
             known: dict[str, str] = {}
             for index in range(1, jax.process_count()):
-                part = work / _PART.format(index)
+                part = work / keeping.PART.format(index)
                 others, files = json.loads(part.read_text())
                 chunks |= others
                 known |= files
@@ -325,40 +318,11 @@ class Checkpoints:
         sync = ocp.multihost.get_barrier_sync_fn()
         sync(key=f"echovlm:{what}:{self._saves}", timeout_ms=_PATIENCE_SECONDS * 1000)
 
-    def _prune(self) -> None:
-        there = steps(self.folder)
-        for step in there[: -self._keep]:
-            if self._keep_every is None or step % self._keep_every:
-                # First its name or its digests: what a kill leaves of it is no checkpoint.
-                gone = self.folder / str(step)
-                if in_bucket(gone):
-                    (gone / SUMS).unlink()
-                else:
-                    gone = gone.rename(self.folder / f"{step}{DELETED}")
-                remove(gone)
-
-    def _clear(self) -> None:
-        there = [str(step) for step in steps(self.folder)] + self._broken()
-        for path in self.folder.iterdir():
-            if in_bucket(path):
-                if path.name.isdecimal() and path.name not in there:
-                    remove(path)
-            elif _LEFT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                remove(path)
-
-    def _broken(self) -> list[str]:
-        """What was set aside."""
-        if in_bucket(self.folder):
-            mark = f"/{SUMS}{BROKEN}"
-            names = below(self.folder)
-            return sorted(name.removesuffix(mark) for name in names if name.endswith(mark))
-        return sorted(path.name for path in self.folder.glob(f"*{BROKEN}*"))
-
     def _give_up(self) -> None:
         """Frees what a failed save took of a disk that may be full."""
         if self._first:
             with contextlib.suppress(OSError):
-                self._clear()
+                keeping.clear(self.folder)
 
     def _open(self, step: int) -> arrays.Reader:
         return arrays.open_state(self.folder / str(step), mend="restore another step")
@@ -383,25 +347,15 @@ class Checkpoints:
 
     def _set_aside(self, step: int, damage: DamagedError) -> None:
         path = self.folder / str(step)
-        if self._first and in_bucket(path):
-            # There are no renames: it loses its digests, without which it is none.
-            found = path / SUMS
-            write_bytes(path / f"{SUMS}{BROKEN}", found.read_bytes() if found.is_file() else b"")
-            found.unlink()
-            _say(f"{path}: is broken: {damage.what}; left there without its {SUMS}")
-        elif self._first:
-            aside, count = self.folder / f"{step}{BROKEN}", 1
-            while aside.exists():
-                count += 1
-                aside = self.folder / f"{step}{BROKEN}-{count}"
+        if self._first:
             try:
-                os.rename(path, aside)
+                told = keeping.set_aside(path)
             except OSError as error:
                 raise InputError(
                     f"{path}: is broken: {damage.what}, and can't be set aside"
                     f" ({error.strerror}); mend that"
                 ) from error
-            _say(f"{path}: is broken: {damage.what}; set aside as {aside.name}")
+            _say(f"{path}: is broken: {damage.what}; {told}")
         ocp.multihost.sync_global_processes(f"echovlm: {step} is set aside")
 
     def _raise(self, error: BaseException) -> NoReturn:

@@ -34,11 +34,13 @@ from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.data.tokenizer import SPECIAL, byte_tokenizer, train_sentencepiece
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.cases import Case
+from echovlm_jax.evaluate.folder import REPORT
 from echovlm_jax.evaluate.harness import evaluate
 from echovlm_jax.evaluate.report import write_report
 from echovlm_jax.load import load_model
 from echovlm_jax.phantom import write_exams
 from echovlm_jax.processing.images import load_media
+from echovlm_jax.storage import layout
 from echovlm_jax.train.config_file import load_config, own_config
 from echovlm_jax.train.loop import train
 from echovlm_jax.train.stages import STAGES as STAGE_RULES
@@ -159,12 +161,12 @@ def demo(
             compared={"no image": out / "blind", "another exam's image": out / "shuffled"},
             extra_cases=cases,
         )
-        shutil.copyfile(page, out / "report.html")
+        shutil.copyfile(page, out / REPORT)
     result = {
         "seconds": time.perf_counter() - began,
         "out": str(out),
         "model": str(out / "model"),
-        "report": str(out / "report.html"),
+        "report": str(out / REPORT),
         "eval": results["evaluation"],
         "blind": results["blind"],
         "shuffled": results["shuffled"],
@@ -280,7 +282,7 @@ def make_checkpoint(folder: Path, config: ModelConfig = CONFIG) -> Path:
         {name: (slot.shape, float32) for name, slot in wanted.items()},
         values,
     )
-    (folder / "config.json").write_text(json.dumps(to_hf(config, "float32"), indent=2))
+    (folder / layout.CONFIG).write_text(json.dumps(to_hf(config, "float32"), indent=2))
     byte_tokenizer(config).save(str(folder / "tokenizer.json"))
     return folder
 

@@ -25,6 +25,7 @@ from echovlm_jax import checkpoint
 from echovlm_jax.checkpoint import Checkpoints, open_checkpoints
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage import digests
+from echovlm_jax.storage import steps as keeping
 from echovlm_jax.storage.layout import steps
 from echovlm_jax.storage.verify import DamagedError, verify
 
@@ -146,7 +147,7 @@ def snapshots(folder: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> list[P
         monkeypatch.setattr(owner, name, wrapped)
 
     around(digests, "write")
-    around(Checkpoints, "_prune")
+    around(keeping, "prune")
     return taken
 
 
@@ -273,7 +274,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("owner", "name", "left"),
-    [(digests, "write", ["1"]), (os, "rename", ["1"]), (Checkpoints, "_prune", ["1", "2"])],
+    [(digests, "write", ["1"]), (os, "rename", ["1"]), (keeping, "prune", ["1", "2"])],
 )
 def test_permission_that_is_lost(tmp_path: Path, monkeypatch, owner, name, left) -> None:
     checkpoints = run(tmp_path, 1, keep=1)

@@ -53,7 +53,7 @@ MAY_IMPORT = {
         *("config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint"),
         *("memory", "storage", "progress"),
     },
-    "train.start": {"config", "model", "convert", "data", "processing", "train"},
+    "train.start": {"config", "model", "convert", "data", "processing", "storage", "train"},
     "quantize": {"config", "mesh", "model", "processing", "progress"},
     "generate": {"config", "mesh", "model", "ops", "processing", "storage", "progress"},
     "load": _LOAD,
@@ -69,6 +69,18 @@ MAY_IMPORT = {
 NOBODY_IMPORTS = ("cli", "launch", "configs", "tests")
 # `storage.bucket`: the endpoint, as all clients of S3 read it, in worker processes too.
 READS_THE_OUTSIDE = ("cli", "launch", "storage.bucket")
+
+# Who has files of his own: datasets and users' pictures, `demo` its folder, `cli` the terminal.
+HAVE_FILES = ("storage", "processing", "data", "phantom", "bench", "demo", "cli")
+# Calls on what is never in a bucket.
+DISK_ONLY = {
+    ("convert.safetensors", "open"),  # a bucket's objects have a reader of their own
+    ("convert.safetensors", "os.open"),
+    ("convert.journal", "path.rmdir"),
+}
+
+# Another file of that name.
+SAME_WORD = {("config", "config.json")}
 
 # Import name -> name on PyPI, where they differ.
 PYPI_NAMES = {"PIL": "pillow", "orbax": "orbax-checkpoint", "gdcm": "python-gdcm"}
@@ -180,6 +192,20 @@ def one_product(module: str, source: str) -> list[str]:
     names = (ast.unparse(call) for call in calls if isinstance(call, ast.Attribute))
     found = (name for name in names if name.split(".")[0] in ("jnp", "jax", "lax"))
     return [f"{module} calls {name}" for name in found if name.split(".")[-1] in banned]
+
+
+def files_are_storages(module: str, source: str) -> list[str]:
+    """What touches files of runs, models and answers is in `storage`, so that a bucket's path works
+    everywhere. `processing` reads users' own files; `data` writes datasets, which need a disk."""
+    own = _own(module)
+    if any(_matches(own, part) for part in HAVE_FILES):
+        return []
+    banned = {"open", "os.replace", "os.rename", "os.open", "fcntl.flock", "os.fsync"}
+    banned |= {"shutil.rmtree", "shutil.copyfile", "shutil.copytree"}
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    names = [ast.unparse(call.func) for call in calls]
+    found = [name for name in names if name in banned or name.endswith((".mkdir", ".rmdir"))]
+    return [f"{module} calls {name}" for name in found if (own, name) not in DISK_ONLY]
 
 
 def never_unpickles(module: str, source: str) -> list[str]:
@@ -298,6 +324,18 @@ RULES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             ("echovlm_jax.model.x", "y = einsum('BTD,FD->BTF', x, w)"),
         ],
     ),
+    files_are_storages: (
+        [
+            ("echovlm_jax.train.x", "open(path, 'w')"),
+            ("echovlm_jax.convert.x", "os.replace(a, b)"),
+            ("echovlm_jax.evaluate.x", "path.mkdir(parents=True)"),
+        ],
+        [
+            ("echovlm_jax.storage.x", "os.replace(a, b)"),
+            ("echovlm_jax.processing.x", "open(path, 'rb')"),
+            ("echovlm_jax.convert.source", "os.fdopen(fd)"),
+        ],
+    ),
     never_unpickles: (
         [
             ("echovlm_jax.x", "import pickle"),
@@ -347,6 +385,29 @@ def test_package_keeps_rule(rule: Rule) -> None:
 @pytest.mark.parametrize(("rule", "module", "source", "breaks"), EXAMPLES)
 def test_rule_tells_good_from_bad(rule: Rule, module: str, source: str, breaks: bool) -> None:
     assert bool(rule(module, source)) == breaks
+
+
+def test_each_file_of_a_run_or_a_model_is_named_once() -> None:
+    """In `storage.layout`; an evaluation's in `evaluate.folder`."""
+    from echovlm_jax.evaluate import folder
+    from echovlm_jax.storage import layout
+
+    places = {layout: "storage.layout", folder: "evaluate.folder"}
+    names = {
+        value: place
+        for module, place in places.items()
+        for name, value in vars(module).items()
+        if name.isupper() and isinstance(value, str) and re.search(r"[._]|^[A-Z]|^checkp", value)
+    }
+    assert {"XXH128SUMS", "checkpoints", "metrics.jsonl", "predictions.jsonl"} <= names.keys()
+    again = []
+    for file in sorted((ROOT / PACKAGE).rglob("*.py")):
+        module = _own(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            value = node.value if isinstance(node, ast.Constant) else None
+            if names.get(value, module) != module and (module, value) not in SAME_WORD:
+                again.append(f"{module}:{node.lineno} {value}")
+    assert not again
 
 
 def _circles(sources: dict[str, str]) -> list[str]:

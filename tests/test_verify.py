@@ -10,10 +10,10 @@ import pytest
 from echovlm_jax.checkpoint import open_checkpoints
 from echovlm_jax.cli import main
 from echovlm_jax.convert import convert, from_torch
-from echovlm_jax.convert.store import Writer
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage import digests
 from echovlm_jax.storage.verify import verify
+from echovlm_jax.storage.writer import Writer
 from tests.convert.checkpoints import tensors, write
 
 

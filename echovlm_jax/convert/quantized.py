@@ -14,6 +14,7 @@ from typing import Any
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.layout import CONFIG
 
 # Where programs say how they quantized: a part of config.json, or a file of its own.
 _PARTS = ("quantization_config", "compression_config")
@@ -51,7 +52,7 @@ def refuse_quantized(folder: Path) -> None:
     Raises:
       InputError: it does; the message says how.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     raw = sources.read_json(path) if path.is_file() else None
     for part in (raw, raw.get("text_config")) if isinstance(raw, dict) else ():
         for key in _PARTS:

@@ -110,7 +110,7 @@ def make_folder_whole(
                 f"{target}: cannot be written ({error.strerror}); check the disk"
             ) from error
         finally:
-            if not done:
+            if made == target and not done:
                 remove(made)
             discard(work)
 

@@ -34,6 +34,7 @@ from echovlm_jax.convert.from_torch import Conversion, carry_out, identity_of
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.batch import make_batch
 from echovlm_jax.storage.files import as_path
+from echovlm_jax.storage.layout import TREE
 
 INITS = ("random", "sliced", "released")
 PRESERVED = 1e-5  # the most that a logit may change where the function is preserved, in float32
@@ -151,7 +152,7 @@ def _read_dense(src: Path) -> tuple[dict[str, Any], ModelConfig]:
     """config.json of a Qwen2-VL, as it is and as ours. Raises InputError for anything else."""
     if not src.is_dir():
         raise InputError(f"{src}: no such folder; give a Qwen2-VL in Hugging Face form")
-    if (src / folder.PARAMS / "_METADATA").is_file():
+    if (src / folder.PARAMS / TREE).is_file():
         raise InputError(f"{src}: was made by convert; give the Hugging Face folder, or export it")
     config = folder.read_config(src)
     raw = sources.read_json(src / folder.CONFIG)

@@ -26,7 +26,7 @@ from echovlm_jax.processing.tokenizer import (
     load_tokenizer,
 )
 from echovlm_jax.storage.files import as_path, make_folder, write_bytes
-from echovlm_jax.storage.layout import model_files
+from echovlm_jax.storage.layout import CONFIG, model_files
 
 # Qwen2-VL's control tokens, in the order of the ids that preset tiny gives them: 0 to 7.
 SPECIAL = (
@@ -95,7 +95,7 @@ def images_of_preset(config: ModelConfig) -> ImageConfig:
 
 
 def _of_folder(folder: Path) -> tuple[ModelConfig, ImageConfig]:
-    config = from_hf(read_json(folder / "config.json"), shown(folder / "config.json"))
+    config = from_hf(read_json(folder / CONFIG), shown(folder / CONFIG))
     images, videos = pixel_configs(folder, None)
     for found in (images, videos):
         check_patch_sizes(found, config.vision, folder)

@@ -12,6 +12,7 @@ import numpy as np
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import read_json, shown
+from echovlm_jax.storage.layout import CONFIG
 
 _BATCH = 32
 _DEPTH = 2 / 3  # the layer: the published choices lie at two thirds of a model's depth
@@ -34,7 +35,7 @@ def bertscore(
       InputError: it is no such folder, or transformers and torch are not installed.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / CONFIG)
     depth = config.get("num_hidden_layers")
     if not isinstance(depth, int) or depth < 1:
         raise InputError(f"{shown(folder)}: config.json has no num_hidden_layers")

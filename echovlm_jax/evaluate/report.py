@@ -72,7 +72,7 @@ def write_report(
     others = {name: as_path(folder) for name, folder in (compared or {}).items()}
     content = {"title": title, "extra": [_extra(case) for case in extra_cases]}
     content |= _results(out, others) | _training([as_path(folder) for folder in runs])
-    html = _environment().get_template("report.html").render(content, **_page_parts())
+    html = _environment().get_template(REPORT).render(content, **_page_parts())
     path = out / REPORT
     try:
         write_text(path, html)

@@ -23,7 +23,7 @@ from echovlm_jax.processing.images import (
 from echovlm_jax.processing.levels import Say, silent
 from echovlm_jax.processing.tokenizer import Tokenizer, load_tokenizer, special_token_text
 from echovlm_jax.storage.files import as_path
-from echovlm_jax.storage.layout import model_files
+from echovlm_jax.storage.layout import CONFIG, model_files
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 NUM_FRAMES = 16  # of a cine loop, where nothing says how many
@@ -320,5 +320,5 @@ def stated_pixels(
 
 
 def _model_config(folder: Path) -> model_config.ModelConfig | None:
-    raw = read_json_if_there(folder / "config.json")
-    return None if raw is None else model_config.from_hf(raw, shown(folder / "config.json"))
+    raw = read_json_if_there(folder / CONFIG)
+    return None if raw is None else model_config.from_hf(raw, shown(folder / CONFIG))

@@ -74,11 +74,13 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 problems, added = without_added(problems)
                 unchecked += added
             corrupt += [str(base / name) for name in problems]
+            if (part / SUMS).is_file():
+                sizes.append(len((part / SUMS).read_bytes()))
             arrays += sum(_count(tree) for tree in _trees(part))
     result = {"ok": not corrupt, "arrays": arrays, "bytes": sum(sizes), "corrupt": corrupt}
     if unchecked:
         result |= {"unchecked": unchecked}
-    return {**result, "checkpoints": found} if found else result
+    return {**result, CHECKPOINTS: found} if found else result
 
 
 def without_added(problems: dict[str, str]) -> tuple[dict[str, str], list[str]]:

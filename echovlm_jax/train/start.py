@@ -17,7 +17,8 @@ from echovlm_jax.data.tokenizer import byte_tokenizer, images_of_preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.processor import pixel_configs, stated_pixels
 from echovlm_jax.processing.tokenizer import load_tokenizer
-from echovlm_jax.storage.files import as_path, write_bytes, write_json
+from echovlm_jax.storage.files import as_path, make_folder, write_bytes, write_json
+from echovlm_jax.storage.layout import CONFIG
 from echovlm_jax.train.program import Program
 from echovlm_jax.train.stages import merge
 
@@ -38,9 +39,10 @@ class Start(NamedTuple):
     def keep(self, folder: Path, config: Any) -> None:
         """Puts what a model has beside its weights into a run's folder, so that it is a model too:
         config.json, the tokenizer that it is trained with, and how its pictures become patches."""
+        make_folder(folder)
         described = to_hf(self.config, config.param_dtype)
         if self.files is None:
-            write_json(folder / "config.json", described)
+            write_json(folder / CONFIG, described)
             images = images_of_preset(self.config)
         else:
             images, _ = pixel_configs(self.files, None)

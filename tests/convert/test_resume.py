@@ -13,8 +13,8 @@ import pytest
 
 from echovlm_jax.convert import convert, export, from_torch
 from echovlm_jax.convert.from_torch import Journal
-from echovlm_jax.convert.store import Writer
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage.writer import Writer
 from tests.convert.checkpoints import digests, tensors, write
 
 # Kills itself, for real, when the named function is reached for the n-th time.
@@ -43,9 +43,9 @@ places = {
     "finish": (store.Writer, "finish"),
     "clean": (store.Writer, "_drop_unreferenced"),
     "side": (from_torch.folder, "copy_side_files"),
-    "report": (from_torch.folder, "write_json"),
-    "rename": (from_torch.os, "replace"),
-    "renamed": (from_torch, "sync_folder"),
+    "report": (from_torch, "write_json"),
+    "rename": (from_torch, "rename_folder"),
+    "renamed": (from_torch, "discard"),
 }
 if place in places:
     deadly(*places[place])
@@ -146,7 +146,7 @@ def test_no_debris_of_a_killed_write(tmp_path: Path) -> None:
 def test_a_kill_after_the_last_rename(tmp_path: Path) -> None:
     """The model is there; the next run says so and takes the journal away."""
     source, target = write(tmp_path / "source", tensors()), tmp_path / "ours"
-    stopped(source, target, from_torch, "sync_folder", 1)
+    stopped(source, target, from_torch, "discard", 1)
     assert target.exists() and (tmp_path / "ours.partial").exists()
     convert(source, target)
     is_complete(target, source)

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from echovlm_jax import load
+from echovlm_jax import load, phantom
 from echovlm_jax.cli import main
-from echovlm_jax.data import dataset, phantom
+from echovlm_jax.data import dataset
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate import harness
 from echovlm_jax.evaluate.compare import compare

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from echovlm_jax.data import phantom
+from echovlm_jax import phantom
 from echovlm_jax.data.record import ORGANS, Record, Report, Turn
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.samples import Limits, inputs_of, make_samples
