@@ -161,8 +161,8 @@ def test_a_kill_while_a_save_is_finished(tmp_path: Path, monkeypatch: pytest.Mon
     # And in the middle of deleting the old one.
     taken.append(tmp_path / "left/deleting")
     shutil.copytree(folder, taken[-1])
-    shutil.copytree(folder / "2", taken[-1] / f"1{checkpoint.DELETED}")
-    (taken[-1] / f"1{checkpoint.DELETED}" / digests.SUMS).unlink()
+    shutil.copytree(folder / "2", taken[-1] / f"1{keeping.DELETED}")
+    (taken[-1] / f"1{keeping.DELETED}" / digests.SUMS).unlink()
     found = []
     for left in taken:
         with open_checkpoints(left, keep=1) as checkpoints:
