@@ -179,19 +179,26 @@ def declared_dependencies(module: str, source: str) -> list[str]:
 
 
 def one_product(module: str, source: str) -> list[str]:
-    """Weights are multiplied in `ops.product` alone. Attention and the experts' dispatch multiply
-    activations with one another, telemetry counts."""
+    """Weights are multiplied, and tables looked up, in `ops.product` alone. Attention and the
+    experts' dispatch multiply activations with one another, telemetry counts, sampling sorts."""
     own = _own(module)
     if _matches(own, "ops.product") or _matches(own, "bench"):
         return []
     banned = {*("dot", "matmul", "tensordot", "vdot", "dot_general", "ragged_dot"), "einsum"}
-    banned |= {"ragged_dot_general", "conv_general_dilated"}
-    if any(_matches(own, part) for part in ("ops.attention", "ops.moe", "train.telemetry")):
-        banned -= {"einsum"}
-    calls = (node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
-    names = (ast.unparse(call) for call in calls if isinstance(call, ast.Attribute))
-    found = (name for name in names if name.split(".")[0] in ("jnp", "jax", "lax"))
-    return [f"{module} calls {name}" for name in found if name.split(".")[-1] in banned]
+    banned |= {"ragged_dot_general", "conv_general_dilated", "take"}
+    activations = ("ops.attention", "ops.moe", "ops.sampling", "train.telemetry")
+    if any(_matches(own, part) for part in activations):
+        banned -= {"einsum", "take"}
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = [name for name, _ in _imports(module, source)]
+    names = [ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)] + imported
+    found = [name for name in names if name.split(".")[0] in ("jnp", "jax", "lax")]
+    complaints = [f"{module} uses {name}" for name in found if name.split(".")[-1] in banned]
+    if any(_matches(name, "jax") for name in imported):  # without it, arrays are numpy's
+        products = [node for node in nodes if isinstance(node, ast.BinOp | ast.AugAssign)]
+        products = [node for node in products if isinstance(node.op, ast.MatMult)]
+        complaints += [f"{module}:{node.lineno} multiplies by @" for node in products]
+    return complaints
 
 
 def files_are_storages(module: str, source: str) -> list[str]:
@@ -316,12 +323,17 @@ RULES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [
             ("echovlm_jax.model.x", "y = jnp.einsum('BTD,FD->BTF', x, w)"),
             ("echovlm_jax.train.x", "y = jnp.dot(x, w)"),
+            ("echovlm_jax.train.x", "from jax.numpy import dot"),
+            ("echovlm_jax.train.x", "product = functools.partial(jax.lax.dot_general, x)"),
+            ("echovlm_jax.generate.x", "import jax\ny = x @ w"),
+            ("echovlm_jax.model.x", "y = jnp.take(table, tokens, axis=0)"),
             ("echovlm_jax.ops.moe.x", "y = jax.lax.ragged_dot(x, w, sizes)"),
         ],
         [
             ("echovlm_jax.ops.product.x", "y = jnp.einsum('BTD,FD->BTF', x, w)"),
             ("echovlm_jax.ops.attention.x", "y = jnp.einsum('BTNH,BSNH->BNTS', q, k)"),
             ("echovlm_jax.model.x", "y = einsum('BTD,FD->BTF', x, w)"),
+            ("echovlm_jax.convert.x", "import numpy as np\ny = b @ a"),
         ],
     ),
     files_are_storages: (

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from echovlm_jax.config import ModelConfig, MoEConfig, preset
 from echovlm_jax.errors import InputError
+from echovlm_jax.flops import Work, layer_flops
 from echovlm_jax.ops.moe.dispatch import Experts, moe, route
 from echovlm_jax.ops.product.einsum import einsum
 from echovlm_jax.ops.product.grouped import ROW_TILE
@@ -63,8 +64,9 @@ def bench_moe(
     for name, value in (("tokens", tokens), ("timed_tokens", timed_tokens), ("rounds", rounds)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, found {value}")
-    own = 3 * _expert_flops(config, experts, tokens)
-    layer = 3 * _layer_flops(config, experts, tokens)
+    flops = layer_flops(config, Work(rows=1, seq_len=tokens))
+    own = next(term.forward + term.backward for term in flops.terms if term.name == "experts")
+    layer = flops.total
     # The boundaries between experts lie inside tiles, but for luck.
     rows = tokens * experts.top_k
     shared_tiles = own * (experts.num_experts - 1) * min(ROW_TILE, rows) / rows
@@ -129,21 +131,6 @@ def dot_flops(jaxpr: Any) -> float:
 
 def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
-
-
-def _expert_flops(config: ModelConfig, experts: MoEConfig, tokens: int) -> int:
-    """Forward, of the experts that the tokens go to."""
-    return 6 * tokens * experts.top_k * config.text.hidden_size * experts.expert_mlp_dim
-
-
-def _layer_flops(config: ModelConfig, experts: MoEConfig, tokens: int) -> int:
-    """Forward, of a decoder layer with nothing in it that isn't needed; causal attention."""
-    text = config.text
-    width = text.hidden_size
-    heads = 2 * (text.num_heads + text.num_kv_heads) * text.head_dim
-    weights = width * (heads + 3 * text.mlp_dim + 3 * experts.shared_mlp_dim)
-    scores = 2 * tokens**2 * text.num_heads * text.head_dim
-    return 2 * tokens * weights + scores + _expert_flops(config, experts, tokens)
 
 
 def _step(

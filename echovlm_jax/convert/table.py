@@ -38,12 +38,8 @@ class Row:
     merged: bool = True
 
 
-def _affine(name: str, path: str) -> tuple[Row, Row]:
-    return Row(f"{name}.weight", f"{path}/kernel"), Row(f"{name}.bias", f"{path}/bias")
-
-
-def _norm(name: str, path: str) -> tuple[Row, Row]:
-    return Row(f"{name}.weight", f"{path}/scale"), Row(f"{name}.bias", f"{path}/bias")
+def _biased(name: str, path: str, weight: str = "kernel") -> tuple[Row, Row]:
+    return Row(f"{name}.weight", f"{path}/{weight}"), Row(f"{name}.bias", f"{path}/bias")
 
 
 def _gated(name: str, path: str) -> tuple[Row, ...]:
@@ -58,20 +54,20 @@ _LAYER, _OUR_LAYER = "model.layers.{l}", "text/layers"
 
 TABLE: tuple[Row, ...] = (
     Row("visual.patch_embed.proj.weight", "vision/patch_embed/kernel", merged=False),
-    *_norm(f"{_BLOCK}.norm1", f"{_OUR_BLOCK}/norm1"),
-    *_affine(f"{_BLOCK}.attn.qkv", f"{_OUR_BLOCK}/attn/qkv"),
-    *_affine(f"{_BLOCK}.attn.proj", f"{_OUR_BLOCK}/attn/proj"),
-    *_norm(f"{_BLOCK}.norm2", f"{_OUR_BLOCK}/norm2"),
-    *_affine(f"{_BLOCK}.mlp.fc1", f"{_OUR_BLOCK}/mlp/fc1"),
-    *_affine(f"{_BLOCK}.mlp.fc2", f"{_OUR_BLOCK}/mlp/fc2"),
-    *_norm("visual.merger.ln_q", "vision/merger/ln_q"),
-    *_affine("visual.merger.mlp.0", "vision/merger/fc1"),
-    *_affine("visual.merger.mlp.2", "vision/merger/fc2"),
+    *_biased(f"{_BLOCK}.norm1", f"{_OUR_BLOCK}/norm1", "scale"),
+    *_biased(f"{_BLOCK}.attn.qkv", f"{_OUR_BLOCK}/attn/qkv"),
+    *_biased(f"{_BLOCK}.attn.proj", f"{_OUR_BLOCK}/attn/proj"),
+    *_biased(f"{_BLOCK}.norm2", f"{_OUR_BLOCK}/norm2", "scale"),
+    *_biased(f"{_BLOCK}.mlp.fc1", f"{_OUR_BLOCK}/mlp/fc1"),
+    *_biased(f"{_BLOCK}.mlp.fc2", f"{_OUR_BLOCK}/mlp/fc2"),
+    *_biased("visual.merger.ln_q", "vision/merger/ln_q", "scale"),
+    *_biased("visual.merger.mlp.0", "vision/merger/fc1"),
+    *_biased("visual.merger.mlp.2", "vision/merger/fc2"),
     Row("model.embed_tokens.weight", "text/embed/embedding"),
     Row(f"{_LAYER}.input_layernorm.weight", f"{_OUR_LAYER}/attn_norm/scale"),
-    *_affine(f"{_LAYER}.self_attn.q_proj", f"{_OUR_LAYER}/attn/q"),
-    *_affine(f"{_LAYER}.self_attn.k_proj", f"{_OUR_LAYER}/attn/k"),
-    *_affine(f"{_LAYER}.self_attn.v_proj", f"{_OUR_LAYER}/attn/v"),
+    *_biased(f"{_LAYER}.self_attn.q_proj", f"{_OUR_LAYER}/attn/q"),
+    *_biased(f"{_LAYER}.self_attn.k_proj", f"{_OUR_LAYER}/attn/k"),
+    *_biased(f"{_LAYER}.self_attn.v_proj", f"{_OUR_LAYER}/attn/v"),
     Row(f"{_LAYER}.self_attn.o_proj.weight", f"{_OUR_LAYER}/attn/o/kernel"),
     Row(f"{_LAYER}.post_attention_layernorm.weight", f"{_OUR_LAYER}/mlp_norm/scale"),
     *_gated(f"{_LAYER}.mlp", f"{_OUR_LAYER}/mlp"),
@@ -79,7 +75,7 @@ TABLE: tuple[Row, ...] = (
     *_gated(f"{_LAYER}.moe.experts.{{e}}", f"{_OUR_LAYER}/moe/experts"),
     *_gated(f"{_LAYER}.moe.shared_expert", f"{_OUR_LAYER}/moe/shared"),
     Row(f"{_LAYER}.moe.shared_expert_gate.weight", f"{_OUR_LAYER}/moe/shared_gate/kernel"),
-    *_affine(f"{_LAYER}.coefficient", f"{_OUR_LAYER}/coefficient"),
+    *_biased(f"{_LAYER}.coefficient", f"{_OUR_LAYER}/coefficient"),
     Row("model.norm.weight", "text/final_norm/scale"),
     Row("lm_head.weight", "text/lm_head/kernel"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.dropout import dropout
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.norms import layer_norm, rms_norm
-from echovlm_jax.ops.product.einsum import add_bias, einsum, letters
+from echovlm_jax.ops.product.einsum import add_bias, einsum, weight_axes
 
 
 class Linear(nn.Module):
@@ -49,24 +50,23 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, out_dtype: DTypeLike | None = None) -> Array:
-        names = letters(self.spec)
         kernel = self.param("kernel", weight(self.spec, self.axes), self.shape)
         y = einsum(self.spec, x, kernel, axes=self.axes, layout=self.layout, out_dtype=out_dtype)
         y = checkpoint_name(y, PRODUCT)
+        stacked, made, summed = weight_axes(self.spec)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            rest = "".join(name for name in names.x if name not in names.inputs)
+            inputs, _, result = re.split(",|->", self.spec)
+            rest = "".join(axis for axis in inputs if axis not in summed)
             if self.has_variable("lora", "key"):
                 key, keep = self.get_variable("lora", "key"), self.get_variable("lora", "keep")
                 x = dropout(x, key, keep)
-            stacked, outputs = names.stacked, names.outputs
-            low = einsum(f"{names.x},{stacked}r{names.inputs}->{rest}r", x, a)
-            spec = f"{rest}r,{stacked}{outputs}r->{names.result}"
-            y = y + einsum(spec, low, b, out_dtype=y.dtype)
+            low = einsum(f"{inputs},{stacked}r{summed}->{rest}r", x, a)
+            y = y + einsum(f"{rest}r,{stacked}{made}r->{result}", low, b, out_dtype=y.dtype)
         if not self.bias:
             return y
-        end = len(self.shape) - len(names.inputs)
-        init = vector(nn.initializers.zeros, self.axes[:end], stacked=len(names.stacked))
+        end = len(stacked + made)
+        init = declared(nn.initializers.zeros, self.axes[:end], len(stacked))
         bias = self.param("bias", init, self.shape[:end])
         return add_bias(y, bias, self.layout)
 
@@ -79,7 +79,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = vector(nn.initializers.ones, ("norm",))
+        init = declared(nn.initializers.ones, ("norm",))
         return rms_norm(x, self.param("scale", init, (self.width,)), self.eps)
 
 
@@ -91,8 +91,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", vector(nn.initializers.ones, ("norm",)), (self.width,))
-        bias = self.param("bias", vector(nn.initializers.zeros, ("norm",)), (self.width,))
+        scale = self.param("scale", declared(nn.initializers.ones, ("norm",)), (self.width,))
+        bias = self.param("bias", declared(nn.initializers.zeros, ("norm",)), (self.width,))
         return layer_norm(x, scale, bias, self.eps)
 
 
@@ -136,37 +136,28 @@ class Declared(nn.LogicallyPartitioned):
         return super().remove_axis(index, params).replace(stacked=self.stacked - 1)
 
 
-def weight(spec: str, axes: Axes) -> Callable[..., Any]:
-    """The initializer of a weight: normal with variance 1 / inputs (LeCun et al., Efficient
-    BackProp, 1998); of an embedding, the inputs of the head that may share its table.
+def declared(
+    init: nn.initializers.Initializer, axes: Axes, stacked: int = 0, inputs: int = 0
+) -> Callable[..., Any]:
+    """An initializer whose parameter carries its logical axes, and what `Declared` says."""
 
-    At the released width that is nearly Qwen2's deviation of 0.02; a narrow model's layers would be
-    nearly silent with that one, and learn slowly.
-
-    Args:
-      spec: the einsum of its product. The weight has what is stacked first and its inputs last.
-      axes: the weight's logical axes.
-
-    Raises:
-      ValueError: the weight's axes are in another order.
-    """
-    names = letters(spec)
-    if names.weight != names.stacked + names.outputs + names.inputs:
-        raise ValueError(f"{spec}: order the weight's axes as stacked, outputs, inputs")
-    stacked, inputs = len(names.stacked), len(names.inputs)
-    return _declared(_weight_init(inputs), axes, stacked=stacked, inputs=inputs)
-
-
-def vector(init: nn.initializers.Initializer, axes: Axes, stacked: int = 0) -> Callable[..., Any]:
-    """The initializer of what is added to outputs or scales them."""
-    return _declared(init, axes, stacked=stacked)
-
-
-def _declared(init: nn.initializers.Initializer, axes: Axes, **kinds: Any) -> Callable[..., Any]:
     def declare(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Declared:
-        return Declared(init(key, shape, dtype), axes, init=init, **kinds)
+        value = init(key, shape, dtype)
+        return Declared(value, axes, init=init, stacked=stacked, inputs=inputs)
 
     return declare
+
+
+def weight(spec: str, axes: Axes) -> Callable[..., Any]:
+    """The initializer of a weight, from the einsum of its product and its logical axes.
+
+    Normal with variance 1 / inputs (LeCun et al., Efficient BackProp, 1998); of an embedding, the
+    inputs of the head that may share its table. At the released width that is nearly Qwen2's
+    deviation of 0.02; a narrow model's layers would be nearly silent with that one, and learn
+    slowly.
+    """
+    stacked, _, summed = map(len, weight_axes(spec))
+    return declared(_weight_init(summed), axes, stacked, summed)
 
 
 @functools.cache

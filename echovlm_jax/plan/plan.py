@@ -17,13 +17,20 @@ from echovlm_jax.data.settings import Settings
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import STEPS, Flops, Work, model_flops
 from echovlm_jax.generate.decode import lower_decode, lower_prefill
-from echovlm_jax.mesh import param_shardings, topology_devices
-from echovlm_jax.model import abstract_params, logical_axes
+from echovlm_jax.mesh import topology_devices
+from echovlm_jax.model import param_specs
 from echovlm_jax.plan import hlo
 from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.report import report
 from echovlm_jax.train.config_file import check_config
-from echovlm_jax.train.program import Config, check_patches, config_mesh, make_program
+from echovlm_jax.train.program import (
+    Config,
+    cast,
+    check_patches,
+    config_mesh,
+    make_program,
+    placed,
+)
 from echovlm_jax.train.stages import count
 
 # A program whose gathers and scatters run on a SparseCore (v5p) is one that libtpu 0.0.52 can't
@@ -272,13 +279,7 @@ def _bytes(number: str, unit: str) -> int:
 
 def _served(model: ModelConfig, config: Config, mesh: Any) -> Any:
     """Parameters as generation holds them: all in the compute dtype."""
-    shapes = abstract_params(model)
-    shardings = param_shardings(logical_axes(model), shapes, mesh)
-    return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, config.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+    return cast(placed(param_specs(model), mesh), jax.numpy.dtype(config.dtype))
 
 
 def _by_group(tree: Any, devices: int) -> dict[str, int]:

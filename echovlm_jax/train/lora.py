@@ -7,6 +7,7 @@ training alone, is of this branch's x, each value of it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -43,22 +44,19 @@ def lora_specs(
     for path, spec in specs.items():
         if how[path] != "lora":
             continue
-        (lead, out, inner), names = spec.cut(spec.shape), spec.cut(spec.axes)
+        (stacked, outputs, inputs), axes = spec.cut(spec.shape), spec.cut(spec.axes)
         module = path.removesuffix("/kernel")
-        made[f"{module}/a"] = ParamSpec(
-            shape=(*lead, rank, *inner),
-            dtype=jnp.dtype(jnp.float32),
-            init=functools.partial(_uniform, bound=math.prod(inner) ** -0.5),
-            axes=(*names[0], "rank", *names[2]),
-            stacked=len(lead),
-            inputs=len(inner),
+        made[f"{module}/a"] = dataclasses.replace(
+            spec,
+            shape=(*stacked, rank, *inputs),
+            axes=(*axes[0], "rank", *axes[2]),
+            init=functools.partial(_uniform, bound=math.prod(inputs) ** -0.5),
         )
-        made[f"{module}/b"] = ParamSpec(
-            shape=(*lead, *out, rank),
-            dtype=jnp.dtype(jnp.float32),
+        made[f"{module}/b"] = dataclasses.replace(
+            spec,
+            shape=(*stacked, *outputs, rank),
+            axes=(*axes[0], *axes[1], "rank"),
             init=jax.nn.initializers.zeros,
-            axes=(*names[0], *names[1], "rank"),
-            stacked=len(lead),
             inputs=1,
         )
     return made

@@ -120,11 +120,11 @@ def make_program(
     specs = param_specs(model)
     rules = _rules(config, specs)
     how = {path: rule.how for path, rule in rules.items()}
-    full, frozen = split(_placed(specs, mesh), how)
-    trainable = {"params": _cast(full, param_dtype)}
+    full, frozen = split(placed(specs, mesh), how)
+    trainable = {"params": cast(full, param_dtype)}
     updates = lora_specs(specs, how, config.lora.rank)
     if updates:
-        trainable["lora"] = _placed(updates, mesh)
+        trainable["lora"] = placed(updates, mesh)
     schedule = learning_rate(config.learning_rate, config.steps, config.warmup_fraction)
     leaves = by_leaf(trainable, rules)
     optimizer = make_optimizer(
@@ -139,7 +139,7 @@ def make_program(
     state = TrainState(
         step=_struct(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, PartitionSpec())),
         trainable=trainable,
-        frozen=_cast(frozen, dtype),
+        frozen=cast(frozen, dtype),
         opt_state=_optimizer_state(optimizer, trainable, mesh),
     )
     with jax.set_mesh(mesh):
@@ -333,12 +333,14 @@ def _struct(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _placed(specs: Mapping[str, ParamSpec], mesh: Mesh) -> Any:
+def placed(specs: Mapping[str, ParamSpec], mesh: Mesh) -> Any:
+    """The tree of shapes with shardings."""
     shapes = shapes_of(specs)
     return jax.tree.map(_struct, shapes, param_shardings(axes_of(specs), shapes, mesh))
 
 
-def _cast(tree: Any, dtype: jnp.dtype) -> Any:
+def cast(tree: Any, dtype: jnp.dtype) -> Any:
+    """A tree of shapes, of this dtype instead."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), tree
     )

@@ -2,6 +2,7 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from echovlm_jax.config import PRESETS, preset
 from echovlm_jax.model import abstract_params, init_params, logical_axes, param_specs
 from echovlm_jax.model.layers import Linear
-from echovlm_jax.model.params import describe
+from echovlm_jax.model.params import _init, describe
 from echovlm_jax.train.lora import lora_specs, takes_update
 
 
@@ -96,3 +97,39 @@ def test_updates_take_a_weights_inputs_and_make_its_outputs(name: str) -> None:
         module = path.removesuffix("/kernel")
         assert updates[f"{module}/a"].shape == (*stacked, 8, *inputs)
         assert updates[f"{module}/b"].shape == (*stacked, *outputs, 8)
+
+
+@pytest.mark.parametrize("name", ["nano", "nano_dense", "qwen2_vl_2b"])
+def test_every_linear_layer_reads_its_inputs_and_returns_its_outputs(name: str) -> None:
+    """By the arrays that really go in and come out, whatever the einsum's letters are."""
+    config, seen = preset(name), {}
+
+    def record(call, args, kwargs, context):
+        y = call(*args, **kwargs)
+        if isinstance(context.module, Linear) and context.method_name == "__call__":
+            path = "/".join((*context.module.path, "kernel"))
+            seen[path] = args[0].shape[2:], y.shape[2:]
+        return y
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda key: _init(config, key), jax.random.key(0))
+    specs = {path: spec for path, spec in param_specs(config).items() if spec.inputs}
+    others = {path for path in specs if "experts" in path or path.endswith("embedding")}
+    assert seen.keys() == specs.keys() - others
+    for path, (taken, made) in seen.items():
+        _, outputs, inputs = specs[path].cut(specs[path].shape)
+        assert (inputs, outputs) == (taken, made), path
+
+
+def test_stacked_weights_have_a_bias_and_an_update_each() -> None:
+    rng = np.random.default_rng(0)
+    module = Linear("BTED,EFD->BTEF", (3, 4, 5), ("expert", "mlp", "embed"), bias=True)
+    x, kernel, bias, a, b = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, 2, 3, 5), (3, 4, 5), (3, 4), (3, 2, 5), (3, 4, 2))
+    )
+    found = describe(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
+    assert found["bias"].cut(found["bias"].shape) == ((3,), (4,), ())
+    made = module.apply({"params": {"kernel": kernel, "bias": bias}, "lora": {"a": a, "b": b}}, x)
+    wanted = np.einsum("BTED,EFD->BTEF", x, kernel + np.matmul(b, a)) + bias
+    np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,32 +20,23 @@ from echovlm_jax.ops.product.weight import as_operand
 Axes = tuple[str, ...]
 
 
-class Letters(NamedTuple):
-    """The axes in the einsum of a product, a letter each: "BTD,NHD->BTNH"."""
+def weight_axes(spec: str) -> tuple[str, str, str]:
+    """The weight's axes in the einsum of its product: stacked, made and summed over, in this order.
 
-    x: str
-    weight: str
-    result: str
+    Stacked axes count copies of a weight, each with an x and a result of its own.
 
-    @property
-    def stacked(self) -> str:
-        """The weight's axes that count copies of it, each with an x and a result of its own."""
-        return "".join(a for a in self.weight if a in self.x and a in self.result)
+    Example: "BTD,NHD->BTNH" gives ("", "NH", "D"), "ECD,EFD->ECF" gives ("E", "F", "D").
 
-    @property
-    def outputs(self) -> str:
-        """The weight's axes that the product makes."""
-        return "".join(a for a in self.weight if a not in self.x)
-
-    @property
-    def inputs(self) -> str:
-        """The weight's axes that the product sums over."""
-        return "".join(a for a in self.weight if a not in self.result)
-
-
-def letters(spec: str) -> Letters:
-    """An einsum of two operands, taken apart."""
-    return Letters(*re.split(",|->", spec))
+    Raises:
+      ValueError: the weight has them in another order.
+    """
+    x, weight, result = re.split(",|->", spec)
+    stacked = "".join(axis for axis in weight if axis in x and axis in result)
+    made = "".join(axis for axis in weight if axis not in x)
+    summed = "".join(axis for axis in weight if axis not in result)
+    if weight != stacked + made + summed:
+        raise ValueError(f"{spec}: order the weight's axes as stacked, outputs, inputs")
+    return stacked, made, summed
 
 
 def einsum(
@@ -103,8 +94,8 @@ def _product_bwd(
     (dx,) = jax.linear_transpose(lambda x: _compute(spec, x, weight, out_dtype), x)(gradient)
     if _mesh_size() > 1 and jnp.promote_types(x.dtype, weight.dtype) == sums != x.dtype:
         # Where the compiler puts a sum over devices, it is one of this product's dtype.
-        inputs, own, result = letters(spec)
-        dw = jnp.einsum(f"{inputs},{result}->{own}", x, gradient, preferred_element_type=sums)
+        inputs, letters, result = re.split(",|->", spec)
+        dw = jnp.einsum(f"{inputs},{result}->{letters}", x, gradient, preferred_element_type=sums)
         return dx, dw.astype(weight.dtype)
     (dw,) = jax.linear_transpose(lambda w: _compute(spec, x, w, out_dtype), weight)(gradient)
     return dx, dw
@@ -115,16 +106,16 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 def _compute(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Array:
     weight = as_operand(weight, x.dtype)
-    inputs, own, result = letters(spec)
+    inputs, letters, result = re.split(",|->", spec)
     rows = inputs[:2]
-    if rows != result[:2] or set(rows) & set(own) or _mesh_size() > 1:
+    if rows != result[:2] or set(rows) & set(letters) or _mesh_size() > 1:
         return jnp.einsum(spec, x, weight, preferred_element_type=out_dtype)
     # Without a mesh of several devices in the context, axes that lie side by side in both of their
     # operands are one: XLA:CPU copies an operand, transposed, for a sum over two axes (batch and
     # length, in the weight's gradient) or for a weight with two axes that are not summed.
     merged, operands = _merged(spec, x, weight)
     y = jnp.einsum(merged, *operands, preferred_element_type=out_dtype)
-    sizes = dict(zip(inputs + own, x.shape + weight.shape, strict=True))
+    sizes = dict(zip(inputs + letters, x.shape + weight.shape, strict=True))
     return y.reshape([sizes[name] for name in result])
 
 
@@ -134,7 +125,7 @@ def _mesh_size() -> int:
 
 def _merged(spec: str, x: Array, weight: Array) -> tuple[str, list[jax.Array]]:
     """The same einsum with neighbouring axes as one, where that copies nothing."""
-    names = list(letters(spec))
+    names = re.split(",|->", spec)
     arrays = [jnp.asarray(x), jnp.asarray(weight)]
     for pair in [a + b for one in names[:2] for a, b in itertools.pairwise(one)]:
         # Who has one of the two has both, the second after the first.
@@ -175,9 +166,9 @@ def _gathered_bwd(
 ) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     gradient = gradient.astype(x.dtype)
-    inputs, own, result = letters(spec)
+    inputs, letters, result = re.split(",|->", spec)
     whole = _whole(weight, x.dtype, axes, layout)
-    dx = _compute(f"{result},{own}->{inputs}", gradient, whole, x.dtype)
+    dx = _compute(f"{result},{letters}->{inputs}", gradient, whole, x.dtype)
 
     batch, length = layout.mesh_axes("batch"), layout.mesh_axes("length")
     targets = [layout.mesh_axes(axis) for axis in axes]
@@ -185,7 +176,7 @@ def _gathered_bwd(
 
     def local(x: Array, gradient: Array) -> jax.Array:
         dw = jnp.einsum(
-            f"{inputs},{result}->{own}",
+            f"{inputs},{result}->{letters}",
             x,
             gradient,
             preferred_element_type=layout.sums(x.dtype),
@@ -197,7 +188,7 @@ def _gathered_bwd(
 
     def activation(names: str) -> PartitionSpec:
         """Batch and length first, then what the weight's axes say, rows' own devices left out."""
-        kept = dict(zip(own, targets, strict=True))
+        kept = dict(zip(letters, targets, strict=True))
         rest = [tuple(m for m in kept.get(n, ()) if m not in batch) or None for n in names[2:]]
         return PartitionSpec(batch or None, length or None, *rest)
 
