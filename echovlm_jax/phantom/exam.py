@@ -98,7 +98,7 @@ PROFILES: dict[tuple[str, str], Profile] = {
 
 
 class Lesion(NamedTuple):
-    """One focal finding; the words are keys of texts.WORDS."""
+    """One focal finding; the words are keys of `words.ATTRIBUTES`."""
 
     echo: str
     shape: str
@@ -174,16 +174,7 @@ def make_exam(
 
 def _lesion(draws: Iterator[float], profile: Profile, key: int) -> Lesion:
     words = [pick(draws, options) for options in profile[1:]]
-    lesion = Lesion(
-        echo=words[0],
-        shape=words[1],
-        margin=words[2],
-        posterior=words[3],
-        calcification=words[4],
-        place=words[5],
-        orientation=words[6],
-        key=int(mix(key, _LESION, 0)),
-    )
+    lesion = Lesion(*words, key=int(mix(key, _LESION, 0)))
     # Sound doesn't pass a coarse calcification.
     return lesion._replace(posterior="shadow") if lesion.calcification == "coarse" else lesion
 

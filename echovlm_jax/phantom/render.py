@@ -18,7 +18,6 @@ from echovlm_jax.phantom.abdominal import (
 )
 from echovlm_jax.phantom.acoustics import (
     Probe,
-    Tissue,
     beam_levels,
     empty_tissue,
     scan_convert,
@@ -39,22 +38,14 @@ from echovlm_jax.phantom.superficial import (
 HEADER = 11  # px: the black strip on top, which says what this is
 RULER = 7  # px: the black strip on the right, with a mark for every 10 mm of depth
 
-_PROBES: dict[str, Callable[[int, int, int], Probe]] = {
-    "breast": breast_probe,
-    "gynaecology": pelvis_probe,
-    "heart": heart_probe,
-    "kidney": kidney_probe,
-    "liver": liver_probe,
-    "thyroid": thyroid_probe,
-    "vessel": vessel_probe,
-}
-_PAINTERS: dict[str, Callable[[Tissue, Exam, View], None]] = {
-    "breast": paint_breast,
-    "gynaecology": paint_pelvis,
-    "kidney": paint_kidney,
-    "liver": paint_liver,
-    "thyroid": paint_thyroid,
-    "vessel": paint_vessel,
+_ORGANS: dict[str, tuple[Callable[[int, int, int], Probe], Callable[..., None]]] = {
+    "breast": (breast_probe, paint_breast),
+    "gynaecology": (pelvis_probe, paint_pelvis),
+    "heart": (heart_probe, paint_heart),
+    "kidney": (kidney_probe, paint_kidney),
+    "liver": (liver_probe, paint_liver),
+    "thyroid": (thyroid_probe, paint_thyroid),
+    "vessel": (vessel_probe, paint_vessel),
 }
 
 
@@ -69,12 +60,10 @@ def render(exam: Exam, view: View) -> np.ndarray:
 def _picture(exam: Exam, view: View, phase: float) -> np.ndarray:
     height, width = view.height - HEADER, view.width - RULER
     view_inside = view._replace(height=height, width=width)
-    probe = _PROBES[exam.organ](exam.key, height, width)  # one setting for the whole exam
+    make_probe, paint = _ORGANS[exam.organ]
+    probe = make_probe(exam.key, height, width)  # one setting for the whole exam
     tissue = empty_tissue(probe, height, width)
-    if exam.organ == "heart":
-        paint_heart(tissue, exam, view_inside, phase)
-    else:
-        _PAINTERS[exam.organ](tissue, exam, view_inside)
+    paint(tissue, exam, view_inside, *([phase] if exam.organ == "heart" else []))
     # Blood and noise change from frame to frame; tissue keeps its scatterers.
     level = beam_levels(tissue, probe, int(mix(view.key, 73)))
     grey = to_grey(level, between(stream(view.key, 74), -2.5, 2.5))

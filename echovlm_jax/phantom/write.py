@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundMultiFrameImageSt
 
 from echovlm_jax.data.disk import writing
 from echovlm_jax.data.keys import mix, text_key
-from echovlm_jax.data.record import ORGANS, Report
+from echovlm_jax.data.record import ORGANS
 from echovlm_jax.data.sections import join_report
 from echovlm_jax.data.workers import Workers
 from echovlm_jax.errors import InputError
@@ -130,34 +131,18 @@ def _entry(name: str, exam: Exam, files: list[str], language: str | None) -> dic
     """One exam in the official form, its reports beside the conversation."""
     written = [each for each in reports(exam) if language in (None, each.language)]
     told = written[exam.key % len(written)]
+    answer = join_report(told.findings, told.impression, told.language)
     return {
         "id": name,
         "image": files,
         "conversations": [
             {"from": "human", "value": "<image>" * len(files) + _ASKED[told.language]},
-            {
-                "from": "gpt",
-                "value": join_report(told.findings, told.impression, told.language),
-            },
+            {"from": "gpt", "value": answer},
         ],
         "organ": exam.organ,
         "patient_id": name,
         "synthetic": True,
-        "reports": [_report_entry(report) for report in written],
-    }
-
-
-def _report_entry(report: Report) -> dict[str, Any]:
-    return {
-        "language": report.language,
-        "findings": report.findings,
-        "impression": report.impression,
-        "caption": report.caption,
-        "diagnosis": report.diagnosis,
-        "questions": [
-            {"question": q.question, "answer": q.answer, "options": list(q.options)}
-            for q in report.questions
-        ],
+        "reports": [dataclasses.asdict(report) for report in written],
     }
 
 
