@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from echovlm_jax.data.sections import join_report
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.metrics import score
-from echovlm_jax.processing.files import open_file, shown
+from echovlm_jax.processing.files import reading, shown
 
 Id = str | int
 
@@ -104,11 +104,8 @@ def read_texts(path: Path, role: str, language: str) -> tuple[dict[str, Text], i
     """
     out: dict[str, Text] = {}
     skipped = 0
-    try:
-        with open_file(path) as file:
-            raw = file.read()
-    except OSError as error:
-        raise InputError(f"{shown(path)}: can't be read ({error.strerror})") from None
+    with reading(path) as file:
+        raw = file.read()
     for number, line in enumerate(raw.split(b"\n"), start=1):
         if not line.strip():
             continue

@@ -70,8 +70,16 @@ def picks(frames: int, num_frames: int) -> list[int]:
     return [i * frames // count for i in range(count)]
 
 
-def check_loop(frames: int, height: int, width: int, num_frames: int) -> None:
-    """Raises InputError where a loop is over a limit, before anything of its size is made."""
+def check_loop(
+    frames: int, height: int, width: int, num_frames: int, *, sequential: bool = True
+) -> None:
+    """Raises InputError where a loop is over a limit, before anything of its size is made.
+
+    Args:
+      frames, height, width: as the file claims them.
+      num_frames: frames to sample.
+      sequential: whether a frame is reached through those before it.
+    """
     if frames < 1 or height < 1 or width < 1:
         raise InputError(f"claims {frames} frames of {height} x {width} pixels")
     if height * width > MAX_FRAME_PIXELS:
@@ -80,7 +88,7 @@ def check_loop(frames: int, height: int, width: int, num_frames: int) -> None:
         )
     if frames > MAX_FRAMES:
         raise InputError(f"{frames} frames is over the limit of {MAX_FRAMES}")
-    if frames * height * width > MAX_LOOP_PIXELS:
+    if sequential and frames * height * width > MAX_LOOP_PIXELS:
         raise InputError(
             f"{frames} frames of {height} x {width} pixels is over the limit of {MAX_LOOP_PIXELS}"
             " pixels; cut the loop shorter"

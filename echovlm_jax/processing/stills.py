@@ -56,13 +56,8 @@ def read_stills(
     path: str | Path, *, num_frames: int, convert_rgb: bool = True, say: Say = silent
 ) -> np.ndarray:
     """The frames of a picture file, uint8 RGB [T, H, W, 3]; see `images.load_media`."""
-    try:
-        with open_file(path) as file:
-            return decode_stills(file, shown(path), num_frames, convert_rgb, say)
-    except InputError:
-        raise
-    except (OSError, ValueError):
-        raise InputError(f"{shown(path)}: is damaged or truncated, it doesn't decode") from None
+    with open_file(path) as file:
+        return decode_stills(file, shown(path), num_frames, convert_rgb, say)
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:

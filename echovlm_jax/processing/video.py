@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import ExtraMissing, open_file, shown
+from echovlm_jax.processing.files import ExtraMissing, reading, shown
 from echovlm_jax.processing.levels import (
     MAX_FRAME_PIXELS,
     MAX_FRAMES,
@@ -36,20 +36,9 @@ def read_video(
     path: str | Path, container: str, *, num_frames: int, say: Say = silent
 ) -> np.ndarray:
     """The sampled frames of a video file, uint8 RGB [T, H, W, 3]; see `decode_video`."""
-    try:
-        with open_file(path) as file:
-            return decode_video(
-                file,
-                container,
-                num_frames=num_frames,
-                say=lambda line: say(f"{shown(path)}: {line}"),
-            )
-    except ExtraMissing as error:
-        raise ExtraMissing(f"{shown(path)}: {error.what}", error.extra) from None
-    except InputError as error:
-        raise InputError(f"{shown(path)}: {error}") from None
-    except (OSError, ValueError):
-        raise InputError(f"{shown(path)}: is a damaged or truncated video") from None
+    said: Say = lambda line: say(f"{shown(path)}: {line}")  # noqa: E731
+    with reading(path, "is a damaged or truncated video", (OSError, ValueError)) as file:
+        return decode_video(file, container, num_frames=num_frames, say=said)
 
 
 def decode_video(
