@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ COMPARED = ("bleu1", "rouge1", "diagnosis_accuracy")
 RARE = "vessel"  # a fifteenth of gynaecology in the paper's data, and so in the phantom's
 _STEPS = 600
 # Both sides learn what they are asked.
-_TASKS = {f"task_weights.{task}": float(task in EVALUATION["tasks"]) for task in TASKS}
+_TASKS = {f"task_weights.{task}": float(task in EVALUATION.tasks) for task in TASKS}
 _MARK = "study.json"  # what a folder's runs have in common
 
 
@@ -111,7 +112,8 @@ def bench_phantom(
             own |= {"tokenizer": str(tested / "tokenizer"), **_TASKS, **arm.changes}
             train_whole(demo_config(arm.config, own), run)
             results.append(run.with_name(f"{run.name}-results"))
-            evaluate(run, tested / "data", results[-1], limit=asked, **EVALUATION)
+            options = replace(EVALUATION, limit=asked)
+            evaluate(run, tested / "data", results[-1], options, report=False)
     pooled = compare(*found)
     single = [compare(before, after) for before, after in zip(*found, strict=True)]
     rows = []

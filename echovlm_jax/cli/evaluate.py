@@ -12,21 +12,18 @@ from echovlm_jax.cli.data import DATA
 from echovlm_jax.cli.frame import MODEL, Result, add_command
 from echovlm_jax.cli.printing import lines, table
 
-_GIVEN = (
-    *("split", "tasks", "limit", "images", "seed", "language", "batch_size", "max_new_tokens"),
-    *("max_image_patches", "bertscore"),
-)
-
-
 _FEW = 10  # ids that `score` names; --json has them all
 
 
 def add_eval(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
-        from echovlm_jax.evaluate.harness import evaluate
+        from echovlm_jax.evaluate.harness import EvalOptions, evaluate
 
-        given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}
-        found = evaluate(args.model, args.data, args.out, **given)
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        options = {name: given[name] for name in given if name in EvalOptions.__annotations__}
+        found = evaluate(
+            args.model, args.data, args.out, EvalOptions(**options), bertscore=args.bertscore
+        )
         if found.get("failed"):
             print(_failures(found), file=sys.stderr)
         return found

@@ -158,6 +158,7 @@ def look_for_no_tpu() -> None:
         and not entry_points(group="jax_plugins")
         and not has_tpu()
     ):
+        # until: jax 0.13
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 

@@ -96,36 +96,37 @@ _WORKS = {"cpu": ("train",), "phantom": ("mixture", "imbalance")}
 _PHANTOM = Path("bench_out/phantom")
 
 
+def _bench(args: argparse.Namespace) -> Result:
+    _check_options(args)
+    if args.what == "data":
+        from echovlm_jax.bench.data import bench_data
+
+        return bench_data(args.dir)
+    if args.what == "cpu":
+        from echovlm_jax.bench.cpu import bench_train
+
+        return bench_train(size=args.size)
+    if args.what == "phantom":
+        keep_freed_memory()
+        from echovlm_jax.bench.phantom import bench_phantom
+
+        return bench_phantom(args.work or "mixture", args.dir or _PHANTOM)
+    size = args.size or "echovlm_11b"
+    if args.what == "moe":
+        from echovlm_jax.bench.moe import bench_moe
+
+        with no_native_stderr(args.debug):
+            return bench_moe(size=size)
+    from echovlm_jax.bench.convert import bench_convert
+
+    return bench_convert(args.dir, size=size)
+
+
 def add_bench(commands: Any) -> None:
-    def run(args: argparse.Namespace) -> Result:
-        _check_options(args)
-        if args.what == "data":
-            from echovlm_jax.bench.data import bench_data
-
-            return bench_data(args.dir)
-        if args.what == "cpu":
-            from echovlm_jax.bench.cpu import bench_train
-
-            return bench_train(size=args.size)
-        if args.what == "phantom":
-            keep_freed_memory()
-            from echovlm_jax.bench.phantom import bench_phantom
-
-            return bench_phantom(args.work or "mixture", args.dir or _PHANTOM)
-        size = args.size or "echovlm_11b"
-        if args.what == "moe":
-            from echovlm_jax.bench.moe import bench_moe
-
-            with no_native_stderr(args.debug):
-                return bench_moe(size=size)
-        from echovlm_jax.bench.convert import bench_convert
-
-        return bench_convert(args.dir, size=size)
-
     command = add_command(
         commands,
         "bench",
-        run,
+        _bench,
         "the project's own benchmarks, both sides in one run; convert: our conversion of a made-up "
         "checkpoint against `cp` of the same bytes; cpu: a training step of a scaled model in "
         "float32 on 2 threads against PyTorch's; moe: the default expert dispatch against the "

@@ -134,6 +134,7 @@ def _write(work: Path, plan: dict[str, Any], part: Part) -> None:
             record, images, notes = result
             example = features.encode_example(folder.example_of(record, images))
             # serialize_example would leave the order of the keys, so the bytes, to chance.
+            # until: tensorflow-datasets 4.10
             stored = serializer.get_tf_example(example).SerializeToString(deterministic=True)
             with _array_record_writes(work):
                 shard.write(stored)
@@ -247,6 +248,7 @@ def _array_record_writes(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError:  # its only word for a full disk
+        # until: array_record 0.9
         raise write_error(path) from None
 
 

@@ -44,6 +44,7 @@ _CHILD = (
 )
 
 
+# until: grain 0.3
 class WorkerDied(RuntimeError):
     """A worker process ended: killed, crashed, or out by itself. The message names the record."""
 

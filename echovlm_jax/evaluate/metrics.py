@@ -186,6 +186,7 @@ def _rouge_scorer() -> Any:
     return RougeScorer(["rouge1", "rouge2"], tokenizer=_AsTheyAre())
 
 
+# until: rouge-score 0.2
 def _rouge_l(reference: Sequence[str], prediction: Sequence[str]) -> float:
     """ROUGE-L as rouge-score defines it, without its table of both lengths' product."""
     if not reference or not prediction:

@@ -47,7 +47,6 @@ def write_exams(
     *,
     balanced: bool = False,
     cine: float = 0.25,
-    cine_frames: int = 8,
     views: int = MOST_VIEWS,
     language: str | None = None,
     workers: int = 1,
@@ -58,7 +57,7 @@ def write_exams(
       out: a folder to make; it may be there if it is empty.
       exams: how many.
       seed: another seed makes other exams, and none of a `PhantomDataset`.
-      balanced, cine, cine_frames: as in `PhantomDataset`.
+      balanced, cine: as in `PhantomDataset`.
       views: at most so many images an exam.
       language: of the texts, "zh" or "en"; None: each exam has both.
       workers: processes that draw them; the files are the same.
@@ -88,10 +87,9 @@ def write_exams(
     organs = organ_of(base, np.arange(exams), balanced)
     counts = {"images": 0, "loops": 0}
     entries, planned = [], 0
-    options = {"cine": cine, "cine_frames": cine_frames, "views": views}
     jobs = []
     for i, organ in enumerate(organs):
-        exam = make_exam(int(mix(base, 1, i)), ORGANS[organ], **options)
+        exam = make_exam(int(mix(base, 1, i)), ORGANS[organ], cine=cine, views=views)
         jobs.append((f"phantom-{seed}-{i:06d}", exam))
         files = _files(*jobs[-1])
         counts["loops"] += sum(file.endswith(".dcm") for file in files)

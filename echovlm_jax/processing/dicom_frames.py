@@ -35,6 +35,7 @@ VIDEO = {
 # can't decode is damaged; trying every other library on damaged bytes only widens the surface.
 # JPEG 2000 and whatever gdcm decodes run in a process of their own: on some damaged frames the
 # first (pydicom's reading of JP2 boxes) never ends, and the second aborts.
+# until: pydicom 3.1
 _PLUGINS = {
     uid.JPEGBaseline8Bit: ("pillow", "gdcm"),
     uid.JPEGExtended12Bit: ("pillow", "gdcm"),

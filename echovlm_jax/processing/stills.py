@@ -35,6 +35,7 @@ _WITH_ALPHA = {"LA", "PA", "RGBA", "RGBa"}
 _WIDE_MODES = ("I", "F")  # and I;16, I;16B, …
 # Pillow's names of the ways that 16-bit colours lie in a file; the other way round, the byte that
 # it keeps is the other one.
+# until: pillow 14
 _OTHER_BYTE = {
     "LA;16B": "RGBA",
     **{f"{c};16{a}": f"{c};16{b}" for c in ("RGB", "RGBX", "RGBA") for a, b in ("BL", "LB")},
@@ -253,6 +254,7 @@ def _to_rgb(pictures: list[_Picture], say: Say) -> np.ndarray:
     return levels
 
 
+# until: pillow 14
 def _without_side_data(file: BinaryIO) -> bytes | None:
     """A PNG without its colour profile and texts; None where the file is none, or irregular."""
     file.seek(0)

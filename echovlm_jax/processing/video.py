@@ -93,7 +93,8 @@ def decode_video(
 def _open(av: Any, file: BinaryIO, container: str) -> Any:
     av.logging.set_level(None)
     file.seek(0)
-    # until: PyAV 19 is the oldest supported (Python 3.11 gets 18.1): 18 reads metadata strictly.
+    # PyAV 18, the newest for Python 3.11, refuses metadata that is not UTF-8.
+    # until: av 19
     lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     return av.open(file, format=container, options=_OPTIONS, **lenient)
 
