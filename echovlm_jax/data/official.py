@@ -25,7 +25,7 @@ from echovlm_jax.data.forms import media_paths, read_form, text_of
 from echovlm_jax.data.json_list import DUPLICATE
 from echovlm_jax.data.organs import organ_name
 from echovlm_jax.data.quarantine import Refused
-from echovlm_jax.data.record import LANGUAGES, Question, Record, Report, Turn
+from echovlm_jax.data.record import LANGUAGES, Question, Record, Report, Turn, language_of
 from echovlm_jax.data.sections import split_report
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import Outside, locate, shown
@@ -34,7 +34,6 @@ GROUPS = ("patient_id", "study_id", "exam_id")
 MAX_IMAGES = 256  # files of one exam
 _MARK = re.compile(r"<(?:image|video)>")
 _CONTROL = re.compile(r"<\|\w+\|>")
-_CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _REPORT_TEXTS = ("findings", "impression", "caption", "diagnosis")
 
 
@@ -249,10 +248,6 @@ def _fill(reports: list[Report], found: Report) -> None:
                 reports[n] = dataclasses.replace(report, **told)
             return
     reports.append(found)
-
-
-def language_of(text: str) -> str:
-    return "zh" if _CHINESE.search(text) else "en"
 
 
 def _report(value: Any, n: int) -> Report:

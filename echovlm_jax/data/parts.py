@@ -22,13 +22,12 @@ import numpy as np
 
 from echovlm_jax.data import folder
 from echovlm_jax.data.disk import write_error
-from echovlm_jax.data.forms import conversations_of
 from echovlm_jax.data.groups import SPLITS
 from echovlm_jax.data.media import read_medium
 from echovlm_jax.data.official import inside, read_record, record_id
 from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.record import Record
-from echovlm_jax.data.sources import ROW, changed, read_entry
+from echovlm_jax.data.sources import ROW, changed, read_rows
 from echovlm_jax.data.survey import pictures_digest
 from echovlm_jax.processing.files import shown
 
@@ -157,29 +156,22 @@ def _results(
     """Each row of a part: the record, its pictures and the notes on them, or its line in the
     quarantine."""
     rows = np.memmap(work / ROWS, ROW, mode="r")[part.start : part.stop]
-    with contextlib.ExitStack() as stack:
-        files: dict[int, IO[bytes]] = {}
-        for row in rows:
-            source, number = int(row["source"]), int(row["number"])
-            if source not in files:
-                files[source] = stack.enter_context(open(plan["files"][source], "rb"))
-            raw = read_entry(files[source], plan["files"][source], row)
-            stem = plan["stems"][source]
-            ending, raw = conversations_of(raw)[int(row["part"])]
-            id = record_id(raw, number) + ending
-            try:
-                if row["twice"]:
-                    raise Refused("duplicate id", f"an earlier record has the id {id}; rename one")
-                group = str(row["group"]) if row["group"] >= 0 else ""
-                yield _make(raw, plan, f"{stem}/{id}", stem, group, row["pictures"].tobytes())
-            except Refused as refused:
-                yield {
-                    "id": _printable(id),
-                    "source": stem,
-                    "number": number,
-                    "reason": refused.reason,
-                    "detail": _printable(refused.detail),
-                }
+    for row, ending, raw in read_rows(rows, plan["files"]):
+        stem, number = plan["stems"][int(row["source"])], int(row["number"])
+        id = record_id(raw, number) + ending
+        try:
+            if row["twice"]:
+                raise Refused("duplicate id", f"an earlier record has the id {id}; rename one")
+            group = str(row["group"]) if row["group"] >= 0 else ""
+            yield _make(raw, plan, f"{stem}/{id}", stem, group, row["pictures"].tobytes())
+        except Refused as refused:
+            yield {
+                "id": shown(id)[:500],
+                "source": stem,
+                "number": number,
+                "reason": refused.reason,
+                "detail": shown(refused.detail)[:500],
+            }
 
 
 def _make(
@@ -268,7 +260,3 @@ def _file(path: Path) -> Iterator[IO[bytes]]:
 
 def _json_line(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)[:500]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from echovlm_jax.data import keys
 from echovlm_jax.data.dataset import Dataset
 from echovlm_jax.data.encode import IGNORED, encode
+from echovlm_jax.data.examples import other_record, peers_of
 from echovlm_jax.data.fit import Grid, cut, fit, training_images
 from echovlm_jax.data.record import LANGUAGES, Record, Turn
 from echovlm_jax.data.tasks import compose
@@ -103,7 +105,7 @@ def make_samples(
         raise InputError(f"limit must be at least 1 exam, found {limit}")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     labels = _labels(dataset) if "diagnosis" in kinds else {}
-    peers = [np.flatnonzero(dataset.organs == i) for i in range(len(dataset.organ_names))]
+    peers = peers_of(dataset)
     out = []
     for number in range(count):
         record = dataset.record(number)
@@ -131,14 +133,7 @@ def _sample(
     peers: Sequence[np.ndarray],
 ) -> Sample | None:
     """The exam's sample of a kind, or None where it has no texts for one."""
-    mine = peers[int(dataset.organs[number])]
-
-    def other(n: int) -> Record | None:  # as training's
-        if len(mine) < 2:
-            return None
-        place = n % (len(mine) - 1)
-        return dataset.record(int(mine[place + (place >= np.searchsorted(mine, number))]))
-
+    other = functools.partial(other_record, dataset, peers, number)  # as training's
     key = keys.number(seed, number, KINDS.index(kind), 31)
     for weights in _TASKS[kind]:
         try:
