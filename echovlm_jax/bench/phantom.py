@@ -76,7 +76,7 @@ def bench_phantom(
     """Trains both sides of a study with each seed, evaluates them, and compares all their answers.
 
     A seed decides the first weights and the order of the data; exams and questions are the same for
-    all. What an earlier call finished in `folder` is kept, and a run that was stopped goes on.
+    all. Finished runs in `folder` are kept, and a stopped one is resumed.
 
     Args:
       what: of STUDIES.

@@ -54,9 +54,9 @@ def _add_build(commands: Any) -> None:
         commands,
         "build",
         run,
-        "turn records in the official form and their images into a TFDS dataset in ArrayRecord; an "
-        "interrupted build goes on where it stopped. Records that can't be used are left out and "
-        "listed, with the reason, in OUT/quarantine.jsonl",
+        "make a TFDS dataset in ArrayRecord from records in the official form and their images; "
+        "re-run the command to resume. Records that can't be used are listed with the reason in "
+        "OUT/quarantine.jsonl",
         "echovlm data build --source thyroid.json breast.json --images pictures/ --out exams/\n"
         "  echovlm data build --source exams.json --images pictures/ --out exams/ "
         "--beam=--runner=FlinkRunner --beam=--flink_master=host:8081\n"
@@ -212,8 +212,8 @@ def _add_stats(commands: Any) -> None:
         commands,
         "stats",
         run,
-        "say what a dataset holds and what a run will see of it; counts, lengths and packing by "
-        "organ. --config.KEY=VALUE changes a key of the configuration",
+        "count what a dataset holds and what a run draws from it; lengths and packing by organ. "
+        "--config.KEY=VALUE changes a key of the configuration",
         "echovlm data stats exams/\n"
         "  echovlm data stats exams/ --config configs/instruction.py --config.seq_len=4096",
         show=_show_stats,
@@ -224,7 +224,7 @@ def _add_stats(commands: Any) -> None:
         "--config",
         type=Path,
         metavar="F.py",
-        help="the run to count for, as in configs/; default: organs as they are, a byte a token",
+        help="the run's configuration; default: organs unweighted, a token for each byte",
     )
     command.set_defaults(overrides=[])
 
@@ -260,8 +260,7 @@ def _add_phantom(commands: Any) -> None:
         commands,
         "phantom",
         run,
-        "make up exams, images and reports, labelled synthetic; `data build` takes them as they "
-        "are",
+        "make synthetic exams, images and reports, labelled as such; `data build` reads them",
         "echovlm data phantom --out phantom/ --exams 100\n"
         "  echovlm data phantom --sheet phantoms.png",
         show=_show_phantom,

@@ -21,8 +21,8 @@ def add_demo(commands: Any) -> None:
         commands,
         "demo",
         run,
-        "show the whole way on this machine; synthetic exams are made, a small model is trained on "
-        "them in two stages and evaluated on others. It takes about ten minutes on two cores",
+        "run everything on this machine; it makes synthetic exams, trains a small model on them in "
+        "two stages and evaluates it on others. It takes about ten minutes on two cores",
         "echovlm demo --out demo_out",
         show=_show,
     )

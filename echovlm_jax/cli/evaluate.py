@@ -32,9 +32,9 @@ def add_eval(commands: Any) -> None:
         commands,
         "eval",
         run,
-        "evaluate a model on a split; it is asked for each exam's report, diagnosis and a choice "
-        "or judgement, and OUT gets its predictions beside the references, the metrics by organ "
-        "and task, and an HTML report. A run that was stopped goes on",
+        "evaluate a model on a split; it answers each exam's report, diagnosis and a choice or "
+        "judgement. OUT gets predictions beside references, metrics by organ and task, and an "
+        "HTML report. Re-run the command to resume",
         "echovlm eval echovlm-orbax/ --data exams/ --out results/\n"
         "  echovlm eval run/ --data phantom --limit 100 --images blind --out blind/",
         show=_show_eval,
@@ -60,17 +60,17 @@ def add_eval(commands: Any) -> None:
     )
     command.add_argument("--language", metavar="L", help="ask in zh or en alone; default: both")
     command.add_argument(
-        "--seed", type=int, metavar="S", help="of wordings, swaps and resamples; default: 0"
+        "--seed", type=int, metavar="S", help="seed of wordings, swaps and resamples; default: 0"
     )
     command.add_argument("--batch-size", type=int, metavar="N", help="exams at a time; default: 16")
     command.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="of a report at the most; default: 512"
+        "--max-new-tokens", type=int, metavar="N", help="maximum length of a report; default: 512"
     )
     command.add_argument(
         "--max-image-patches",
         type=int,
         metavar="N",
-        help="larger images are made this small; default: as the model was trained",
+        help="shrink larger images to N patches; default: as the model was trained",
     )
     command.add_argument(
         "--bertscore", type=Path, metavar="DIR", help="a local BERT-like model, for BERTScore"

@@ -61,7 +61,7 @@ def add_generate(commands: Any) -> None:
         commands,
         "generate",
         _run,
-        "answer a prompt about images; several images make one exam, a file of several "
+        "answer a prompt about images; several images are one exam, a file of several "
         "frames is a video",
         "echovlm generate echovlm-orbax/ --image liver1.png liver2.dcm --prompt 'Write the report.'"
         "\n  echovlm generate echovlm-orbax/ --batch exams.jsonl --out answers.jsonl",
@@ -95,7 +95,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--max-pixels",
         type=int,
         metavar="N",
-        help="larger images are made this small; default: as in training",
+        help="shrink larger images to N pixels; default: as in training",
     )
     add_crop(command, "refuses a picture that can't be")
     command.add_argument(
@@ -111,10 +111,13 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         help="compute in float32, bfloat16 or float16; default: as stored, on a CPU float32",
     )
     command.add_argument(
-        "--batch", type=Path, metavar="F.jsonl", help='many: a line {"id", "images", "prompt"} each'
+        "--batch",
+        type=Path,
+        metavar="F.jsonl",
+        help='a file of prompts, one {"id", "images", "prompt"} a line',
     )
     command.add_argument(
-        "--out", type=Path, metavar="G.jsonl", help="the batch's answers; goes on where it stopped"
+        "--out", type=Path, metavar="G.jsonl", help="the batch's answers; re-run to resume"
     )
     add_allow_links(command)
     for name, (kind, metavar, text) in SAMPLING.items():

@@ -133,7 +133,7 @@ def add_bench(commands: Any) -> None:
         "others, their extra work counted and their time taken; data: images a second through "
         "make_batches against a PyTorch DataLoader with Hugging Face's processor; phantom: what "
         "the mixture of experts, or rebalancing organs, is worth on synthetic exams, trained and "
-        "evaluated with three seeds, half an hour or more; it goes on where it was stopped",
+        "evaluated with three seeds, half an hour or more; re-run it to resume",
         "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench cpu --what train\n"
         "  echovlm bench moe --size tiny\n  echovlm bench data\n"
         "  echovlm bench phantom --what imbalance --dir study/",

@@ -1,8 +1,8 @@
 """`data build` and `data validate`: official JSON and image files to a dataset's folder.
 
-Works in OUT.partial beside the target, part by part, and renames at the end. After a kill the same
-call goes on: parts that are complete stay, unless they were made of other records, pictures or
-options, or left records out (the reason may have been mended meanwhile).
+Works in OUT.partial beside the target, part by part, and renames at the end. The same call
+resumes after a kill: complete parts are kept, unless they were made of other records, pictures or
+options, or left records out (the reason may have been mended since).
 """
 
 from __future__ import annotations
@@ -384,7 +384,7 @@ def _join(pieces: list[Path], whole: Path) -> None:
 
 @contextlib.contextmanager
 def _work_folder(work: Path) -> Iterator[None]:
-    """The folder that work goes on in, locked; removed by an error that leaves nothing to go on."""
+    """The work folder, locked; an error that leaves nothing to resume removes it."""
     if work.is_symlink() or (work.exists() and not (work / LOCK).is_file()):
         raise InputError(
             f"{shown(work)}: is no unfinished work of ours, but its name is needed; move it away"

@@ -2,10 +2,10 @@
 
 It finds out what only the pictures know: which records show the same one under two names, whose a
 DICOM file is, what is nearly alike; and it takes a digest of every file's bytes, so that a build
-which goes on after a kill takes nothing for done that was made of other pictures.
+that resumes reuses nothing that was made of other pictures.
 
 It is cut into jobs of so many records, each of which writes what it saw into the work folder. A
-build that goes on digests every file again; it decodes again only what has changed.
+build that resumes digests every file again, and decodes only those that have changed.
 """
 
 from __future__ import annotations

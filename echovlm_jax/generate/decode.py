@@ -187,7 +187,7 @@ def lower_prefill(config: ModelConfig, params: Params, **sizes: Any) -> jax.stag
 
 
 def lower_decode(config: ModelConfig, params: Params, **sizes: Any) -> jax.stages.Lowered:
-    """The program that goes on from there, one token at a time; see `lower_prefill`."""
+    """The decoding program, one token at a time; see `lower_prefill`."""
     arguments, static, slots = _abstract(config, params, **sizes)
     state = jax.eval_shape(
         functools.partial(_prefill, **static, slots=slots, new=NEW_TOKENS), params, *arguments
