@@ -6,8 +6,6 @@ learns synthetic exams and knows nothing of real ones. That the numbers are PyTo
 PyTorch recorded its own in `demo_golden.npz`, from weights that `make_checkpoint` makes again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A training step on the CPU against the same model's in PyTorch."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

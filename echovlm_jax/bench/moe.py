@@ -1,7 +1,5 @@
 """The three expert dispatches side by side: work beside the chosen experts' own, and time."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -1,7 +1,5 @@
 """What the mixture of experts, and rebalancing organs, are worth on synthetic exams, over seeds."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

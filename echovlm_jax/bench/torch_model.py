@@ -5,8 +5,6 @@ module that holds the old MLP, Qwen2-MoE's sparse block and the coefficient, and
 paper does. The layer itself (norms, attention, residuals) stays theirs.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from echovlm_jax.config import ModelConfig, to_hf

@@ -5,8 +5,6 @@ What a command does is a function elsewhere; it is imported when the command run
 failed, 2 bad usage or bad input (one line on standard error), 70 a defect of ours, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

@@ -1,7 +1,5 @@
 """Commands about checkpoints: convert, export, upcycle, inspect, verify, parity."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`echovlm data …`: datasets made, checked, counted and made up."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

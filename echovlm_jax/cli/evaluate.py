@@ -1,7 +1,5 @@
 """`echovlm eval`, `score` and `compare`: how well a model answers."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator, Mapping

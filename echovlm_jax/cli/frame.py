@@ -1,7 +1,5 @@
 """What all commands share: how one is declared, how it fails, and what is kept off the terminal."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util

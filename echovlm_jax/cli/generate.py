@@ -1,7 +1,5 @@
 """`echovlm generate`: one answer, or a file of them."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

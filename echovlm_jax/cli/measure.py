@@ -1,7 +1,5 @@
 """Commands that say what something costs: plan and bench."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

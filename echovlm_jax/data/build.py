@@ -5,8 +5,6 @@ resumes after a kill: complete parts are kept, unless they were made of other re
 options, or left records out (the reason may have been mended since).
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

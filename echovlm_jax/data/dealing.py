@@ -1,7 +1,5 @@
 """From the records to the parts of a build: pictures looked at, groups dealt out to the splits."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence

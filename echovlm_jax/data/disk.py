@@ -1,7 +1,5 @@
 """Writes that fail: one line with the path and the space, where Python's error has neither."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import shutil

@@ -5,8 +5,6 @@ control tokens, which a tokenizer never joins with what is beside them; an answe
 own, as in generation, where the prompt ends before it.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ An epoch's plan is the same on every machine, whatever the number of processes a
 process makes it for itself and takes its rows of it; nothing is exchanged.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence

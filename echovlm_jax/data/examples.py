@@ -4,8 +4,6 @@ The plan calls this to know lengths, a worker calls it again to build the sample
 from a key to a sample, so what is built has exactly the planned lengths.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path

@@ -6,8 +6,6 @@ frames get smaller, to the largest common limit of pixels that fits, no lower th
 own minimum; if that doesn't do, the exam is too long. Text is never cut.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache

@@ -4,8 +4,6 @@ A file holds a list, or one object that has the list under a name of WRAPPERS, o
 (JSONL); its first line tells which, its name does not matter.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ of loops, other kinds of files, and values of more than eight bits. What is burn
 stays there.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from pathlib import Path

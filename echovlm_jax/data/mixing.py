@@ -1,7 +1,5 @@
 """How often an epoch shows each exam, and in which order: organs in balance."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import floor

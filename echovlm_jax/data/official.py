@@ -12,8 +12,6 @@ and, in any, what is known besides: organ, patient_id, study_id, exam_id, synthe
 questions [{question, answer, options}]}].
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """Which organ a record is of: what it says, what a mapping says, or what its file's name says."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping

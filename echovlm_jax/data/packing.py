@@ -1,7 +1,5 @@
 """Which samples share a row: two budgets at once, tokens and patches, and no sample split."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

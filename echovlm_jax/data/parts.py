@@ -5,8 +5,6 @@ is the same whoever writes it, and appears under its name only when it is comple
 killed, run again, or run twice at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,8 +1,6 @@
 """Batches for training: Grain over the plan's rows, built by worker processes, on any number of
 hosts, from any step on."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import sys
@@ -104,7 +102,7 @@ def global_arrays(batch: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> d
 
 
 def _batches(
-    epochs: Epochs, ahead: _Ahead, first: int, count: int, start_step: int
+    epochs: Epochs, ahead: "_Ahead", first: int, count: int, start_step: int
 ) -> Iterator[Batch]:
     """Rows `first` to `first + count` of each global batch."""
     import grain  # here: it imports JAX, which worker processes do without

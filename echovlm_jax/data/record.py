@@ -1,7 +1,5 @@
 """One exam as the rest of the data code knows it: its texts and sizes, without pixels."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """From a row's samples to its arrays: exams one after another from the left, each by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 

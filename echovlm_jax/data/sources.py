@@ -4,8 +4,6 @@ A row of a few bytes a record is kept, so that millions fit in memory; texts are
 by record, when the dataset is written.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import re

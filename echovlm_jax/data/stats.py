@@ -1,7 +1,5 @@
 """What a run will see of a dataset: counts, lengths, how full rows get, how often organs come."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path

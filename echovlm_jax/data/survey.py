@@ -8,8 +8,6 @@ It is cut into jobs of so many records, each of which writes what it saw into th
 build that resumes digests every file again, and decodes only those that have changed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

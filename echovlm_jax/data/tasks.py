@@ -4,8 +4,6 @@ The same (record, key) always gives the same conversation, so that a plan made f
 worker that builds the sample agree without passing texts along.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

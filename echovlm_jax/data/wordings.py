@@ -6,8 +6,6 @@ exam consists of ("this sonogram", "these ultrasound images"), {n} for the numbe
 exam. English sentences are such that {images} may be singular or plural.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Sequence

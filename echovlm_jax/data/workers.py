@@ -9,8 +9,6 @@ A worker is a fresh interpreter, never a fork: JAX has threads in this process. 
 JAX nor runs the main module again, so a script needs no `if __name__ == "__main__"`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import os
@@ -115,7 +113,7 @@ class Workers:
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
 
-    def _died(self, worker: _Worker, job: Any) -> Exception:
+    def _died(self, worker: "_Worker", job: Any) -> Exception:
         if not self.close.alive:
             return WorkersClosed("the data workers are closed")
         how = _how_it_ended(worker.process)

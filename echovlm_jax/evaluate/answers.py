@@ -5,8 +5,6 @@ small letters, spaces joined. A refusal, and a text that no rule can read, answe
 undecided, is counted as that, and counts as wrong.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """BERTScore with a local model: Zhang et al. 2020, without weights by rarity or rescaling."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Sequence

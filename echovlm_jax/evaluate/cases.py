@@ -1,7 +1,5 @@
 """Cases for the report: which exams to show, where two texts differ, and small pictures."""
 
-from __future__ import annotations
-
 import base64
 import difflib
 import io

@@ -1,7 +1,5 @@
 """Two evaluations of the same samples: every metric's difference, by paired bootstrap."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

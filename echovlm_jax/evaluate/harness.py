@@ -5,8 +5,6 @@ always the same one, whatever was done before; its lines are written when all it
 So a stopped run resumes to the same file, byte for byte.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

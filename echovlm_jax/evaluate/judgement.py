@@ -8,8 +8,6 @@ the picture ("no mismatch", "一致"), which is heard where nothing stronger is 
 contradict each other are none.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

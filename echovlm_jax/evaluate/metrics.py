@@ -8,8 +8,6 @@ default. All values are percentages.
 METEOR matches equal tokens and, in English, equal Porter stems; there is no WordNet behind it.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import tempfile

@@ -4,8 +4,6 @@ The rule behind all of it: where it is not plain whether a negation reaches a wo
 about that word. An answer that can't be read is counted; it is never guessed.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The HTML report of an evaluation: one file that needs nothing else, written from its folder."""
 
-from __future__ import annotations
-
 import base64
 import datetime
 import hashlib

@@ -1,7 +1,5 @@
 """What a model is asked in an evaluation: each exam's prompts, as training composes them."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Two files of texts, references and predictions, scored."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

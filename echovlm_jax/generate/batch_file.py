@@ -1,7 +1,5 @@
 """A file of prompts answered to a file of answers."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,7 +108,7 @@ def _answer(
     model: Answerer,
     out: Path,
     todo: Sequence[tuple[int, dict[str, Any]]],
-    asked: _Asked,
+    asked: "_Asked",
     counts: dict[str, int],
     batch_size: int,
     max_new_tokens: int,
@@ -191,7 +189,7 @@ class _Asked:
 
 
 def _check_asked(
-    out: Path, line: Mapping[str, Any], record: Mapping[str, Any], row: int, asked: _Asked
+    out: Path, line: Mapping[str, Any], record: Mapping[str, Any], row: int, asked: "_Asked"
 ) -> None:
     """Raises InputError where a line answers something else than what is asked now."""
     try:

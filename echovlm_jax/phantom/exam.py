@@ -1,7 +1,5 @@
 """What a phantom exam is: parameters drawn from one whole number, from which all else follows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar

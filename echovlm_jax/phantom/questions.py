@@ -4,8 +4,6 @@ What is asked about a lesion is only what differs between the lesions of its org
 are all that occur there.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

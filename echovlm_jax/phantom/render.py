@@ -1,7 +1,5 @@
 """From an exam's parameters to its pictures."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Reports of phantom exams: each sentence follows from the parameters, two wordings each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from echovlm_jax.data.keys import number

@@ -1,7 +1,5 @@
 """One picture of what phantoms look like: a row for each organ, a column for each diagnosis."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Phantom exams as files: the official JSON beside PNG images and DICOM loops."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

@@ -4,8 +4,6 @@ A checkpoint's template is a program by a stranger. It runs in a process of its 
 (`chat_sandbox`), under limits of time and memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ Every size a header or a codestream claims is checked before anything of that si
 are read and decoded one at a time, and only the sampled ones.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import warnings

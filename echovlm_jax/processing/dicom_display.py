@@ -5,8 +5,6 @@ MONOCHROME1's inversion; indices go through their palette. Where pydicom's own f
 (see `_table` and `palette_table`) the standard is followed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Finds a frame's bytes in a DICOM file and decodes it, after checking what the bytes claim."""
 
-from __future__ import annotations
-
 import json
 import math
 import struct
@@ -194,7 +192,7 @@ class FrameDecoder:
         self._plugin = installed[0]
         self._compressed = CompressedFrames(opened)
 
-    def __enter__(self) -> FrameDecoder:
+    def __enter__(self) -> "FrameDecoder":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,8 +3,6 @@
 What is returned must be hashed with a secret at once, and must not get into a message.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,8 +1,6 @@
 """Where a file is and what it is (told by its first bytes), and small JSON files read with one-line
 errors."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

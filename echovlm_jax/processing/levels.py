@@ -1,7 +1,5 @@
 """Values beyond eight bits, as files of 16 bits or of floats hold them, to grey levels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """M-RoPE position ids: three rows (time, height, width) that count text and span images."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Images and messages to model inputs, equal to Hugging Face's Qwen2-VL processor."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path

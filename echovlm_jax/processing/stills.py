@@ -4,8 +4,6 @@ What a file claims is checked before any pixel is decoded. A file of several fra
 animated GIF, WebP or PNG, and a TIFF whose pages are all of one size.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 import sys

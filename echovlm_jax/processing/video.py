@@ -5,8 +5,6 @@ forms that it knows are lists of other files to open. A loop is gone through onc
 pictures and once to decode them, one at a time; only the sampled ones are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO

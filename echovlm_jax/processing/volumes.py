@@ -6,8 +6,6 @@ moments (as in CAMUS) or slices. Pixels stay in the order that they are stored i
 that a header states is not applied. Values go by `levels.to_levels`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import math
