@@ -214,7 +214,7 @@ def _add_stats(commands: Any) -> None:
         "--config.KEY=VALUE changes a key of the configuration",
         "echovlm data stats exams/\n"
         "  echovlm data stats exams/ --config configs/instruction.py --config.seq_len=4096",
-        show=_show_stats,
+        show=lambda result, args: print(_describe(result)),
     )
     command.add_argument("data", metavar="DIR", help=DATA)
     command.add_argument("--split", default="train", metavar="S", help="default: %(default)s")
@@ -227,10 +227,10 @@ def _add_stats(commands: Any) -> None:
     command.set_defaults(overrides=[])
 
 
-def _show_stats(result: Result, args: argparse.Namespace) -> None:
+def _describe(result: Result) -> str:
     from echovlm_jax.data.stats import describe
 
-    print(describe(result))
+    return describe(result)
 
 
 def _add_phantom(commands: Any) -> None:

@@ -49,7 +49,7 @@ def add_plan(commands: Any) -> None:
         "echovlm plan --config configs/full_finetune.py --topology v5e:4x4\n"
         "  echovlm plan --config configs/full_finetune.py --topology v5p:4x4x8 --rows-per-chip 2 "
         "--config.remat=full",
-        show=_show_plan,
+        show=lambda result, args: print(result["report"]),
     )
     command.add_argument(
         "--config", type=Path, required=True, metavar="F.py", help="a file as in configs/"
@@ -83,10 +83,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
     return int(text)
-
-
-def _show_plan(result: Result, args: argparse.Namespace) -> None:
-    print(result["report"])
 
 
 # What `bench` can do with --what, and where it keeps the runs of phantom.

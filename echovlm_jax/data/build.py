@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +110,9 @@ def build(
             for count in run(parts.write_part, str(work), range(len(plan["parts"]))):
                 tick(count)
         result = _finish(work, plan, counts) | {"ignored_keys": found.ignored}
-        _check_unchanged(found)
+        for path, digest in zip(found.files, found.digests, strict=True):
+            if digest_of(path) != digest:
+                raise changed(path)
         _check_new(target)
         os.replace(work / MADE, target)
         _sync(target.parent)
@@ -142,7 +145,7 @@ def validate(
             for lines, noted in in_processes(parts.check_part, temporary, numbers, workers=workers):
                 notes.update(noted)
                 counts.update(line["reason"] for line in lines)
-                examples = sorted(examples + lines, key=_place)[:_EXAMPLES]
+                examples = sorted(examples + lines, key=itemgetter("source", "number"))[:_EXAMPLES]
                 tick(1)
     return {
         "ok": not counts,
@@ -223,12 +226,6 @@ def _prepare(
     }
     plan["key"] = folder.digest(json.dumps(plan, sort_keys=True).encode())
     return found, plan
-
-
-def _check_unchanged(found: Sources) -> None:
-    for path, digest in zip(found.files, found.digests, strict=True):
-        if digest_of(path) != digest:
-            raise changed(path)
 
 
 def _still_needed(work: Path, total: int) -> int:
@@ -420,10 +417,6 @@ def _drop_useless(work: Path, plan: dict[str, Any]) -> None:
 def _check_new(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise InputError(f"{shown(target)}: exists; choose another --out, or delete it first")
-
-
-def _place(line: dict[str, Any]) -> tuple[str, int]:
-    return line["source"], line["number"]
 
 
 def _sync(path: Path) -> None:

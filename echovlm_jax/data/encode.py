@@ -101,7 +101,7 @@ def text_tokens_of(
 
 def _pieces(turns: Sequence[Turn], kinds: Sequence[str]) -> list[_Piece]:
     """The template's text cut at its control tokens, and every answer from what opens it."""
-    _check_turns(turns, len(kinds))
+    _check_turns(turns)
     messages, marks = [], [{"type": kind} for kind in kinds]
     for role, text in turns:
         content = [{"type": "text", "text": neutral(text)}]
@@ -124,7 +124,7 @@ def _pieces(turns: Sequence[Turn], kinds: Sequence[str]) -> list[_Piece]:
     return out
 
 
-def _check_turns(turns: Sequence[Turn], n_media: int) -> None:
+def _check_turns(turns: Sequence[Turn]) -> None:
     talk = turns[1:] if turns and turns[0].role == "system" else turns
     roles = [turn.role for turn in talk]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):

@@ -72,14 +72,10 @@ def _shares_by_temperature(counts: Sequence[int], temperature: float) -> list[Fr
         return [Fraction(n) for n in counts]
     # 12 digits: the last ones of a power differ between machines, the data order must not.
     largest = max(counts)
-    shares = [_rational((n / largest) ** (1 / temperature), 12) for n in counts]
+    shares = [Fraction(f"{(n / largest) ** (1 / temperature):.12g}") for n in counts]
     if any(n and not share for n, share in zip(counts, shares, strict=True)):
         raise InputError(f"mix_temperature {temperature} leaves rare organs no share; raise it")
     return shares
-
-
-def _rational(number: float, digits: int) -> Fraction:
-    return Fraction(f"{number:.{digits}g}")
 
 
 def _shares_by_weight(counts: Mapping[str, int], weights: Mapping[str, float]) -> list[Fraction]:

@@ -6,6 +6,7 @@ killed, run again, or run twice at once.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -197,11 +198,7 @@ def _make(
     # After they were read, so that a picture which is replaced at any time is noticed.
     if pictures_digest(files) != pictures:
         raise changed(root)
-    return _with_media(record, media), images, notes
-
-
-def _with_media(record: Record, media: list[Any]) -> Record:
-    return Record(**{**vars(record), "media": tuple(media)})
+    return dataclasses.replace(record, media=tuple(media)), images, notes
 
 
 @functools.cache

@@ -61,13 +61,9 @@ def stats(
         mix_temperature=1.0,
     )
     found = stats_of(open_source(dataclasses.replace(settings, data=str(data), split=split)))
-    return {**found, **_grouping(data)}
-
-
-def _grouping(data: str | Path) -> dict[str, Any]:
-    """What `data build` counted of groups, of all splits together; older datasets don't say."""
+    # Of all splits together; older datasets don't say.
     counts = {} if str(data) == PHANTOM else folder.read_manifest(Path(data))["counts"]
-    return {key: counts[key] for key in _GROUPING if key in counts}
+    return found | {key: counts[key] for key in _GROUPING if key in counts}
 
 
 def stats_of(source: Source) -> dict[str, Any]:

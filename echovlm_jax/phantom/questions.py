@@ -24,9 +24,10 @@ _FIELDS = ("echo", "shape", "margin", "posterior", "calcification", "place", "or
 def questions(exam: Exam, language: str) -> tuple[Question, ...]:
     """Open questions, choices with options, and judgements (right as often as wrong)."""
     at = 0 if language == "en" else 1
+    names = [name[at] for name in NAMES[exam.organ].values()]
     asked = [
         _choice(exam, at, "organ", ORGANS[exam.organ][at], _some_organs(exam, at)),
-        _choice(exam, at, "diagnosis", NAMES[exam.organ][exam.diagnosis][at], _names(exam, at)),
+        _choice(exam, at, "diagnosis", NAMES[exam.organ][exam.diagnosis][at], names),
         _judgement(exam, at),
         _choice(exam, at, "lesion", YES_NO[at][0 if exam.lesion else 1], YES_NO[at]),
     ]
@@ -62,10 +63,6 @@ def _some_organs(exam: Exam, at: int) -> list[str]:
     others = [organ for organ in ALL_ORGANS if organ != exam.organ]
     others.sort(key=lambda organ: number(exam.key, _ASKING, 200, ALL_ORGANS.index(organ)))
     return [ORGANS[organ][at] for organ in (exam.organ, *others[:3])]
-
-
-def _names(exam: Exam, at: int) -> list[str]:
-    return [name[at] for name in NAMES[exam.organ].values()]
 
 
 def _judgement(exam: Exam, at: int) -> Question:

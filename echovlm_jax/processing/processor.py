@@ -69,7 +69,8 @@ class Processor:
         self.crop: bool | Literal["require"] = crop
         self.image_token_id = _one_token(self.tokenizer, IMAGE_TOKEN)
         self.video_token_id = _one_token(self.tokenizer, VIDEO_TOKEN)
-        self.config = _model_config(folder)
+        raw, where = read_json_if_there(folder / "config.json"), shown(folder / "config.json")
+        self.config = None if raw is None else model_config.from_hf(raw, where)
         if self.config is not None:
             self._check_against(self.config, folder)
         self.pad_token_id = self._pad_token_id(folder)
@@ -314,8 +315,3 @@ def stated_pixels(
         if isinstance(joint.get(part), dict)
     }
     return found | ({_JOINT: joint | parts} if parts else {})
-
-
-def _model_config(folder: Path) -> model_config.ModelConfig | None:
-    raw = read_json_if_there(folder / "config.json")
-    return None if raw is None else model_config.from_hf(raw, shown(folder / "config.json"))
