@@ -6,14 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from echovlm_jax.data.keys import mix
-from echovlm_jax.phantom.abdominal import (
-    kidney_probe,
-    liver_probe,
-    paint_kidney,
-    paint_liver,
-    paint_pelvis,
-    pelvis_probe,
-)
+from echovlm_jax.phantom import abdominal, heart, superficial
 from echovlm_jax.phantom.acoustics import (
     Probe,
     beam_levels,
@@ -23,27 +16,18 @@ from echovlm_jax.phantom.acoustics import (
     to_grey,
 )
 from echovlm_jax.phantom.exam import Exam, View, between, stream
-from echovlm_jax.phantom.heart import heart_probe, paint_heart
-from echovlm_jax.phantom.superficial import (
-    breast_probe,
-    paint_breast,
-    paint_thyroid,
-    paint_vessel,
-    thyroid_probe,
-    vessel_probe,
-)
 
 HEADER = 11  # px: the black strip on top, which says what this is
 RULER = 7  # px: the black strip on the right, with a mark for every 10 mm of depth
 
 _ORGANS: dict[str, tuple[Callable[[int, int, int], Probe], Callable[..., None]]] = {
-    "breast": (breast_probe, paint_breast),
-    "gynaecology": (pelvis_probe, paint_pelvis),
-    "heart": (heart_probe, paint_heart),
-    "kidney": (kidney_probe, paint_kidney),
-    "liver": (liver_probe, paint_liver),
-    "thyroid": (thyroid_probe, paint_thyroid),
-    "vessel": (vessel_probe, paint_vessel),
+    "breast": (superficial.breast_probe, superficial.paint_breast),
+    "gynaecology": (abdominal.pelvis_probe, abdominal.paint_pelvis),
+    "heart": (heart.heart_probe, heart.paint_heart),
+    "kidney": (abdominal.kidney_probe, abdominal.paint_kidney),
+    "liver": (abdominal.liver_probe, abdominal.paint_liver),
+    "thyroid": (superficial.thyroid_probe, superficial.paint_thyroid),
+    "vessel": (superficial.vessel_probe, superficial.paint_vessel),
 }
 
 

@@ -4,21 +4,9 @@ from collections.abc import Sequence
 
 from echovlm_jax.data.keys import number
 from echovlm_jax.data.record import Report
+from echovlm_jax.phantom import words
 from echovlm_jax.phantom.exam import Exam, Lesion
 from echovlm_jax.phantom.questions import questions
-from echovlm_jax.phantom.words import (
-    ADVICE,
-    ATTRIBUTES,
-    BEHIND,
-    CALCIUM,
-    DIAGNOSES,
-    DIFFUSE,
-    ORGANS,
-    OTHERWISE,
-    SCENES,
-    SIGNS,
-    noun,
-)
 
 _WORDING = 4  # which numbers of an exam's key choose wordings
 
@@ -35,7 +23,7 @@ def _report(exam: Exam, language: str) -> Report:
         findings=_findings(exam, at),
         impression=_impression(exam, at),
         caption=_caption(exam, at),
-        diagnosis=DIAGNOSES[exam.organ][exam.diagnosis][at],
+        diagnosis=words.DIAGNOSES[exam.organ][exam.diagnosis][at],
         questions=questions(exam, language),
     )
 
@@ -44,24 +32,27 @@ def _choose(exam: Exam, what: int, at: int, options: Sequence[str]) -> str:
     return options[number(exam.key, _WORDING, what, at) % len(options)]
 
 
+def _word(lesion: Lesion, key: str, at: int) -> str:
+    return words.ATTRIBUTES[key][getattr(lesion, key)][at]
+
+
 def _findings(exam: Exam, at: int) -> str:
-    scene = _choose(exam, 0, at, [pair[at] for pair in SCENES[exam.organ]])
+    scene = _choose(exam, 0, at, [pair[at] for pair in words.SCENES[exam.organ]])
     if exam.lesion is None:
-        diffuse = DIFFUSE[exam.organ][exam.diagnosis][at].format(size=f"{exam.size:g}")
+        diffuse = words.DIFFUSE[exam.organ][exam.diagnosis][at].format(size=f"{exam.size:g}")
         return _join([scene, diffuse], at)
     focal = (
         _plaque(exam, exam.lesion, at) if exam.organ == "vessel" else _focal(exam, exam.lesion, at)
     )
-    return _join([scene, *focal, OTHERWISE[exam.organ][at]], at)
+    return _join([scene, *focal, words.OTHERWISE[exam.organ][at]], at)
 
 
 def _focal(exam: Exam, lesion: Lesion, at: int) -> list[str]:
     """Sentences on a lesion: what, where and how large; outline; what is behind and inside it."""
-    words = {key: ATTRIBUTES[key][getattr(lesion, key)][at] for key in ("echo", "shape", "margin")}
-    words |= {"noun": noun(exam.organ, exam.diagnosis)[at], "size": f"{exam.size:g}"}
-    place = ATTRIBUTES["place"][lesion.place][at] if lesion.place else ("gland", "乳腺腺体内")[at]
-    words["place"] = place
-    words["a"] = "An" if words["echo"][0] in "aeiou" else "A"
+    told = {key: _word(lesion, key, at) for key in ("echo", "shape", "margin")}
+    told |= {"noun": words.noun(exam.organ, exam.diagnosis)[at], "size": f"{exam.size:g}"}
+    told["place"] = _word(lesion, "place", at) if lesion.place else ("gland", "乳腺腺体内")[at]
+    told["a"] = "An" if told["echo"][0] in "aeiou" else "A"
     first = (
         (
             "{a} {echo} {noun} of about {size} mm is seen in the {place}.",
@@ -72,23 +63,23 @@ def _focal(exam: Exam, lesion: Lesion, at: int) -> list[str]:
             "{place}见{echo}{noun}，大小约{size} mm。",
         ),
     )
-    out = [_choose(exam, 1, at, first[at]).format(**words)]
+    out = [_choose(exam, 1, at, first[at]).format(**told)]
     if lesion.echo == "hyperechoic" and lesion.calcification == "coarse":  # a stone
-        return [*out, BEHIND[lesion.posterior][at]]
-    words["turned"] = ""
+        return [*out, words.BEHIND[lesion.posterior][at]]
+    told["turned"] = ""
     if lesion.orientation:
-        words["turned"] = (" and ", "，")[at] + ATTRIBUTES["orientation"][lesion.orientation][at]
+        told["turned"] = (" and ", "，")[at] + _word(lesion, "orientation", at)
     second = "It is {shape}{turned} with {margin} margins.", "呈{shape}{turned}，边界{margin}。"
-    out.append(second[at].format(**words))
-    out.append(BEHIND[lesion.posterior][at])
+    out.append(second[at].format(**told))
+    out.append(words.BEHIND[lesion.posterior][at])
     if exam.organ in ("breast", "thyroid", "gynaecology"):
-        out.append(CALCIUM[lesion.calcification][at])
+        out.append(words.CALCIUM[lesion.calcification][at])
     return out
 
 
 def _plaque(exam: Exam, lesion: Lesion, at: int) -> list[str]:
-    words = {key: ATTRIBUTES[key][getattr(lesion, key)][at] for key in ("echo", "shape", "place")}
-    words |= {"size": f"{exam.size:g}", "a": "An" if words["echo"][0] in "aeiou" else "A"}
+    told = {key: _word(lesion, key, at) for key in ("echo", "shape", "place")}
+    told |= {"size": f"{exam.size:g}", "a": "An" if told["echo"][0] in "aeiou" else "A"}
     first = (
         (
             "{a} {echo} plaque is seen on the {place}, about {size} mm thick.",
@@ -98,33 +89,33 @@ def _plaque(exam: Exam, lesion: Lesion, at: int) -> list[str]:
     )
     second = "Its surface is {shape}.", "斑块呈{shape}。"
     return [
-        _choose(exam, 1, at, first[at]).format(**words),
-        second[at].format(**words),
-        BEHIND[lesion.posterior][at],
+        _choose(exam, 1, at, first[at]).format(**told),
+        second[at].format(**told),
+        words.BEHIND[lesion.posterior][at],
     ]
 
 
 def _impression(exam: Exam, at: int) -> str:
     """One wording only: what two exams conclude is the same exactly where the texts are."""
-    name, advice = DIAGNOSES[exam.organ][exam.diagnosis][at], ADVICE[exam.diagnosis][at]
+    name, advice = words.DIAGNOSES[exam.organ][exam.diagnosis][at], words.ADVICE[exam.diagnosis][at]
     name = name[0].upper() + name[1:]
     if exam.lesion is not None and exam.lesion.place:
-        place = ATTRIBUTES["place"][exam.lesion.place][at]
+        place = _word(exam.lesion, "place", at)
         name = f"{name}, {place}" if at == 0 else f"{name}（{place}）"
     return f"{name}: {advice}." if at == 0 else f"{name}，{advice}。"
 
 
 def _caption(exam: Exam, at: int) -> str:
     """One sentence on what is seen, without a diagnosis."""
-    organ = ORGANS[exam.organ][at]
+    organ = words.ORGANS[exam.organ][at]
     if exam.lesion is None:
-        seen = SIGNS[exam.organ][exam.diagnosis][at].format(size=f"{exam.size:g}")
+        seen = words.SIGNS[exam.organ][exam.diagnosis][at].format(size=f"{exam.size:g}")
     else:
-        echo = ATTRIBUTES["echo"][exam.lesion.echo][at]
-        name = noun(exam.organ, exam.diagnosis)[at]
+        echo = _word(exam.lesion, "echo", at)
+        name = words.noun(exam.organ, exam.diagnosis)[at]
         place = ("gland", "腺体内")[at]
         if exam.lesion.place:
-            place = ATTRIBUTES["place"][exam.lesion.place][at]
+            place = _word(exam.lesion, "place", at)
         if at == 0:
             article = "an" if echo[0] in "aeiou" else "a"
             where = "on" if exam.organ == "vessel" else "in"
