@@ -81,9 +81,9 @@ def bench_train(
 
     Args:
       size: the preset whose sizes to use; by default `scaled_model`.
-      tokens: of the row, the image's 196 among them.
+      tokens: length of the row, the image's 196 among them.
       rounds: timed steps of each side; one more isn't timed.
-      threads: of each side; the machine may have fewer cores.
+      threads: number on each side; the machine may have fewer cores.
 
     Returns:
       ratio (theirs / ours: above 1, ours is faster), ours and theirs (seconds a step, medians),

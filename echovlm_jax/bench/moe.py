@@ -41,7 +41,7 @@ def bench_moe(
       size: the preset whose sizes to use.
       tokens: tokens a device, one row of them, for the count.
       timed_tokens: the same for the time.
-      rounds: how often each form is timed.
+      rounds: number of timings of each form.
 
     Returns:
       ours and theirs (seconds of the default form and of dense), ratio (ours / theirs), what,

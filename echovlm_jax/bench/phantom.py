@@ -77,12 +77,12 @@ def bench_phantom(
     all. Finished runs in `folder` are kept, and a stopped one is resumed.
 
     Args:
-      what: of STUDIES.
-      folder: to work in: a new one, or one that a study with the same exams, steps and asked began.
-      seeds: how many, from 0.
-      exams: how many are made, a sixteenth of them for the test.
-      steps: of each run.
-      asked: the first so many of the test's exams; None: all.
+      what: one of STUDIES.
+      folder: the work folder: a new one, or that of a study with the same exams, steps and asked.
+      seeds: number of seeds, from 0.
+      exams: number of exams made, a sixteenth of them for the test.
+      steps: length of each run.
+      asked: number of the test's exams, from the first; None: all.
 
     Returns:
       what, about, seeds, exams, steps, before, after (the sides' names), samples (of each run);

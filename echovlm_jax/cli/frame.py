@@ -33,7 +33,7 @@ def add_command(
 
     Args:
       commands: argparse's subparsers.
-      name: of the command.
+      name: the command's name.
       run: does the work and returns what to print; `ok` false in it makes the exit code 1.
       what: its help; what is before the first semicolon stands in the list of commands.
       example: a line that works, or several.

@@ -49,7 +49,7 @@ class Options(NamedTuple):
     Attributes:
       validation, test: the shares of the groups that go to these splits.
       num_frames: a loop is sampled to so many frames.
-      crop: cut DICOM frames to their ultrasound regions; "require" leaves out what can't be.
+      crop: crops of DICOM frames to their ultrasound regions; "require" leaves out the others.
       organs: a file {source: organ}, for records that don't say their own.
       group_pattern: a regular expression whose first group names the patient, in a record's id or
         else in its images' paths.
@@ -84,7 +84,7 @@ def build(
       images: the folder that the records' image paths are relative to, and don't leave.
       out: the folder to make; it must not exist.
       workers: processes.
-      runner: runs the parts elsewhere (see `beam.py`), in place of `workers`.
+      runner: another place for the parts (see `beam.py`), instead of `workers`.
 
     Returns:
       records, kept, quarantined {reason: count}: records = kept + the sum of the counts; splits

@@ -52,7 +52,7 @@ def encode(
 
     Args:
       turns: an optional system turn, then user and assistant by turns, ending with an assistant.
-      vision_tokens: of each medium, "image" or "video" and its number of merged patches. Their
+      vision_tokens: "image" or "video" and the number of merged patches, of each medium. Their
         marks go to the front of the first user turn.
 
     Raises:

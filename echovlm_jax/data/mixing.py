@@ -105,7 +105,7 @@ def epoch_draws(organs: np.ndarray, ratio: Sequence[Fraction], *, seed: int, epo
 
     Args:
       organs: int [N], each exam's organ.
-      ratio: of `ratios`.
+      ratio: the result of `ratios`.
     """
     records, repeats, places = [], [], []
     for organ, times in enumerate(ratio):

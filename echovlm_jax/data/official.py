@@ -45,8 +45,8 @@ def read_record(raw: Any, *, id: str, organ: str, source: str, group: str) -> Of
 
     Args:
       raw: the entry.
-      id, source, group: as the record is to have them.
-      organ: what the record is of, where it does not say so itself.
+      id, source, group: those of the record.
+      organ: default for a record that does not state its own.
 
     Raises:
       Refused: with the first fault found.

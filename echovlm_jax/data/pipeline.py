@@ -87,8 +87,8 @@ def global_arrays(batch: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> d
     """This process's rows of a batch as its part of global `jax.Array`s.
 
     Args:
-      batch: of `make_batches`, with this process's index and the number of processes.
-      like: for each array wanted a jax.ShapeDtypeStruct of the global one, with its sharding; a
+      batch: one of `make_batches`, with this process's index and the number of processes.
+      like: a jax.ShapeDtypeStruct of each wanted global array, with its sharding; a
         process's devices must hold its own rows and no others.
     """
     import jax

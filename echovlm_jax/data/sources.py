@@ -59,7 +59,7 @@ def read_sources(
     Args:
       files: official JSON; their stems name the sources, so no two may have the same.
       pattern: its first group names the patient, in a record's id or else in its images' paths.
-      salt: for the keys of `ties`.
+      salt: secret of the keys of `ties`.
 
     Raises:
       InputError: a file is no JSON list, two files have one name, or there is no record at all.

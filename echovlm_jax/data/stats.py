@@ -35,7 +35,7 @@ def stats(
 
     Args:
       data: a folder made by `data build`, or "phantom".
-      settings: how it is trained on; its `data` and `split` don't count. None: the shipped
+      settings: those of the run; `data` and `split` are ignored. None: the shipped
         configurations' rows, organs as they are, and a byte for a token, about twice as many as
         the model's own tokenizer makes.
 

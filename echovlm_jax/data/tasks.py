@@ -108,7 +108,7 @@ def compose(
 
     Args:
       key: any whole number; another key gives another task, wording and order of options.
-      weights: as from `mix_for`.
+      weights: those of `mix_for`.
       other: the n-th (modulo their number) record of the same organ that is not this one, or
         None; where wrong options and statements come from. n is below 2**31.
       redraw: whether another task takes the place of a choice or judgement for which none of the

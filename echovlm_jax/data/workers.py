@@ -55,9 +55,9 @@ class Workers:
     """A pool of processes. Jobs may come from several threads at once.
 
     Args:
-      fill: what each job runs; a function that pickles, or a partial of one.
+      fill: the function of each job; it pickles, or is a partial of one that does.
       count: processes, started at once.
-      layout: what a job fills. All of it: the memory holds an earlier job's values.
+      layout: the arrays that a job fills, all of them: the memory holds an earlier job's values.
       name: (job, n) → what the n-th part of a job is called in errors; n is −1 before the first.
     """
 

@@ -227,7 +227,7 @@ def read_answer(task: str, text: str, question: str, labels: Iterable[str]) -> s
     """What a text answers in a task: a letter, YES or NO, or a label; None where nothing.
 
     Args:
-      task: of `data.tasks`.
+      task: one of `data.tasks`.
       question: the prompt, which lists a choice's options.
       labels: those of a diagnosis.
     """

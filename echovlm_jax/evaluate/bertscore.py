@@ -25,7 +25,7 @@ def bertscore(
 
     Args:
       references, predictions: pairs. A text without tokens scores 0.
-      folder: of a BERT-like model in Hugging Face form, its weights in safetensors. Nothing is
+      folder: a BERT-like model in Hugging Face form, with weights in safetensors. Nothing is
         downloaded, and no code of the folder's is run.
 
     Raises:

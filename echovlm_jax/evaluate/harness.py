@@ -46,16 +46,16 @@ class EvalOptions:
     """What an evaluation's predictions depend on, besides the model and the data.
 
     Attributes:
-      split: of the dataset.
-      tasks: of "report", "diagnosis" and "vqa".
-      limit: the first so many exams; None = all.
+      split: one of the dataset.
+      tasks: some of "report", "diagnosis" and "vqa".
+      limit: number of exams, from the first; None = all.
       images: "given"; "blind": none are shown; "swapped": those of an exam of another organ;
         "shuffled": those of another exam of the same organ, where it has one.
-      seed: decides wordings and languages, swaps and resamples.
+      seed: seed of wordings, languages, swaps and resamples.
       language: "zh" or "en" only; None = each exam's own, by seed where it has both.
       batch_size: exams asked about at a time.
-      max_new_tokens: of a report; other answers end at SHORT tokens at the latest.
-      max_image_patches: of an image, more or less than the model's files say; None = as they say:
+      max_new_tokens: limit of a report; other answers end at SHORT tokens at the latest.
+      max_image_patches: limit of an image, in place of the model's own; None = as its files say:
         of a training run, as in training.
 
     Raises:
@@ -97,10 +97,10 @@ def evaluate(
       model: a MODEL folder; of a training run, images get as large as they did in training.
       data: a dataset's folder, or "phantom".
       out: a new folder, or one that an evaluation with the same settings began.
-      options: None = all defaults.
+      options: EvalOptions; None = all defaults.
       bertscore: a local folder of a BERT-like model, for BERTScore.
       report: whether to write report.html.
-      progress: called with the number of samples done and of all samples.
+      progress: callback, with the numbers of samples done and of all samples.
 
     Returns:
       overall, by_organ, by_task, signature, reasons, as in metrics.json; n, failed (samples without

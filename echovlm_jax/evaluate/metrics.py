@@ -52,7 +52,7 @@ def text_statistics(
 
     Args:
       references, predictions: pairs, in the same order. A text without tokens scores 0.
-      languages: of each pair, or of all: "zh" or "en". Each pair is cut as its language is.
+      languages: "zh" or "en", of each pair or of all. Each pair is cut as its language is.
       segment: "characters", or "jieba" for Chinese words.
 
     Raises:

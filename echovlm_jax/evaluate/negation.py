@@ -150,7 +150,7 @@ def status(text: str, start: int, end: int) -> str:
     """Whether a text AFFIRMED, DENIED or leaves OPEN what stands at text[start:end].
 
     Args:
-      text: of `widths` and `small`.
+      text: the result of `widths` and `small`.
     """
     before, rest = _SENTENCE.split(text[:start])[-1], text[end:].lstrip(")]】」\"'*")
     stop = _END.search(rest)

@@ -81,11 +81,11 @@ def make_samples(
     for every model and for every value of `images`.
 
     Args:
-      kinds: of KINDS; they are made in that order.
+      kinds: some of KINDS; they are made in that order.
       limit: exams; None = all.
       images: "given"; "blind": none; "swapped": those of an exam of another organ; "shuffled":
         those of another exam of the same organ, or of an organ's only exam, of another organ.
-      language: of LANGUAGES; None = of each exam, one that it has.
+      language: one of LANGUAGES; None = one that the exam has.
 
     Raises:
       InputError: an argument is none of these, or no other exam is there to swap with.
@@ -194,7 +194,7 @@ def inputs_of(
       model: a `load.Model`.
       media: the pixels that are shown.
       shown: the record that they are of; None where nothing is shown.
-      limits: of the row that the prompt has to fit.
+      limits: those of the row that the prompt has to fit.
 
     Raises:
       InputError: it doesn't fit, or an image can't be made into patches.

@@ -95,7 +95,7 @@ def read_texts(path: Path, role: str, language: str) -> tuple[dict[str, Text], i
 
     Args:
       role: "reference" or "prediction": what to take of a line that has both.
-      language: of the report to take of a dataset's record.
+      language: that of the report to take of a dataset's record.
 
     Raises:
       InputError: names file and line.

@@ -62,13 +62,13 @@ def generate_file(
     from what is asked now, nothing is written. Only one process can write into `out`.
 
     Args:
-      model: answers.
+      model: the model that answers.
       batch: the records.
-      out: where the answers go; made or continued.
+      out: the file of answers, new or resumed.
       batch_size: records answered at a time.
-      max_new_tokens: for each answer.
+      max_new_tokens: limit of each answer.
       allow_links: a folder that links in the file's own may lead to.
-      **sampling: as in `generate`. With a seed, a record's answer depends on its line number and
+      **sampling: fields of `SamplingOptions`. A record's draws depend on its line number and
         not on which others share its batch.
 
     Returns:

@@ -75,13 +75,13 @@ def generate(
         pixel_values [P, patch_dim] with image_grid_thw [N, 3], pixel_values_videos with
         video_grid_thw. The next token follows the last column, whatever that holds, so pad on the
         left.
-      options: of sampling; padding doesn't count for the repetition penalty.
-      max_new_tokens: at most this many for each row.
+      options: settings of sampling; padding doesn't count for the repetition penalty.
+      max_new_tokens: limit of each row.
       eos_token_ids: a row ends with the first of these.
       rows: a number for each row that its draws depend on, in place of its place in the batch;
         equal numbers and equal prompts give equal answers.
       dtype: compute dtype.
-      on_tokens: called as tokens come with all of them so far, [B, t], and the lengths [B].
+      on_tokens: callback as tokens come, with all so far [B, t] and the lengths [B].
 
     Raises:
       InputError: a prompt that leaves no room for max_new_tokens, or no such number.

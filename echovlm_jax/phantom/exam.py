@@ -104,10 +104,10 @@ def make_exam(
     """An exam's parameters.
 
     Args:
-      key: what everything is drawn from; the same key and organ give the same exam.
+      key: seed of everything; the same key and organ give the same exam.
       cine: the share of heart exams whose first view is a loop.
       cine_frames: its frames, one heartbeat.
-      views: at most so many; the first shows all that the report says.
+      views: maximum number; the first shows all that the report says.
     """
     draws = stream(key, _LESION)
     diagnosis = pick(draws, DIAGNOSES[organ])

@@ -53,11 +53,11 @@ def write_exams(
 
     Args:
       out: a folder to make; it may be there if it is empty.
-      exams: how many.
+      exams: number of exams.
       seed: another seed makes other exams, and none of a `PhantomDataset`.
-      balanced, cine: as in `PhantomDataset`.
-      views: at most so many images an exam.
-      language: of the texts, "zh" or "en"; None: each exam has both.
+      balanced, cine: those of `PhantomDataset`.
+      views: maximum number of images an exam.
+      language: "zh" or "en"; None: each exam has texts in both.
       workers: processes that draw them; the files are the same.
 
     Returns:

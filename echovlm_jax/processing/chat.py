@@ -146,7 +146,7 @@ def compile_template(
 
     Args:
       source: the template; it sees `messages`, `add_generation_prompt` and the special tokens.
-      name: what to call it in errors.
+      name: its name in errors.
       special: values of bos_token, eos_token, …
 
     Raises:

@@ -145,7 +145,7 @@ def reading(
     Args:
       path: the file.
       damaged: the text for an error of `errors`; an OSError with a reason of its own says that.
-      errors: what a parser raises on damaged bytes. Their messages may quote the file.
+      errors: exceptions of a parser on damaged bytes. Their messages may quote the file.
     """
     with open_file(path) as file:
         try:

@@ -29,7 +29,7 @@ def to_levels(values: np.ndarray, say: Say = silent, *, colour: bool = False) ->
 
     Args:
       values: whole numbers or floats, of any shape.
-      say: told the range, where values are scaled.
+      say: callback for one line with the range, if values are scaled.
       colour: whether values of one pixel are its colours.
 
     Raises:
@@ -74,7 +74,7 @@ def check_loop(
     """Raises InputError where a loop is over a limit, before anything of its size is made.
 
     Args:
-      frames, height, width: as the file claims them.
+      frames, height, width: the file's claims.
       num_frames: frames to sample.
       sequential: whether a frame is reached through those before it.
     """

@@ -41,8 +41,8 @@ class Processor:
       max_pixels: overrides the checkpoint's largest area of an image, in pixels.
       num_frames: a longer loop is sampled to this many frames; by default as the checkpoint
         says, else NUM_FRAMES.
-      crop: cut DICOM frames to their ultrasound regions; "require" refuses what can't be.
-      say: told, in one line each, what was done to values that eight bits don't hold.
+      crop: crops of DICOM frames to their ultrasound regions; "require" refuses the others.
+      say: callback for lines on values of more than eight bits.
 
     Raises:
       InputError: a file is missing or invalid, or the tokenizer and config.json disagree.
@@ -291,7 +291,7 @@ def stated_pixels(
     All that hold such settings are among them: programs differ in which they read first.
 
     Args:
-      num_frames: of a loop; None: what the files say of it stays.
+      num_frames: frames of a loop; None: as the files state.
     """
     said: dict[str, Any] = {
         **dataclasses.asdict(images),

@@ -51,10 +51,10 @@ def decode_video(
 
     Args:
       file: open at the video's beginning, and seekable.
-      container: how it is packed, by FFmpeg's name: one of `files.VIDEOS`, or a bare stream's, as
+      container: FFmpeg's name of the container: one of `files.VIDEOS`, or a bare stream's, as
         h264 or hevc.
       num_frames: a longer video is sampled to this many frames.
-      stated: how many frames it must have, where something else says so.
+      stated: number of frames that a header states.
       say: see `images.load_media`.
 
     Returns:

@@ -63,7 +63,7 @@ def read_volume(path: str | Path, kind: str, *, num_frames: int, say: Say = sile
       path: the file.
       kind: "nifti" or "metaimage".
       num_frames: a longer loop is sampled to this many frames.
-      say: told the range of values that are scaled.
+      say: callback for one line with the range of scaled values.
 
     Raises:
       ExtraMissing: NIfTI is read by nibabel, which is not installed.
