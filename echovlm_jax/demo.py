@@ -6,8 +6,6 @@ learns synthetic exams and knows nothing of real ones. That the numbers are PyTo
 PyTorch recorded its own in `demo_golden.npz`, from weights that `make_checkpoint` makes again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -16,6 +14,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from echovlm_jax.data.tokenizer import SPECIAL, byte_tokenizer, train_sentencepi
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.cases import Case
 from echovlm_jax.evaluate.folder import REPORT
-from echovlm_jax.evaluate.harness import evaluate
+from echovlm_jax.evaluate.harness import EvalOptions, evaluate
 from echovlm_jax.evaluate.report import write_report
 from echovlm_jax.load import load_model
 from echovlm_jax.phantom import write_exams
@@ -54,7 +53,7 @@ _MARK, _MADE = "demo.json", {"made_by": "echovlm demo"}
 EXAMS, HELD_OUT = 3500, 250  # about 210 are in the test split
 # What it learns in these minutes; questions, with a share of the steps, stayed at chance.
 _ASKED = ("report", "diagnosis")
-EVALUATION = {"tasks": _ASKED, "batch_size": 35, "max_new_tokens": 128, "report": False}
+EVALUATION = EvalOptions(tasks=_ASKED, batch_size=35, max_new_tokens=128)
 _SPLITS = Options(validation=0.02, test=0.06)
 _CONTROLS = {"evaluation": "given", "blind": "blind", "shuffled": "shuffled"}
 _TEXT_RECIPE = tuple(
@@ -145,11 +144,11 @@ def demo(
             train_whole(demo_config("phantom", own), runs[-1])
     with _step("the model, in Hugging Face form"):
         export(runs[-1], out / "model")
-    options = {"limit": held_out, **EVALUATION}
-    asked = min(held_out, len(open_dataset(out / "data", "test")))
+    model, data, options = out / "model", out / "data", replace(EVALUATION, limit=held_out)
+    asked = min(held_out, len(open_dataset(data, "test")))
     with _step(f"{asked} held-out exams, with their images, without, and with others'"):
         results = {
-            name: evaluate(out / "model", out / "data", out / name, images=mode, **options)
+            name: evaluate(model, data, out / name, replace(options, images=mode), report=False)
             for name, mode in _CONTROLS.items()
         }
     with _step("answers, and the report"):

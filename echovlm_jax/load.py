@@ -19,7 +19,7 @@ from echovlm_jax.config import ModelConfig
 from echovlm_jax.convert.folder import as_dtype, open_model, side_files
 from echovlm_jax.convert.load import load_params
 from echovlm_jax.errors import InputError
-from echovlm_jax.generate import Generated, check_room, generate
+from echovlm_jax.generate import Generated, SamplingOptions, check_room, generate
 from echovlm_jax.mesh import param_shardings
 from echovlm_jax.model import EchoVLM, abstract_params, logical_axes
 from echovlm_jax.processing.batch import make_batch, pad_batch
@@ -173,8 +173,8 @@ class Model:
             video.
           prompt: what to ask.
           system: the system prompt; by default the chat template's own.
-          max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed: see
-            `generate.generate`.
+          max_new_tokens: at most this many.
+          temperature, top_k, top_p, repetition_penalty, seed: see `SamplingOptions`.
           stream: called with each piece of the text as it comes; joined, they are the text. A piece
             never ends inside a character.
 
@@ -272,6 +272,8 @@ class Model:
         inputs: Sequence[Mapping[str, np.ndarray]],
         *,
         max_new_tokens: int,
+        rows: Sequence[int] | None = None,
+        on_tokens: Callable[[np.ndarray, np.ndarray], object] | None = None,
         **sampling: Any,
     ) -> list[dict[str, Any]]:
         """Answers several prepared prompts at once; the results are as `generate`'s.
@@ -279,16 +281,19 @@ class Model:
         Args:
           inputs: what `prepare` gave for each.
           max_new_tokens: for each.
-          **sampling: see `generate.generate`.
+          rows, on_tokens: see `generate.generate`.
+          **sampling: of `SamplingOptions`.
         """
         made = generate(
             self.config,
             self.params,
             pad_batch(inputs, self.processor.pad_token_id),
+            SamplingOptions(**sampling),
             max_new_tokens=max_new_tokens,
             eos_token_ids=self.stop_ids,
+            rows=rows,
             dtype=self.dtype,
-            **sampling,
+            on_tokens=on_tokens,
         )
         return [
             {

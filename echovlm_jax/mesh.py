@@ -194,6 +194,7 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     """
     known = f"there are {', '.join(PRESETS)} and others"
     # libtpu ends the whole process over a dimension of 0.
+    # until: libtpu 0.1
     if not re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*){1,2}", name):
         raise InputError(f"topology {name!r} is not generation:shape, as in v5e:4x4; {known}")
     try:

@@ -10,7 +10,7 @@ import pytest
 
 from echovlm_jax.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
 from echovlm_jax.errors import InputError
-from echovlm_jax.generate import decode, generate, generate_file
+from echovlm_jax.generate import SamplingOptions, decode, generate_file
 from echovlm_jax.model import EchoVLM, abstract_params
 from echovlm_jax.processing.batch import PATCH_BUCKETS, SEQUENCE_BUCKETS, make_batch, pad_batch
 from echovlm_jax.storage.lock import Lock
@@ -27,6 +27,12 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 SMALL = CONFIG.replace(moe=None, text={"num_layers": 1, "max_position_embeddings": 4096})
 STEPS = 24
+
+
+def generate(config, params, inputs, *, max_new_tokens, **more):
+    own = {name: more.pop(name) for name in ("eos_token_ids", "rows", "on_tokens") if name in more}
+    options = SamplingOptions(**more)
+    return decode.generate(config, params, inputs, options, max_new_tokens=max_new_tokens, **own)
 
 
 def random_params(config):
@@ -200,9 +206,7 @@ def test_the_penalty_counts_prompt_and_new_tokens_but_no_padding(params, greedy)
     state = decode._prefill(
         params,
         *decode._prepare(CONFIG, BATCH),
-        decode.sampling(
-            temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=0, rows=range(3)
-        ),
+        decode.sampling(SamplingOptions(), range(3)),
         np.full(8, -1, np.int32),
         config=CONFIG,
         dtype=jnp.dtype(jnp.float32),

@@ -6,14 +6,18 @@ source that breaks it and one that keeps it, so that a rule which can no longer 
 
 import argparse
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from echovlm_jax.cli import build_parser
 
@@ -82,6 +86,22 @@ DISK_ONLY = {
 # Another file of that name.
 SAME_WORD = {("config", "config.json")}
 
+# What is above the limits of CONTRIBUTING.md today; none may grow, none is added.
+LONGEST = {
+    ("plan.plan", "plan"): 78,
+    ("processing.chat_sandbox", "compile_template"): 68,
+    ("train.loop", "train"): 90,
+    ("train.program", "make_program"): 80,
+    ("train.step", "make_train_step"): 70,
+}
+MOST_PARAMETERS = {
+    ("generate.decode", "generate"): 9,
+    ("generate.decode", "_prefill"): 10,
+    ("load", "generate"): 10,  # a promise
+    ("ops.attention.dispatch", "attention"): 9,
+    ("ops.moe.ragged", "_on_device"): 10,
+    ("train.step", "make_train_step"): 10,
+}
 # Import name -> name on PyPI, where they differ.
 PYPI_NAMES = {"PIL": "pillow", "orbax": "orbax-checkpoint", "gdcm": "python-gdcm"}
 TOP_LEVEL = {
@@ -248,6 +268,72 @@ def short_files(module: str, source: str) -> list[str]:
     return [f"{module} has {lines} lines: split it"] if lines > 450 else []
 
 
+def short_functions(module: str, source: str) -> list[str]:
+    """Lines of code, docstrings not counted; nested functions count with the one around them."""
+    complaints = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1] if ast.get_docstring(node) and node.body[1:] else node.body[0]
+            lines = (node.end_lineno or 0) - first.lineno + 1
+            if lines > LONGEST.get((_own(module), node.name), 60):
+                complaints.append(f"{module}.{node.name} has {lines} lines of code: split it")
+    return complaints
+
+
+def few_parameters(module: str, source: str) -> list[str]:
+    """`self` is not counted; functions of arrays (ops, model) and promises may have more."""
+    complaints = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [
+                a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            ]
+            count = len([name for name in names if name not in ("self", "cls")])
+            if count > MOST_PARAMETERS.get((_own(module), node.name), 8):
+                complaints.append(f"{module}.{node.name} has {count} parameters: give it a record")
+    return complaints
+
+
+def _expiries(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of each `until:` note."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and re.search(
+            r"\buntil\s*:", token.string, re.IGNORECASE
+        ):
+            yield token.start[0], token.string.removeprefix("#").strip()
+
+
+def workarounds_expire(module: str, source: str) -> list[str]:
+    """A workaround's note is `# until: PACKAGE RELEASE`, of a declared dependency and newer than
+    what pyproject.toml asks for, or `# until: URL` of the issue. At that release, look again."""
+    least = _least_releases()
+    complaints = []
+    for line, note in _expiries(source):
+        release = re.fullmatch(r"until: ([\w.-]+) (\d[\d.]*)", note)
+        if release:
+            name = release[1].lower().replace("_", "-")
+            if name not in least:
+                complaints.append(f"{module}:{line} {note}: pyproject.toml does not ask for it")
+            elif Version(release[2]) <= least[name]:
+                complaints.append(f"{module}:{line} {note}: is the minimum now, take it out")
+        elif not re.fullmatch(r"until: https://\S+", note):
+            complaints.append(f"{module}:{line} {note}: names no release and no issue")
+    return complaints
+
+
+def _least_releases() -> dict[str, Version]:
+    """The lowest release that pyproject.toml accepts of each dependency."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    lines = [*project["dependencies"], *(line for lines in extras for line in lines)]
+    least: dict[str, Version] = {}
+    for requirement in map(Requirement, lines):
+        for bound in requirement.specifier:
+            name, release = requirement.name.lower().replace("_", "-"), Version(bound.version)
+            least[name] = min(least.get(name, release), release)
+    return least
+
+
 def no_utils(module: str, source: str) -> list[str]:
     bad = module.split(".")[-1] in ("utils", "util", "helpers", "misc", "common")
     return [f"{module}: name the file after what is in it"] if bad else []
@@ -373,6 +459,28 @@ RULES: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
     ),
     short_files: ([("echovlm_jax.x", "x = 1\n" * 451)], [("echovlm_jax.x", "x = 1\n" * 450)]),
+    short_functions: (
+        [("echovlm_jax.x", "def f():\n" + "    x = 1\n" * 61)],
+        [("echovlm_jax.x", 'def f():\n    """A\n\n    B."""\n' + "    x = 1\n" * 60)],
+    ),
+    few_parameters: (
+        [("echovlm_jax.x", "def f(a, b, c, d, e, *, f, g, h, i): pass")],
+        [("echovlm_jax.x", "class A:\n    def f(self, a, b, c, d, *, e, f, g, h): pass")],
+    ),
+    workarounds_expire: (
+        [
+            ("echovlm_jax.x", "# until: pydicom"),
+            ("echovlm_jax.x", "x = 1  # until: the next release"),
+            ("echovlm_jax.x", "# Until : pydicom 99"),
+            ("echovlm_jax.x", "# until: imaginary 99"),
+            ("echovlm_jax.x", "# until: pydicom 3.0.2"),
+        ],
+        [
+            ("echovlm_jax.x", "# until: pydicom 99\nx = 'until: then'"),
+            ("echovlm_jax.x", "# until: https://github.com/google/grain/issues/1"),
+            ("echovlm_jax.x", "x = 1  # until the end"),
+        ],
+    ),
     no_utils: ([("echovlm_jax.ops.utils", "")], [("echovlm_jax.ops.einsum", "")]),
 }
 EXAMPLES = [

@@ -1,7 +1,5 @@
 """A full-size conversion against `cp` of the same bytes on the same disk."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A training step on the CPU against the same model's in PyTorch."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math
@@ -21,6 +19,7 @@ from echovlm_jax.config import ModelConfig, from_hf, preset, to_hf
 from echovlm_jax.errors import InputError
 from echovlm_jax.memory import keep_freed_memory
 from echovlm_jax.progress import progress
+from echovlm_jax.train.config_file import load_config, own_config
 
 _SIDE = "import json, sys; from echovlm_jax.bench.cpu import {side}; {side}(json.loads(input()))"
 _GRID = (1, 28, 28)  # the recipe's largest image: 784 patches, 196 tokens
@@ -82,9 +81,9 @@ def bench_train(
 
     Args:
       size: the preset whose sizes to use; by default `scaled_model`.
-      tokens: of the row, the image's 196 among them.
+      tokens: length of the row, the image's 196 among them.
       rounds: timed steps of each side; one more isn't timed.
-      threads: of each side; the machine may have fewer cores.
+      threads: number on each side; the machine may have fewer cores.
 
     Returns:
       ratio (theirs / ours: above 1, ours is faster), ours and theirs (seconds a step, medians),
@@ -307,38 +306,15 @@ def _inputs(model: ModelConfig, tokens: int) -> dict[str, np.ndarray]:
 
 
 def _training(tokens: int) -> Any:
-    """A configuration as the files in configs/ return it, for one row on one device."""
-    from ml_collections import ConfigDict
-
-    return ConfigDict(
-        {
-            "seed": 0,
-            "model": "tiny",  # not read: sizes are given beside
-            "data": "phantom",
-            "stage": "full",
-            "steps": 1000,
-            "global_batch_size": 1,
-            "grad_accum": 1,
-            "seq_len": tokens,
-            "max_patches": math.prod(_GRID),
-            "max_image_patches": math.prod(_GRID),
-            "mix_temperature": 1.0,
-            "learning_rate": _RATE,
-            "warmup_fraction": 0.0,
-            "adam_b1": 0.9,
-            "adam_b2": 0.999,
-            "adam_eps": 1e-8,
-            "weight_decay": 0.0,
-            "clip_norm": 1.0,
-            "lora": {"rank": 8, "alpha": 16, "dropout": 0.0},
-            "moe_dispatch": "dense",  # the fastest on a CPU of those that drop nothing
-            "dtype": "float32",
-            "param_dtype": "float32",
-            "remat": "none",
-            "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1},
-            "log_every": 1,
-            "eval_every": 1,
-            "checkpoint_every": 1,
-            "checkpoint_keep": 1,
-        }
-    )
+    """configs/full_finetune.py for one row on one device, in float32; sizes are given beside."""
+    patches = math.prod(_GRID)
+    changes = {
+        **{"seq_len": tokens, "max_patches": patches, "max_image_patches": patches},
+        **{"global_batch_size": 1, "mesh.data": 1, "mesh.fsdp": 1},
+        **{"steps": 1000, "learning_rate": _RATE, "warmup_fraction": 0.0},
+        **{"dtype": "float32", "optimization_level": None},
+        "moe_dispatch": "dense",  # the fastest on a CPU of those that drop nothing
+    }
+    config = load_config(own_config("full_finetune"), changes)
+    config.remat = "none"
+    return config

@@ -1,7 +1,5 @@
 """Batches from `make_batches` against a PyTorch DataLoader with Hugging Face's processor."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import json

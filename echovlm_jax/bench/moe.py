@@ -1,7 +1,5 @@
 """The three expert dispatches side by side: work beside the chosen experts' own, and time."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time
@@ -45,7 +43,7 @@ def bench_moe(
       size: the preset whose sizes to use.
       tokens: tokens a device, one row of them, for the count.
       timed_tokens: the same for the time.
-      rounds: how often each form is timed.
+      rounds: number of timings of each form.
 
     Returns:
       ours and theirs (seconds of the default form and of dense), ratio (ours / theirs), what,

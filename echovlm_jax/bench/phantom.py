@@ -1,12 +1,11 @@
 """What the mixture of experts, and rebalancing organs, are worth on synthetic exams, over seeds."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ COMPARED = ("bleu1", "rouge1", "diagnosis_accuracy")
 RARE = "vessel"  # a fifteenth of gynaecology in the paper's data, and so in the phantom's
 _STEPS = 600
 # Both sides learn what they are asked.
-_TASKS = {f"task_weights.{task}": float(task in EVALUATION["tasks"]) for task in TASKS}
+_TASKS = {f"task_weights.{task}": float(task in EVALUATION.tasks) for task in TASKS}
 _MARK = "study.json"  # what a folder's runs have in common
 
 
@@ -75,15 +74,15 @@ def bench_phantom(
     """Trains both sides of a study with each seed, evaluates them, and compares all their answers.
 
     A seed decides the first weights and the order of the data; exams and questions are the same for
-    all. What an earlier call finished in `folder` is kept, and a run that was stopped goes on.
+    all. Finished runs in `folder` are kept, and a stopped one is resumed.
 
     Args:
-      what: of STUDIES.
-      folder: to work in: a new one, or one that a study with the same exams, steps and asked began.
-      seeds: how many, from 0.
-      exams: how many are made, a sixteenth of them for the test.
-      steps: of each run.
-      asked: the first so many of the test's exams; None: all.
+      what: one of STUDIES.
+      folder: the work folder: a new one, or that of a study with the same exams, steps and asked.
+      seeds: number of seeds, from 0.
+      exams: number of exams made, a sixteenth of them for the test.
+      steps: length of each run.
+      asked: number of the test's exams, from the first; None: all.
 
     Returns:
       what, about, seeds, exams, steps, before, after (the sides' names), samples (of each run);
@@ -111,7 +110,8 @@ def bench_phantom(
             own |= {"tokenizer": str(tested / "tokenizer"), **_TASKS, **arm.changes}
             train_whole(demo_config(arm.config, own), run)
             results.append(run.with_name(f"{run.name}-results"))
-            evaluate(run, tested / "data", results[-1], limit=asked, **EVALUATION)
+            options = replace(EVALUATION, limit=asked)
+            evaluate(run, tested / "data", results[-1], options, report=False)
     pooled = compare(*found)
     single = [compare(before, after) for before, after in zip(*found, strict=True)]
     rows = []

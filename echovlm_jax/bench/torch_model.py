@@ -5,8 +5,6 @@ module that holds the old MLP, Qwen2-MoE's sparse block and the coefficient, and
 paper does. The layer itself (norms, attention, residuals) stays theirs.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from echovlm_jax.config import ModelConfig, to_hf
@@ -18,8 +16,8 @@ def build(config: ModelConfig, seed: int = 0, std: float = 0.1) -> Any:
 
     Args:
       config: sizes; without a mixture it is Qwen2-VL.
-      seed: of PyTorch's generator.
-      std: of the parameters around 0, or around 1 for the norms' scales.
+      seed: seed of PyTorch's generator.
+      std: deviation of the parameters from 0, or from 1 for the norms' scales.
     """
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import Qwen2MoeConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration

@@ -5,8 +5,6 @@ What a command does is a function elsewhere; it is imported when the command run
 failed, 2 bad usage or bad input (one line on standard error), 70 a defect of ours, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os
@@ -14,17 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from echovlm_jax.cli.checkpoints import (
-    add_convert,
-    add_export,
-    add_inspect,
-    add_parity,
-    add_upcycle,
-    add_verify,
-)
-from echovlm_jax.cli.data import add_data
-from echovlm_jax.cli.demo import add_demo
-from echovlm_jax.cli.evaluate import add_compare, add_eval, add_score
+from echovlm_jax.cli import checkpoints, data, demo, evaluate, generate, measure, train
 from echovlm_jax.cli.frame import (
     Parser,
     explain,
@@ -33,10 +21,7 @@ from echovlm_jax.cli.frame import (
     stdout_for_json,
     version_text,
 )
-from echovlm_jax.cli.generate import add_generate
-from echovlm_jax.cli.measure import add_bench, add_plan
 from echovlm_jax.cli.printing import print_json
-from echovlm_jax.cli.train import add_train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,18 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version_text())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (
-        *(add_demo, add_convert, add_export, add_upcycle, add_inspect, add_verify),
-        *(
-            add_parity,
-            add_data,
-            add_plan,
-            add_train,
-            add_generate,
-            add_eval,
-            add_score,
-            add_compare,
-        ),
-        add_bench,
+        *(demo.add_demo, checkpoints.add_convert, checkpoints.add_export, checkpoints.add_upcycle),
+        *(checkpoints.add_inspect, checkpoints.add_verify, checkpoints.add_parity, data.add_data),
+        *(measure.add_plan, train.add_train, generate.add_generate, evaluate.add_eval),
+        *(evaluate.add_score, evaluate.add_compare, measure.add_bench),
     ):
         add(commands)
     return parser

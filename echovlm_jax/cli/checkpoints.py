@@ -1,7 +1,5 @@
 """Commands about checkpoints: convert, export, upcycle, inspect, verify, parity."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
@@ -26,8 +24,8 @@ def add_convert(commands: Any) -> None:
         commands,
         "convert",
         run,
-        "turn a Hugging Face folder into an Orbax checkpoint, streaming; an interrupted conversion "
-        "goes on where it stopped",
+        "convert a Hugging Face folder to an Orbax checkpoint, streaming; re-run the command to "
+        "resume",
         "echovlm convert EchoVLM-hf/ echovlm-orbax/ --dtype bfloat16",
     )
     command.add_argument("src", type=PLACE, metavar="SRC", help="a Hugging Face folder")
@@ -60,8 +58,8 @@ def add_export(commands: Any) -> None:
         commands,
         "export",
         run,
-        "turn a checkpoint back into a Hugging Face folder; a training run's low-rank updates are "
-        "added to its weights, or with --adapter written by themselves",
+        "convert a checkpoint to a Hugging Face folder; a training run's low-rank updates are "
+        "merged into its weights, or with --adapter written alone",
         "echovlm export echovlm-orbax/ EchoVLM-hf/ --max-shard-size 5GB",
     )
     command.add_argument("model", type=PLACE, metavar="MODEL", help=MODEL)
@@ -73,8 +71,7 @@ def add_export(commands: Any) -> None:
     either.add_argument(
         "--merge-lora",
         action="store_true",
-        help="add low-rank updates to the weights, as is done without this too; with it, a model "
-        "that has none is refused",
+        help="refuse a model without low-rank updates; they are merged without this option too",
     )
     either.add_argument(
         "--adapter",
@@ -111,8 +108,8 @@ def add_upcycle(commands: Any) -> None:
         commands,
         "upcycle",
         run,
-        "give a dense Qwen2-VL the experts that stage 1 trains; what it computes stays the same, "
-        "which is measured: exit code 1 if a logit changed by more than is stated",
+        "add the experts that stage 1 trains to a dense Qwen2-VL; its function is preserved and "
+        "measured: exit code 1 if a logit changes by more than the stated bound",
         "echovlm upcycle Qwen2-VL-7B-Instruct/ echovlm-start/ --config configs/alignment.py",
     )
     command.add_argument("src", metavar="QWEN2VL", type=PLACE, help="a Hugging Face folder")
@@ -148,7 +145,7 @@ def add_inspect(commands: Any) -> None:
         commands,
         "inspect",
         run,
-        "say what a checkpoint holds, without loading its weights",
+        "list the contents of a checkpoint, without loading its weights",
         "echovlm inspect EchoVLM-hf/",
     )
     command.add_argument("model", type=PLACE, metavar="MODEL", help=MODEL)
@@ -164,8 +161,8 @@ def add_verify(commands: Any) -> None:
         commands,
         "verify",
         run,
-        "read every byte that a model or a training run stores and compare it with its digest; "
-        "exit code 1 and the names of files if some are corrupt",
+        "compare every stored byte of a model or a training run with its digest; exit code 1 and "
+        "the names of corrupt files",
         "echovlm verify runs/alignment/",
     )
     command.add_argument(

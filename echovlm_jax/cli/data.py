@@ -1,7 +1,5 @@
 """`echovlm data …`: datasets made, checked, counted and made up."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex
@@ -53,9 +51,9 @@ def _add_build(commands: Any) -> None:
         commands,
         "build",
         run,
-        "turn records in the official form and their images into a TFDS dataset in ArrayRecord; an "
-        "interrupted build goes on where it stopped. Records that can't be used are left out and "
-        "listed, with the reason, in OUT/quarantine.jsonl",
+        "make a TFDS dataset in ArrayRecord from records in the official form and their images; "
+        "re-run the command to resume. Records that can't be used are listed with the reason in "
+        "OUT/quarantine.jsonl",
         "echovlm data build --source thyroid.json breast.json --images pictures/ --out exams/\n"
         "  echovlm data build --source exams.json --images pictures/ --out exams/ "
         "--beam=--runner=FlinkRunner --beam=--flink_master=host:8081\n"
@@ -211,11 +209,11 @@ def _add_stats(commands: Any) -> None:
         commands,
         "stats",
         run,
-        "say what a dataset holds and what a run will see of it; counts, lengths and packing by "
-        "organ. --config.KEY=VALUE changes a key of the configuration",
+        "count what a dataset holds and what a run draws from it; lengths and packing by organ. "
+        "--config.KEY=VALUE changes a key of the configuration",
         "echovlm data stats exams/\n"
         "  echovlm data stats exams/ --config configs/instruction.py --config.seq_len=4096",
-        show=_show_stats,
+        show=lambda result, args: print(_describe(result)),
     )
     command.add_argument("data", type=NAMED, metavar="DIR", help=DATA)
     command.add_argument("--split", default="train", metavar="S", help="default: %(default)s")
@@ -223,15 +221,15 @@ def _add_stats(commands: Any) -> None:
         "--config",
         type=LOCAL,
         metavar="F.py",
-        help="the run to count for, as in configs/; default: organs as they are, a byte a token",
+        help="the run's configuration; default: organs unweighted, a token for each byte",
     )
     command.set_defaults(overrides=[])
 
 
-def _show_stats(result: Result, args: argparse.Namespace) -> None:
+def _describe(result: Result) -> str:
     from echovlm_jax.data.stats import describe
 
-    print(describe(result))
+    return describe(result)
 
 
 def _add_phantom(commands: Any) -> None:
@@ -259,8 +257,7 @@ def _add_phantom(commands: Any) -> None:
         commands,
         "phantom",
         run,
-        "make up exams, images and reports, labelled synthetic; `data build` takes them as they "
-        "are",
+        "make synthetic exams, images and reports, labelled as such; `data build` reads them",
         "echovlm data phantom --out phantom/ --exams 100\n"
         "  echovlm data phantom --sheet phantoms.png",
         show=_show_phantom,

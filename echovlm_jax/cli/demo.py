@@ -1,7 +1,5 @@
 """`echovlm demo`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ def add_demo(commands: Any) -> None:
         commands,
         "demo",
         run,
-        "show the whole way on this machine; synthetic exams are made, a small model is trained on "
-        "them in two stages and evaluated on others. It takes about ten minutes on two cores",
+        "run everything on this machine; it makes synthetic exams, trains a small model on them in "
+        "two stages and evaluates it on others. It takes about ten minutes on two cores",
         "echovlm demo --out demo_out",
         show=_show,
     )

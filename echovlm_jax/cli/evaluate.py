@@ -1,7 +1,5 @@
 """`echovlm eval`, `score` and `compare`: how well a model answers."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,21 +9,18 @@ from echovlm_jax.cli.data import DATA
 from echovlm_jax.cli.frame import LOCAL, MODEL, NAMED, PLACE, Result, add_command
 from echovlm_jax.cli.printing import lines, table
 
-_GIVEN = (
-    *("split", "tasks", "limit", "images", "seed", "language", "batch_size", "max_new_tokens"),
-    *("max_image_patches", "bertscore"),
-)
-
-
 _FEW = 10  # ids that `score` names; --json has them all
 
 
 def add_eval(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
-        from echovlm_jax.evaluate.harness import evaluate
+        from echovlm_jax.evaluate.harness import EvalOptions, evaluate
 
-        given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}
-        found = evaluate(args.model, args.data, args.out, **given)
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        options = {name: given[name] for name in given if name in EvalOptions.__annotations__}
+        found = evaluate(
+            args.model, args.data, args.out, EvalOptions(**options), bertscore=args.bertscore
+        )
         if found.get("failed"):
             print(_failures(found), file=sys.stderr)
         return found
@@ -34,9 +29,9 @@ def add_eval(commands: Any) -> None:
         commands,
         "eval",
         run,
-        "evaluate a model on a split; it is asked for each exam's report, diagnosis and a choice "
-        "or judgement, and OUT gets its predictions beside the references, the metrics by organ "
-        "and task, and an HTML report. A run that was stopped goes on",
+        "evaluate a model on a split; it answers each exam's report, diagnosis and a choice or "
+        "judgement. OUT gets predictions beside references, metrics by organ and task, and an "
+        "HTML report. Re-run the command to resume",
         "echovlm eval echovlm-orbax/ --data exams/ --out results/\n"
         "  echovlm eval run/ --data phantom --limit 100 --images blind --out blind/",
         show=_show_eval,
@@ -62,17 +57,17 @@ def add_eval(commands: Any) -> None:
     )
     command.add_argument("--language", metavar="L", help="ask in zh or en alone; default: both")
     command.add_argument(
-        "--seed", type=int, metavar="S", help="of wordings, swaps and resamples; default: 0"
+        "--seed", type=int, metavar="S", help="seed of wordings, swaps and resamples; default: 0"
     )
     command.add_argument("--batch-size", type=int, metavar="N", help="exams at a time; default: 16")
     command.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="of a report at the most; default: 512"
+        "--max-new-tokens", type=int, metavar="N", help="maximum length of a report; default: 512"
     )
     command.add_argument(
         "--max-image-patches",
         type=int,
         metavar="N",
-        help="larger images are made this small; default: as the model was trained",
+        help="shrink larger images to N patches; default: as the model was trained",
     )
     command.add_argument(
         "--bertscore", type=LOCAL, metavar="DIR", help="a local BERT-like model, for BERTScore"

@@ -1,7 +1,5 @@
 """What all commands share: how one is declared, how it fails, and what is kept off the terminal."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util
@@ -54,7 +52,7 @@ def add_command(
 
     Args:
       commands: argparse's subparsers.
-      name: of the command.
+      name: the command's name.
       run: does the work and returns what to print; `ok` false in it makes the exit code 1.
       what: its help; what is before the first semicolon stands in the list of commands.
       example: a line that works, or several.
@@ -177,6 +175,7 @@ def look_for_no_tpu() -> None:
         and not entry_points(group="jax_plugins")
         and not has_tpu()
     ):
+        # until: jax 0.13
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 

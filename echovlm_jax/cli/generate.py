@@ -1,7 +1,5 @@
 """`echovlm generate`: one answer, or a file of them."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any
@@ -29,47 +27,46 @@ SAMPLING = {
 }
 
 
+def _run(args: argparse.Namespace) -> Result:
+    if args.batch and (not args.out or args.prompt or args.image or args.system or args.stream):
+        raise InputError(
+            "--batch goes with --out and the sampling options; images and prompts are in F"
+        )
+    if args.allow_links and not args.batch:
+        raise InputError("--allow-links goes with --batch; links given to --image are followed")
+    if not args.batch and (args.prompt is None or args.out):
+        raise InputError("give --prompt (and --image), or --batch with --out")
+    from echovlm_jax.load import load_model
+
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    sampling = {name: given[name] for name in SAMPLING if name in given}
+    model = load_model(args.model, **{name: given[name] for name in LOADING if name in given})
+    if args.batch:
+        links = {"allow_links": args.allow_links} if args.allow_links else {}
+        return _batch(model, args, {**links, **sampling})
+    if args.stream:
+        sampling["stream"] = lambda piece: print(piece, end="", flush=True)
+    return model.generate(args.image, args.prompt, system=args.system, **sampling)
+
+
+def _batch(model: Any, args: argparse.Namespace, options: dict[str, Any]) -> Result:
+    from echovlm_jax.generate import generate_file
+    from echovlm_jax.processing.files import shown
+
+    counts = generate_file(model, args.batch, args.out, **options)
+    if not counts["failed"] or counts["done"]:
+        return counts
+    line = f"echovlm: no record was answered; {shown(args.out)} says why, a line each"
+    print(line, file=sys.stderr)
+    return counts | {"ok": False}
+
+
 def add_generate(commands: Any) -> None:
-    def run(args: argparse.Namespace) -> Result:
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        sampling = {name: given[name] for name in SAMPLING if name in given}
-        loading = {name: given[name] for name in LOADING if name in given}
-        if args.batch:
-            if not args.out or args.prompt or args.image or args.system or args.stream:
-                raise InputError(
-                    "--batch goes with --out and the sampling options; images and prompts are in F"
-                )
-            from echovlm_jax.generate import generate_file
-            from echovlm_jax.load import load_model
-
-            model = load_model(args.model, **loading)
-            links = {"allow_links": args.allow_links} if args.allow_links else {}
-            counts = generate_file(model, args.batch, args.out, **links, **sampling)
-            if counts["failed"] and not counts["done"]:
-                from echovlm_jax.processing.files import shown
-
-                print(
-                    f"echovlm: no record was answered; {shown(args.out)} says why, a line each",
-                    file=sys.stderr,
-                )
-                return counts | {"ok": False}
-            return counts
-        if args.allow_links:
-            raise InputError("--allow-links goes with --batch; links given to --image are followed")
-        if args.prompt is None or args.out:
-            raise InputError("give --prompt (and --image), or --batch with --out")
-        from echovlm_jax.load import load_model
-
-        if args.stream:
-            sampling["stream"] = lambda piece: print(piece, end="", flush=True)
-        model = load_model(args.model, **loading)
-        return model.generate(args.image, args.prompt, system=args.system, **sampling)
-
     command = add_command(
         commands,
         "generate",
-        run,
-        "answer a prompt about images; several images make one exam, a file of several "
+        _run,
+        "answer a prompt about images; several images are one exam, a file of several "
         "frames is a video",
         "echovlm generate echovlm-orbax/ --image liver1.png liver2.dcm --prompt 'Write the report.'"
         "\n  echovlm generate echovlm-orbax/ --batch exams.jsonl --out answers.jsonl",
@@ -88,6 +85,11 @@ def add_generate(commands: Any) -> None:
     command.add_argument("--prompt", metavar="T", help="what to ask")
     command.add_argument("--system", metavar="T", help="the system prompt")
     command.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    _add_options(command)
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    """How to load, the files of a batch, and sampling."""
     command.add_argument(
         "--num-frames",
         type=int,
@@ -98,7 +100,7 @@ def add_generate(commands: Any) -> None:
         "--max-pixels",
         type=int,
         metavar="N",
-        help="larger images are made this small; default: as in training",
+        help="shrink larger images to N pixels; default: as in training",
     )
     add_crop(command, "refuses a picture that can't be")
     command.add_argument(
@@ -117,10 +119,10 @@ def add_generate(commands: Any) -> None:
         "--batch",
         type=LOCAL,
         metavar="F.jsonl",
-        help='many: a line {"id", "images", "prompt"} each',
+        help='a file of prompts, one {"id", "images", "prompt"} a line',
     )
     command.add_argument(
-        "--out", type=PLACE, metavar="G.jsonl", help="the batch's answers; goes on where it stopped"
+        "--out", type=PLACE, metavar="G.jsonl", help="the batch's answers; re-run to resume"
     )
     add_allow_links(command)
     for name, (kind, metavar, text) in SAMPLING.items():

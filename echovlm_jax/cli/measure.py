@@ -1,7 +1,5 @@
 """Commands that say what something costs: plan and bench."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -51,7 +49,7 @@ def add_plan(commands: Any) -> None:
         "echovlm plan --config configs/full_finetune.py --topology v5e:4x4\n"
         "  echovlm plan --config configs/full_finetune.py --topology v5p:4x4x8 --rows-per-chip 2 "
         "--config.remat=full",
-        show=_show_plan,
+        show=lambda result, args: print(result["report"]),
     )
     command.add_argument(
         "--config", type=LOCAL, required=True, metavar="F.py", help="a file as in configs/"
@@ -87,52 +85,49 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _show_plan(result: Result, args: argparse.Namespace) -> None:
-    print(result["report"])
-
-
 # What `bench` can do with --what, and where it keeps the runs of phantom.
 _WORKS = {"cpu": ("train",), "phantom": ("mixture", "imbalance")}
 _PHANTOM = Path("bench_out/phantom")
 
 
+def _bench(args: argparse.Namespace) -> Result:
+    _check_options(args)
+    if args.what == "data":
+        from echovlm_jax.bench.data import bench_data
+
+        return bench_data(args.dir)
+    if args.what == "cpu":
+        from echovlm_jax.bench.cpu import bench_train
+
+        return bench_train(size=args.size)
+    if args.what == "phantom":
+        keep_freed_memory()
+        from echovlm_jax.bench.phantom import bench_phantom
+
+        return bench_phantom(args.work or "mixture", args.dir or _PHANTOM)
+    size = args.size or "echovlm_11b"
+    if args.what == "moe":
+        from echovlm_jax.bench.moe import bench_moe
+
+        with no_native_stderr(args.debug):
+            return bench_moe(size=size)
+    from echovlm_jax.bench.convert import bench_convert
+
+    return bench_convert(args.dir, size=size)
+
+
 def add_bench(commands: Any) -> None:
-    def run(args: argparse.Namespace) -> Result:
-        _check_options(args)
-        if args.what == "data":
-            from echovlm_jax.bench.data import bench_data
-
-            return bench_data(args.dir)
-        if args.what == "cpu":
-            from echovlm_jax.bench.cpu import bench_train
-
-            return bench_train(size=args.size)
-        if args.what == "phantom":
-            keep_freed_memory()
-            from echovlm_jax.bench.phantom import bench_phantom
-
-            return bench_phantom(args.work or "mixture", args.dir or _PHANTOM)
-        size = args.size or "echovlm_11b"
-        if args.what == "moe":
-            from echovlm_jax.bench.moe import bench_moe
-
-            with no_native_stderr(args.debug):
-                return bench_moe(size=size)
-        from echovlm_jax.bench.convert import bench_convert
-
-        return bench_convert(args.dir, size=size)
-
     command = add_command(
         commands,
         "bench",
-        run,
+        _bench,
         "the project's own benchmarks, both sides in one run; convert: our conversion of a made-up "
         "checkpoint against `cp` of the same bytes; cpu: a training step of a scaled model in "
         "float32 on 2 threads against PyTorch's; moe: the default expert dispatch against the "
         "others, their extra work counted and their time taken; data: images a second through "
         "make_batches against a PyTorch DataLoader with Hugging Face's processor; phantom: what "
         "the mixture of experts, or rebalancing organs, is worth on synthetic exams, trained and "
-        "evaluated with three seeds, half an hour or more; it goes on where it was stopped",
+        "evaluated with three seeds, half an hour or more; re-run it to resume",
         "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench cpu --what train\n"
         "  echovlm bench moe --size tiny\n  echovlm bench data\n"
         "  echovlm bench phantom --what imbalance --dir study/",

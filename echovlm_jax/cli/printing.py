@@ -1,7 +1,5 @@
 """What a command prints: one JSON object, or lines for people."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """The command that trains."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
@@ -32,8 +30,8 @@ def add_train(commands: Any) -> None:
         commands,
         "train",
         run,
-        "train a configuration; a run that was stopped or killed goes on from its folder. "
-        "--config.KEY=VALUE changes a key of the configuration",
+        "train a configuration; re-run the command to resume. --config.KEY=VALUE changes a key of "
+        "the configuration",
         "echovlm train --config configs/alignment.py --workdir run/\n"
         "  echovlm train --config configs/full_finetune.py --workdir run/ --config.model=tiny "
         "--config.steps=20 --config.global_batch_size=1",
@@ -48,13 +46,13 @@ def add_train(commands: Any) -> None:
     command.add_argument(
         "--change-config",
         action="store_true",
-        help="go on although the folder was begun with another configuration",
+        help="resume although the folder was begun with another configuration",
     )
     command.add_argument(
         "--profile",
         type=_steps,
         metavar="A:B",
-        help="write a profile of the steps from A to before B, for TensorBoard",
+        help="profile steps A to B - 1, for TensorBoard",
     )
     command.set_defaults(overrides=[])
 

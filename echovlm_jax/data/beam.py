@@ -4,8 +4,6 @@ A worker of any runner reads the sources and images and writes its part by the p
 was given, so these have to be the same on every worker: a shared or mounted file system.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,11 +1,9 @@
 """`data build` and `data validate`: official JSON and image files to a dataset's folder.
 
-Works in OUT.partial beside the target, part by part, and renames at the end. After a kill the same
-call goes on: parts that are complete stay, unless they were made of other records, pictures or
-options, or left records out (the reason may have been mended meanwhile).
+Works in OUT.partial beside the target, part by part, and renames at the end. The same call
+resumes after a kill: complete parts are kept, unless they were made of other records, pictures or
+options, or left records out (the reason may have been mended since).
 """
-
-from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -22,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +49,7 @@ class Options(NamedTuple):
     Attributes:
       validation, test: the shares of the groups that go to these splits.
       num_frames: a loop is sampled to so many frames.
-      crop: cut DICOM frames to their ultrasound regions; "require" leaves out what can't be.
+      crop: crops of DICOM frames to their ultrasound regions; "require" leaves out the others.
       organs: a file {source: organ}, for records that don't say their own.
       group_pattern: a regular expression whose first group names the patient, in a record's id or
         else in its images' paths.
@@ -85,7 +84,7 @@ def build(
       images: the folder that the records' image paths are relative to, and don't leave.
       out: the folder to make; it must not exist.
       workers: processes.
-      runner: runs the parts elsewhere (see `beam.py`), in place of `workers`.
+      runner: another place for the parts (see `beam.py`), instead of `workers`.
 
     Returns:
       records, kept, quarantined {reason: count}: records = kept + the sum of the counts; splits
@@ -111,7 +110,9 @@ def build(
             for count in run(parts.write_part, str(work), range(len(plan["parts"]))):
                 tick(count)
         result = _finish(work, plan, counts) | {"ignored_keys": found.ignored}
-        _check_unchanged(found)
+        for path, digest in zip(found.files, found.digests, strict=True):
+            if digest_of(path) != digest:
+                raise changed(path)
         _check_new(target)
         os.replace(work / MADE, target)
         _sync(target.parent)
@@ -144,7 +145,7 @@ def validate(
             for lines, noted in in_processes(parts.check_part, temporary, numbers, workers=workers):
                 notes.update(noted)
                 counts.update(line["reason"] for line in lines)
-                examples = sorted(examples + lines, key=_place)[:_EXAMPLES]
+                examples = sorted(examples + lines, key=itemgetter("source", "number"))[:_EXAMPLES]
                 tick(1)
     return {
         "ok": not counts,
@@ -225,12 +226,6 @@ def _prepare(
     }
     plan["key"] = folder.digest(json.dumps(plan, sort_keys=True).encode())
     return found, plan
-
-
-def _check_unchanged(found: Sources) -> None:
-    for path, digest in zip(found.files, found.digests, strict=True):
-        if digest_of(path) != digest:
-            raise changed(path)
 
 
 def _still_needed(work: Path, total: int) -> int:
@@ -384,7 +379,7 @@ def _join(pieces: list[Path], whole: Path) -> None:
 
 @contextlib.contextmanager
 def _work_folder(work: Path) -> Iterator[None]:
-    """The folder that work goes on in, locked; removed by an error that leaves nothing to go on."""
+    """The work folder, locked; an error that leaves nothing to resume removes it."""
     if work.is_symlink() or (work.exists() and not (work / LOCK).is_file()):
         raise InputError(
             f"{shown(work)}: is no unfinished work of ours, but its name is needed; move it away"
@@ -422,10 +417,6 @@ def _drop_useless(work: Path, plan: dict[str, Any]) -> None:
 def _check_new(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise InputError(f"{shown(target)}: exists; choose another --out, or delete it first")
-
-
-def _place(line: dict[str, Any]) -> tuple[str, int]:
-    return line["source"], line["number"]
 
 
 def _sync(path: Path) -> None:

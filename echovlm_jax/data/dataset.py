@@ -1,7 +1,5 @@
 """Where records come from: the interface, and the reader of folders that `data build` made."""
 
-from __future__ import annotations
-
 import json
 import mmap
 import threading

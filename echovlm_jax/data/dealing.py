@@ -1,7 +1,5 @@
 """From the records to the parts of a build: pictures looked at, groups dealt out to the splits."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -36,10 +34,10 @@ def deal(
     Args:
       work: the work folder.
       found, plan: the records, and what all jobs need to know; gets the parts.
-      shares: of validation and test.
-      salt: for the keys of patients.
-      run: runs the jobs.
-      records: of a job, at least.
+      shares: those of validation and test.
+      salt: secret of the patients' keys.
+      run: the runner of the jobs.
+      records: least number in a job.
 
     Returns:
       what is counted of groups and near-duplicates, and about how many bytes the parts will have.

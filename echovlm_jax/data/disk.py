@@ -1,7 +1,5 @@
 """Writes that fail: one line with the path and the space, where Python's error has neither."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import shutil
@@ -20,7 +18,7 @@ def writing(path: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]
     """Turns an OSError inside into an InputError.
 
     Args:
-      path: what is being written, a file or a folder; an error that names a file names it instead.
+      path: the file or folder written; a file that the error itself names takes its place.
       needed: about how many bytes are still to be written, asked for when a write has failed; 0
         where nobody knows.
     """

@@ -5,8 +5,6 @@ control tokens, which a tokenizer never joins with what is beside them; an answe
 own, as in generation, where the prompt ends before it.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Sequence
@@ -54,7 +52,7 @@ def encode(
 
     Args:
       turns: an optional system turn, then user and assistant by turns, ending with an assistant.
-      vision_tokens: of each medium, "image" or "video" and its number of merged patches. Their
+      vision_tokens: "image" or "video" and the number of merged patches, of each medium. Their
         marks go to the front of the first user turn.
 
     Raises:
@@ -103,7 +101,7 @@ def text_tokens_of(
 
 def _pieces(turns: Sequence[Turn], kinds: Sequence[str]) -> list[_Piece]:
     """The template's text cut at its control tokens, and every answer from what opens it."""
-    _check_turns(turns, len(kinds))
+    _check_turns(turns)
     messages, marks = [], [{"type": kind} for kind in kinds]
     for role, text in turns:
         content = [{"type": "text", "text": neutral(text)}]
@@ -126,7 +124,7 @@ def _pieces(turns: Sequence[Turn], kinds: Sequence[str]) -> list[_Piece]:
     return out
 
 
-def _check_turns(turns: Sequence[Turn], n_media: int) -> None:
+def _check_turns(turns: Sequence[Turn]) -> None:
     talk = turns[1:] if turns and turns[0].role == "system" else turns
     roles = [turn.role for turn in talk]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):

@@ -4,8 +4,6 @@ An epoch's plan is the same on every machine, whatever the number of processes a
 process makes it for itself and takes its rows of it; nothing is exchanged.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -129,7 +127,7 @@ def make_epoch(
     """Plans one epoch, or reads its plan from the cache.
 
     Args:
-      check: called with the plan; what it raises leaves nothing in the cache.
+      check: a check of the plan; if it raises, nothing is cached.
 
     Raises:
       InputError: the mixture doesn't fit the data, nothing of the data fits a row, or the cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import io
 import json
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from echovlm_jax.data.examples import Source
 
 _DIGEST = 32  # bytes in front of the arrays: BLAKE2b of all that follows
-_CODE = ("data", "processing")  # the packages that a plan follows from
+_PACKAGE = Path(__file__).parents[1]
+_STATED = ("phantom",)  # code whose results a dataset's own fingerprint tells
 # Where a plan does not follow from them: they say where things are, and what else is in there is
 # hashed by its content.
 _PLACES = ("data", "model", "tokenizer", "workers", "cache")
@@ -36,10 +39,47 @@ def fingerprint(source: Source) -> str:
     digest.update(json.dumps([source.dataset.fingerprint, settings, tasks]).encode())
     digest.update(repr((source.model, source.images)).encode())
     digest.update(_tokenizer_digest(source))
-    root = Path(__file__).parents[1]
-    for path in sorted(path for part in _CODE for path in (root / part).rglob("*.py")):
-        digest.update(hashlib.blake2b(path.read_bytes()).digest())
+    digest.update(code_digest(_PACKAGE))
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def code_digest(package: Path) -> bytes:
+    """Of all that `plan_code` finds."""
+    digest = hashlib.blake2b()
+    for _, content in sorted(plan_code(package).items()):
+        digest.update(hashlib.blake2b(content).digest())
+    return digest.digest()
+
+
+def plan_code(package: Path) -> dict[Path, bytes]:
+    """The modules of `package` that data/epoch.py imports, imports of imports and those inside
+    functions included, without comments and docstrings; and the tables (JSON) beside them."""
+    found: dict[Path, bytes] = {}
+    left = [package / "data" / "epoch.py"]
+    while left:
+        if (path := left.pop()) in found or path.relative_to(package).parts[0] in _STATED:
+            continue
+        tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(package.name):
+                base = package.joinpath(*(node.module or "").split(".")[1:])
+                for name in node.names:
+                    files = (
+                        base / f"{name.name}.py",
+                        base.with_suffix(".py"),
+                        base / "__init__.py",
+                    )
+                    left.append(next(file for file in files if file.is_file()))
+            elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                node.body = [one for one in node.body if not _is_text(one)]
+        found[path] = ast.dump(tree).encode()
+        found |= {table: table.read_bytes() for table in path.parent.glob("*.json")}
+    return found
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def _tokenizer_digest(source: Source) -> bytes:

@@ -4,9 +4,7 @@ The plan calls this to know lengths, a worker calls it again to build the sample
 from a key to a sample, so what is built has exactly the planned lengths.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +84,7 @@ def open_source(settings: Settings) -> Source:
     images = training_images(images, settings.max_image_patches, settings.max_patches)
     weights = dict(settings.task_weights) if settings.task_weights else None
     tasks = mix_for(settings.stage, weights)
-    return Source(settings, dataset, tokenizer, model, images, tasks, _peers(dataset))
+    return Source(settings, dataset, tokenizer, model, images, tasks, peers_of(dataset))
 
 
 def example(source: Source, number: int, key: int) -> Example:
@@ -109,7 +107,7 @@ def conversation(source: Source, number: int, key: int) -> Composed:
     """
     record = source.dataset.record(number)
     try:
-        other = partial(_other, source.dataset, source.peers, number)
+        other = partial(other_record, source.dataset, source.peers, number)
         return compose(record, key, source.tasks, other, redraw=False)
     except Unmade as error:
         detail = f"no other exam has a text for {error.task} that differs"
@@ -165,11 +163,11 @@ def texts_of(data: str | Path, split: str = "train", draws: int = 2) -> Iterator
     A tokenizer that learns from these has pieces for what is asked as well as for reports.
     """
     dataset = open_dataset(data, split)
-    peers, tasks = _peers(dataset), {str(task): 1.0 for task in TASKS}
+    peers, tasks = peers_of(dataset), {str(task): 1.0 for task in TASKS}
     for number in range(len(dataset)):
         record = dataset.record(number)
         for draw in range(draws):
-            other = partial(_other, dataset, peers, number)
+            other = partial(other_record, dataset, peers, number)
             try:
                 composed = compose(record, int(mix(number, draw)), tasks, other)
             except InputError:
@@ -177,11 +175,14 @@ def texts_of(data: str | Path, split: str = "train", draws: int = 2) -> Iterator
             yield from (turn.text for turn in composed.turns)
 
 
-def _peers(dataset: Dataset) -> tuple[np.ndarray, ...]:
+def peers_of(dataset: Dataset) -> tuple[np.ndarray, ...]:
+    """Of each organ, the numbers of its records in order."""
     return tuple(np.flatnonzero(dataset.organs == i) for i in range(len(dataset.organ_names)))
 
 
-def _other(dataset: Dataset, peers: tuple[np.ndarray, ...], number: int, n: int) -> Record | None:
+def other_record(
+    dataset: Dataset, peers: Sequence[np.ndarray], number: int, n: int
+) -> Record | None:
     """The n-th record of the same organ, this one left out; None where it is the only one."""
     others = peers[int(dataset.organs[number])]
     if len(others) < 2:

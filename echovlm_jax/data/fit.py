@@ -6,8 +6,6 @@ frames get smaller, to the largest common limit of pixels that fits, no lower th
 own minimum; if that doesn't do, the exam is too long. Text is never cut.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
@@ -57,8 +55,8 @@ def training_images(config: ImageConfig, max_image_patches: int, max_patches: in
 
     Args:
       config: the model's.
-      max_image_patches: what an image, or one time step of a loop, may have.
-      max_patches: what a row holds; 0: no images.
+      max_image_patches: limit of an image, or of one time step of a loop.
+      max_patches: capacity of a row; 0: no images.
     """
     most = min(max_image_patches, max_patches or max_image_patches) * config.patch_size**2
     most = min(most, MAX_RESIZED_PIXELS)
@@ -78,10 +76,10 @@ def fit(
     """The sizes that an exam's media get, or None where it is too long even at the smallest.
 
     Args:
-      media: as stored.
+      media: the sizes as stored.
       text_tokens: the sample's tokens but for those that stand for patches.
-      seq_len, max_patches: what a row holds; a merged block of patches takes a token.
-      max_image_patches: what an image, or one time step of a loop, may have.
+      seq_len, max_patches: capacity of a row; a merged block of patches takes a token.
+      max_image_patches: limit of an image, or of one time step of a loop.
 
     Raises:
       InputError: an image's sides are too unequal, or of sizes that don't divide where the

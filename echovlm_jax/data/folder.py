@@ -11,8 +11,6 @@ Everything is checked when it is read: the manifest against its own digest, the 
 manifest, a line against its checksum in the index, an exam's bytes against the digest in its line.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

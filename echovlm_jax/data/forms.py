@@ -5,8 +5,6 @@ lists of content. What means something else for training than we would make of i
 answers, weights) is refused; any other key that is not known is counted by name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ chance once in 370,000 builds, and then two groups become one. While a million r
 DICOM pictures each are grouped, 0.9 GB of memory are used.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any, NamedTuple
 

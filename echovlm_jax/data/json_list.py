@@ -4,8 +4,6 @@ A file holds a list, or one object that has the list under a name of WRAPPERS, o
 (JSONL); its first line tells which, its name does not matter.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -181,7 +179,7 @@ class _Text:
 
     def _take(self, end: int) -> None:
         taken = self._text[self._at : end]
-        self._offset += len(taken) if taken.isascii() else len(_bytes(taken))
+        self._offset += len(taken if taken.isascii() else taken.encode("utf-8", "surrogateescape"))
         self._line += taken.count("\n")
         self._at = end
 
@@ -205,10 +203,6 @@ def _unfinished(data: bytes) -> int:
         if byte < 0x80:
             return 0
     return 0
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

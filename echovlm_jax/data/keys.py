@@ -4,8 +4,6 @@ numpy may change what its generators draw from a seed between versions; a data o
 that, or a run that resumes after an upgrade would see some exams twice and others never.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -6,8 +6,6 @@ of loops, other kinds of files, and values of more than eight bits. What is burn
 stays there.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from pathlib import Path
@@ -58,7 +56,7 @@ def read_medium(path: Path, *, num_frames: int, crop: Crop) -> Encoded:
     Args:
       path: a file that `load_media` reads.
       num_frames: a longer loop is sampled to so many frames.
-      crop: cut DICOM frames to their ultrasound regions; "require" refuses what can't be.
+      crop: crops of DICOM frames to their ultrasound regions; "require" refuses the others.
 
     Raises:
       Refused: it can't be used; the detail does not quote the file's content.

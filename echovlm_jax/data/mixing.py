@@ -1,7 +1,5 @@
 """How often an epoch shows each exam, and in which order: organs in balance."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import floor
@@ -74,14 +72,10 @@ def _shares_by_temperature(counts: Sequence[int], temperature: float) -> list[Fr
         return [Fraction(n) for n in counts]
     # 12 digits: the last ones of a power differ between machines, the data order must not.
     largest = max(counts)
-    shares = [_rational((n / largest) ** (1 / temperature), 12) for n in counts]
+    shares = [Fraction(f"{(n / largest) ** (1 / temperature):.12g}") for n in counts]
     if any(n and not share for n, share in zip(counts, shares, strict=True)):
         raise InputError(f"mix_temperature {temperature} leaves rare organs no share; raise it")
     return shares
-
-
-def _rational(number: float, digits: int) -> Fraction:
-    return Fraction(f"{number:.{digits}g}")
 
 
 def _shares_by_weight(counts: Mapping[str, int], weights: Mapping[str, float]) -> list[Fraction]:
@@ -111,7 +105,7 @@ def epoch_draws(organs: np.ndarray, ratio: Sequence[Fraction], *, seed: int, epo
 
     Args:
       organs: int [N], each exam's organ.
-      ratio: of `ratios`.
+      ratio: the result of `ratios`.
     """
     records, repeats, places = [], [], []
     for organ, times in enumerate(ratio):

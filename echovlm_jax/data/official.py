@@ -12,8 +12,6 @@ and, in any, what is known besides: organ, patient_id, study_id, exam_id, synthe
 questions [{question, answer, options}]}].
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -25,7 +23,7 @@ from echovlm_jax.data.forms import media_paths, read_form, text_of
 from echovlm_jax.data.json_list import DUPLICATE
 from echovlm_jax.data.organs import organ_name
 from echovlm_jax.data.quarantine import Refused
-from echovlm_jax.data.record import LANGUAGES, Question, Record, Report, Turn
+from echovlm_jax.data.record import LANGUAGES, Question, Record, Report, Turn, language_of
 from echovlm_jax.data.sections import split_report
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import Outside, locate, shown
@@ -34,7 +32,6 @@ GROUPS = ("patient_id", "study_id", "exam_id")
 MAX_IMAGES = 256  # files of one exam
 _MARK = re.compile(r"<(?:image|video)>")
 _CONTROL = re.compile(r"<\|\w+\|>")
-_CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _REPORT_TEXTS = ("findings", "impression", "caption", "diagnosis")
 
 
@@ -48,8 +45,8 @@ def read_record(raw: Any, *, id: str, organ: str, source: str, group: str) -> Of
 
     Args:
       raw: the entry.
-      id, source, group: as the record is to have them.
-      organ: what the record is of, where it does not say so itself.
+      id, source, group: those of the record.
+      organ: default for a record that does not state its own.
 
     Raises:
       Refused: with the first fault found.
@@ -249,10 +246,6 @@ def _fill(reports: list[Report], found: Report) -> None:
                 reports[n] = dataclasses.replace(report, **told)
             return
     reports.append(found)
-
-
-def language_of(text: str) -> str:
-    return "zh" if _CHINESE.search(text) else "en"
 
 
 def _report(value: Any, n: int) -> Report:

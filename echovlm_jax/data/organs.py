@@ -1,11 +1,11 @@
 """Which organ a record is of: what it says, what a mapping says, or what its file's name says."""
 
-from __future__ import annotations
-
 import itertools
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import read_json, shown
@@ -13,31 +13,13 @@ from echovlm_jax.processing.files import read_json, shown
 UNKNOWN = "unknown"
 MAX_NAME = 64
 
-# Words that mean one of the seven regions, in a record's own statement or in a file's name.
-_WORDS = {
-    "breast": ("breast", "mammary", "乳腺", "乳房"),
-    "gynaecology": (
-        *("gynaecology", "gynecology", "gynaecological", "gynecological", "gyn", "uterus"),
-        *("uterine", "ovary", "ovarian", "endometrium", "妇科", "子宫", "卵巢"),
-    ),
-    "heart": ("heart", "cardiac", "echocardiography", "心脏"),
-    "kidney": ("kidney", "renal", "肾脏", "肾"),
-    "liver": ("liver", "hepatic", "肝脏", "肝"),
-    "thyroid": ("thyroid", "甲状腺"),
-    "vessel": (
-        *("vessel", "vascular", "carotid", "artery", "arteries", "vein", "veins"),
-        *("血管", "颈动脉", "动脉", "静脉"),
-    ),
-}
-# Public collections whose names say it in an abbreviation (BUS: breast ultrasound).
-_COLLECTIONS = {
-    **dict.fromkeys(("bus", "busi", "busc", "busbra", "busuc", "busis"), "breast"),
-    **dict.fromkeys(("qamebi", "gdph", "sysucc", "udiat", "bluelesions"), "breast"),
-    **dict.fromkeys(("auitd", "tn3k", "tg3k", "ddti", "tnscui"), "thyroid"),
-    **dict.fromkeys(("ccaus", "cubs"), "vessel"),
-    **dict.fromkeys(("camus", "echonet"), "heart"),
-}
-_ORGAN_OF = {word: organ for organ, words in _WORDS.items() for word in words}
+_TABLES: dict[str, Any] = json.loads(Path(__file__).with_name("organs.json").read_text("utf-8"))
+# Words that mean one of the seven regions, in a record's own statement or in a file's name; and
+# public collections whose names say it in an abbreviation (BUS: breast ultrasound).
+_ORGAN_OF, _COLLECTIONS = (
+    {word: organ for organ, words in _TABLES[name].items() for word in words}
+    for name in ("words", "collections")
+)
 _PLAIN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # "ThyroidSet" is two words
 
 

@@ -1,7 +1,5 @@
 """Which samples share a row: two budgets at once, tokens and patches, and no sample split."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -35,8 +33,8 @@ def pack(
 
     Args:
       tokens, patches: int [N], each sample's, in the order of the epoch.
-      seq_len, max_patches: what a row holds.
-      key: of the order of the rows within their window (largest first would teach by size).
+      seq_len, max_patches: capacity of a row.
+      key: seed of the rows' order within their window (largest first would teach by size).
       groups: int [N]; samples of one group never share a row. None: any may.
 
     Raises:

@@ -5,9 +5,8 @@ is the same whoever writes it, and appears under its name only when it is comple
 killed, run again, or run twice at once.
 """
 
-from __future__ import annotations
-
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -22,13 +21,12 @@ import numpy as np
 
 from echovlm_jax.data import folder
 from echovlm_jax.data.disk import write_error
-from echovlm_jax.data.forms import conversations_of
 from echovlm_jax.data.groups import SPLITS
 from echovlm_jax.data.media import read_medium
 from echovlm_jax.data.official import inside, read_record, record_id
 from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.record import Record
-from echovlm_jax.data.sources import ROW, changed, read_entry
+from echovlm_jax.data.sources import ROW, changed, read_rows
 from echovlm_jax.data.survey import pictures_digest
 from echovlm_jax.processing.files import shown
 
@@ -134,6 +132,7 @@ def _write(work: Path, plan: dict[str, Any], part: Part) -> None:
             record, images, notes = result
             example = features.encode_example(folder.example_of(record, images))
             # serialize_example would leave the order of the keys, so the bytes, to chance.
+            # until: tensorflow-datasets 4.10
             stored = serializer.get_tf_example(example).SerializeToString(deterministic=True)
             with _array_record_writes(work):
                 shard.write(stored)
@@ -156,29 +155,22 @@ def _results(
     """Each row of a part: the record, its pictures and the notes on them, or its line in the
     quarantine."""
     rows = np.memmap(work / ROWS, ROW, mode="r")[part.start : part.stop]
-    with contextlib.ExitStack() as stack:
-        files: dict[int, IO[bytes]] = {}
-        for row in rows:
-            source, number = int(row["source"]), int(row["number"])
-            if source not in files:
-                files[source] = stack.enter_context(open(plan["files"][source], "rb"))
-            raw = read_entry(files[source], plan["files"][source], row)
-            stem = plan["stems"][source]
-            ending, raw = conversations_of(raw)[int(row["part"])]
-            id = record_id(raw, number) + ending
-            try:
-                if row["twice"]:
-                    raise Refused("duplicate id", f"an earlier record has the id {id}; rename one")
-                group = str(row["group"]) if row["group"] >= 0 else ""
-                yield _make(raw, plan, f"{stem}/{id}", stem, group, row["pictures"].tobytes())
-            except Refused as refused:
-                yield {
-                    "id": _printable(id),
-                    "source": stem,
-                    "number": number,
-                    "reason": refused.reason,
-                    "detail": _printable(refused.detail),
-                }
+    for row, ending, raw in read_rows(rows, plan["files"]):
+        stem, number = plan["stems"][int(row["source"])], int(row["number"])
+        id = record_id(raw, number) + ending
+        try:
+            if row["twice"]:
+                raise Refused("duplicate id", f"an earlier record has the id {id}; rename one")
+            group = str(row["group"]) if row["group"] >= 0 else ""
+            yield _make(raw, plan, f"{stem}/{id}", stem, group, row["pictures"].tobytes())
+        except Refused as refused:
+            yield {
+                "id": shown(id)[:500],
+                "source": stem,
+                "number": number,
+                "reason": refused.reason,
+                "detail": shown(refused.detail)[:500],
+            }
 
 
 def _make(
@@ -206,11 +198,7 @@ def _make(
     # After they were read, so that a picture which is replaced at any time is noticed.
     if pictures_digest(files) != pictures:
         raise changed(root)
-    return _with_media(record, media), images, notes
-
-
-def _with_media(record: Record, media: list[Any]) -> Record:
-    return Record(**{**vars(record), "media": tuple(media)})
+    return dataclasses.replace(record, media=tuple(media)), images, notes
 
 
 @functools.cache
@@ -247,6 +235,7 @@ def _array_record_writes(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError:  # its only word for a full disk
+        # until: array_record 0.9
         raise write_error(path) from None
 
 
@@ -266,7 +255,3 @@ def _file(path: Path) -> Iterator[IO[bytes]]:
 
 def _json_line(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)[:500]

@@ -1,8 +1,6 @@
 """Batches for training: Grain over the plan's rows, built by worker processes, on any number of
 hosts, from any step on."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import sys
@@ -89,8 +87,8 @@ def global_arrays(batch: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> d
     """This process's rows of a batch as its part of global `jax.Array`s.
 
     Args:
-      batch: of `make_batches`, with this process's index and the number of processes.
-      like: for each array wanted a jax.ShapeDtypeStruct of the global one, with its sharding; a
+      batch: one of `make_batches`, with this process's index and the number of processes.
+      like: a jax.ShapeDtypeStruct of each wanted global array, with its sharding; a
         process's devices must hold its own rows and no others.
     """
     import jax
@@ -104,7 +102,7 @@ def global_arrays(batch: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> d
 
 
 def _batches(
-    epochs: Epochs, ahead: _Ahead, first: int, count: int, start_step: int
+    epochs: Epochs, ahead: "_Ahead", first: int, count: int, start_step: int
 ) -> Iterator[Batch]:
     """Rows `first` to `first + count` of each global batch."""
     import grain  # here: it imports JAX, which worker processes do without

@@ -1,7 +1,5 @@
 """Why a record is left out. Every record of a source is kept or has one of these reasons."""
 
-from __future__ import annotations
-
 REASONS = {
     "not an object": "an entry of the list is no JSON object",
     "duplicate key": "an object has a key twice",

@@ -1,7 +1,6 @@
 """One exam as the rest of the data code knows it: its texts and sizes, without pixels."""
 
-from __future__ import annotations
-
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +8,11 @@ from typing import NamedTuple
 # that a region goes by where it is one of the seven.
 ORGANS = ("breast", "gynaecology", "heart", "kidney", "liver", "thyroid", "vessel")
 LANGUAGES = ("zh", "en")
+
+
+def language_of(text: str) -> str:
+    """'zh' where a text has a Chinese character."""
+    return "zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"
 
 
 class Medium(NamedTuple):

@@ -1,7 +1,5 @@
 """What becomes of the samples that an epoch draws: trained on, left out, or with smaller images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """From a row's samples to its arrays: exams one after another from the left, each by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
@@ -60,9 +58,9 @@ def fill_row(
     after the last for others. What is left over has segment 0.
 
     Args:
-      samples: as planned, in order.
+      samples: those planned, in order.
       out: arrays as in `row_layout`; every element is written.
-      note: called with n when the n-th sample is begun.
+      note: callback, with n when the n-th sample is begun.
 
     Raises:
       InputError: an image can't be read, or a sample isn't what was planned.

@@ -1,7 +1,5 @@
 """A report's text and its two sections, findings and impression: joined, and told apart again."""
 
-from __future__ import annotations
-
 import re
 
 # What the sections are called where we write them.

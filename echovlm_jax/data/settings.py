@@ -1,7 +1,5 @@
 """What decides which data a run sees, and in which order: one part of its configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +41,7 @@ class Settings:
             raise InputError(f"config key seed must be below 2**63; found {self.seed}")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Settings:
+    def from_config(cls, config: Mapping[str, Any]) -> "Settings":
         """Of a training configuration (ml_collections).
 
         Raises:

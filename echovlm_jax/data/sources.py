@@ -4,13 +4,12 @@ A row of a few bytes a record is kept, so that millions fit in memory; texts are
 by record, when the dataset is written.
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import re
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -60,7 +59,7 @@ def read_sources(
     Args:
       files: official JSON; their stems name the sources, so no two may have the same.
       pattern: its first group names the patient, in a record's id or else in its images' paths.
-      salt: for the keys of `ties`.
+      salt: secret of the keys of `ties`.
 
     Raises:
       InputError: a file is no JSON list, two files have one name, or there is no record at all.
@@ -115,12 +114,8 @@ def read_sources(
     rows["twice"][first] = False
     ties = np.zeros(len(tied), TIE)
     ties["row"], ties["kind"], ties["key"] = tied, kinds, values
-    shown_keys = {_printable(key): count for key, count in ignored.most_common(_MOST_KEYS)}
+    shown_keys = {shown(key)[:60]: count for key, count in ignored.most_common(_MOST_KEYS)}
     return Sources(files, stems, tuple(digests), rows, own, ties, (unmatched, example), shown_keys)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)[:60]
 
 
 def compile_pattern(text: str) -> re.Pattern[str]:
@@ -139,13 +134,20 @@ def compile_pattern(text: str) -> re.Pattern[str]:
     return pattern
 
 
-def read_entry(file: IO[bytes], path: str, row: Any) -> Any:
-    """The entry of a row, from its open source."""
-    file.seek(int(row["offset"]))
-    try:
-        return parse_entry(file.read(int(row["size"])))
-    except ValueError:
-        raise changed(Path(path)) from None
+def read_rows(rows: np.ndarray, files: Sequence[str]) -> Iterator[tuple[Any, str, Any]]:
+    """Each of some rows with the ending of its id and its entry, read again from its source."""
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, IO[bytes]] = {}
+        for row in rows:
+            path = files[int(row["source"])]
+            if path not in opened:
+                opened[path] = stack.enter_context(open(path, "rb"))
+            opened[path].seek(int(row["offset"]))
+            try:
+                entry = parse_entry(opened[path].read(int(row["size"])))
+            except ValueError:
+                raise changed(Path(path)) from None
+            yield row, *conversations_of(entry)[int(row["part"])]
 
 
 def changed(path: Path) -> InputError:

@@ -1,7 +1,5 @@
 """What a run will see of a dataset: counts, lengths, how full rows get, how often organs come."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +35,7 @@ def stats(
 
     Args:
       data: a folder made by `data build`, or "phantom".
-      settings: how it is trained on; its `data` and `split` don't count. None: the shipped
+      settings: those of the run; `data` and `split` are ignored. None: the shipped
         configurations' rows, organs as they are, and a byte for a token, about twice as many as
         the model's own tokenizer makes.
 
@@ -63,13 +61,9 @@ def stats(
         mix_temperature=1.0,
     )
     found = stats_of(open_source(dataclasses.replace(settings, data=str(data), split=split)))
-    return {**found, **_grouping(data)}
-
-
-def _grouping(data: str | Path) -> dict[str, Any]:
-    """What `data build` counted of groups, of all splits together; older datasets don't say."""
+    # Of all splits together; older datasets don't say.
     counts = {} if str(data) == PHANTOM else folder.read_manifest(Path(data))["counts"]
-    return {key: counts[key] for key in _GROUPING if key in counts}
+    return found | {key: counts[key] for key in _GROUPING if key in counts}
 
 
 def stats_of(source: Source) -> dict[str, Any]:

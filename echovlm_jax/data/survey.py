@@ -2,13 +2,11 @@
 
 It finds out what only the pictures know: which records show the same one under two names, whose a
 DICOM file is, what is nearly alike; and it takes a digest of every file's bytes, so that a build
-which goes on after a kill takes nothing for done that was made of other pictures.
+that resumes reuses nothing that was made of other pictures.
 
 It is cut into jobs of so many records, each of which writes what it saw into the work folder. A
-build that goes on digests every file again; it decodes again only what has changed.
+build that resumes digests every file again, and decodes only those that have changed.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -16,17 +14,17 @@ import json
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from echovlm_jax.data.forms import conversations_of, media_paths
+from echovlm_jax.data.forms import media_paths
 from echovlm_jax.data.groups import HASH_BYTES, NUMBERS, TIE, key_of
 from echovlm_jax.data.media import read_medium
 from echovlm_jax.data.official import MAX_IMAGES, inside
 from echovlm_jax.data.quarantine import Refused
-from echovlm_jax.data.sources import ROW, Sources, digest_of, read_entry
+from echovlm_jax.data.sources import ROW, Sources, digest_of, read_rows
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom_identity import Identity, dicom_identity
 from echovlm_jax.processing.files import file_kind, shown
@@ -88,16 +86,8 @@ def look(work: str, number: int, *, salt: bytes) -> int:
     path = folder / (_name(number, plan) + _NOW)
     seen = _Pictures(plan, salt, _read(path.with_suffix(_EARLIER)))
     looks = []
-    with contextlib.ExitStack() as stack:
-        files: dict[int, IO[bytes]] = {}
-        for n, row in enumerate(rows, start):
-            if row["twice"]:
-                continue
-            source = int(row["source"])
-            if source not in files:
-                files[source] = stack.enter_context(open(plan["files"][source], "rb"))
-            entry = read_entry(files[source], plan["files"][source], row)
-            _, raw = conversations_of(entry)[int(row["part"])]
+    for n, (row, _, raw) in enumerate(read_rows(rows, plan["files"]), start):
+        if not row["twice"]:
             looks += [(n, *picture) for picture in seen.of(raw)]
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:

@@ -4,31 +4,17 @@ The same (record, key) always gives the same conversation, so that a plan made f
 worker that builds the sample agree without passing texts along.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from echovlm_jax.data import keys
-from echovlm_jax.data.record import Question, Record, Report, Turn
+from echovlm_jax.data.record import Question, Record, Report, Turn, language_of
 from echovlm_jax.data.sections import join_report
 from echovlm_jax.data.wordings import YES_NO, system_prompt, wording
 from echovlm_jax.errors import InputError
 
-TASKS = (
-    "conversation",
-    "report",
-    "findings",
-    "impression",
-    "caption",
-    "diagnosis",
-    "question",
-    "choice",
-    "choice_restate",
-    "judge",
-)
 # Shares of the tasks by stage. Alignment learns what images look like in words: long texts only.
 # After it everything, with the report, which is what the model is for, most often.
 _ALIGNMENT = {"conversation": 1.0, "report": 3.0, "findings": 2.0, "caption": 3.0}
@@ -44,6 +30,7 @@ _ALL = {
     "choice_restate": 1.0,
     "judge": 1.0,
 }
+TASKS = tuple(_ALL)
 _STAGES: dict[str, Mapping[str, float]] = {
     "alignment": _ALIGNMENT,
     "alignment_with_vision": _ALIGNMENT,
@@ -121,7 +108,7 @@ def compose(
 
     Args:
       key: any whole number; another key gives another task, wording and order of options.
-      weights: as from `mix_for`.
+      weights: those of `mix_for`.
       other: the n-th (modulo their number) record of the same organ that is not this one, or
         None; where wrong options and statements come from. n is below 2**31.
       redraw: whether another task takes the place of a choice or judgement for which none of the
@@ -342,5 +329,4 @@ def _bare(text: str) -> str:
 
 def _language(turns: Sequence[Turn]) -> str:
     """'zh' where an answer has a Chinese character."""
-    answers = "".join(turn.text for turn in turns if turn.role == "assistant")
-    return "zh" if re.search(r"[\u4e00-\u9fff]", answers) else "en"
+    return language_of("".join(turn.text for turn in turns if turn.role == "assistant"))

@@ -1,7 +1,5 @@
 """The tokenizer that goes with a model: its own, a byte for a token, or one trained on reports."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

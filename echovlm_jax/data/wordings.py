@@ -1,35 +1,24 @@
 """How a task is asked for: system prompts and questions of our own, Chinese and English.
 
-The sentences are in `wordings_zh.py` and `wordings_en.py`, one tuple a task. In them {images}
-stands for what the exam consists of ("this sonogram", "these ultrasound images"), {n} for the
-number of media, {statement} for what the options are ("description"), {question} for a question
-that came with the exam. English sentences are such that {images} may be singular or plural.
+The sentences are in `wordings.json`, a list for each task. In them {images} stands for what the
+exam consists of ("this sonogram", "these ultrasound images"), {n} for the number of media,
+{statement} for what the options are ("description"), {question} for a question that came with the
+exam. English sentences are such that {images} may be singular or plural.
 """
 
-from __future__ import annotations
-
+import itertools
+import json
 from collections.abc import Iterator, Sequence
-from types import ModuleType
+from pathlib import Path
+from typing import Any
 
-from echovlm_jax.data import keys, wordings_en, wordings_zh
+from echovlm_jax.data import keys
 from echovlm_jax.data.record import Medium
 
-_LANGUAGES: dict[str, ModuleType] = {"zh": wordings_zh, "en": wordings_en}
-# Which tuple of sentences asks for what. `own_options…` are for questions that came with options.
-ASKS = (
-    "report",
-    "findings",
-    "impression",
-    "caption",
-    "diagnosis",
-    "question",
-    "choice",
-    "choice_restate",
-    "judge",
-    "own_options",
-    "own_options_restate",
-    "own_options_words",
-)
+# language → "system" and each of ASKS → sentences; "images" and "statement" → kind → nouns.
+_WORDS: dict[str, Any] = json.loads(Path(__file__).with_name("wordings.json").read_text("utf-8"))
+# What is asked for. `own_options…` are for questions that came with options.
+ASKS = tuple(ask for ask in _WORDS["en"] if ask not in ("images", "system", "statement"))
 YES_NO = {"zh": ("是", "否"), "en": ("Yes", "No")}
 
 
@@ -53,7 +42,7 @@ def system_prompt(language: str, key: int) -> str | None:
     """
     if keys.number(key, 1) % 4 == 0:
         return None
-    return pick(_LANGUAGES[language].SYSTEM, key, 2)
+    return pick(_WORDS[language]["system"], key, 2)
 
 
 def wording(
@@ -72,24 +61,22 @@ def wording(
       kind: 'description' or 'conclusion', what the statements of a choice or judgement are.
       question: the question itself, where `ask` leads up to one.
     """
-    words = _LANGUAGES[language]
-    sentence = pick(getattr(words, ask.upper()), key, 3)
-    images = pick(words.IMAGES[media_kind(media)], key, 4)
-    statement = pick(words.STATEMENT[kind], key, 5)
+    words = _WORDS[language]
+    sentence = pick(words[ask], key, 3)
+    images = pick(words["images"][media_kind(media)], key, 4)
+    statement = pick(words["statement"][kind], key, 5)
     return _fill(sentence, images, len(media), statement, question)
 
 
 def all_wordings(language: str) -> Iterator[str]:
     """Every sentence that can come out, with {question} left open and three media where many."""
-    words = _LANGUAGES[language]
-    yield from words.SYSTEM
-    for ask in ASKS:
-        for sentence in getattr(words, ask.upper()):
-            for nouns in words.IMAGES.values():
-                for images in nouns:
-                    for kind in words.STATEMENT.values():
-                        for statement in kind:
-                            yield _fill(sentence, images, 3, statement, "{question}")
+    words = _WORDS[language]
+    yield from words["system"]
+    images = [noun for nouns in words["images"].values() for noun in nouns]
+    statements = [noun for nouns in words["statement"].values() for noun in nouns]
+    for ask, noun, statement in itertools.product(ASKS, images, statements):
+        for sentence in words[ask]:
+            yield _fill(sentence, noun, 3, statement, "{question}")
 
 
 def _fill(sentence: str, images: str, n: int, statement: str, question: str) -> str:

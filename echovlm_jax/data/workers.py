@@ -9,8 +9,6 @@ A worker is a fresh interpreter, never a fork: JAX has threads in this process. 
 JAX nor runs the main module again, so a script needs no `if __name__ == "__main__"`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import os
@@ -44,6 +42,7 @@ _CHILD = (
 )
 
 
+# until: grain 0.3
 class WorkerDied(RuntimeError):
     """A worker process ended: killed, crashed, or out by itself. The message names the record."""
 
@@ -56,9 +55,9 @@ class Workers:
     """A pool of processes. Jobs may come from several threads at once.
 
     Args:
-      fill: what each job runs; a function that pickles, or a partial of one.
+      fill: the function of each job; it pickles, or is a partial of one that does.
       count: processes, started at once.
-      layout: what a job fills. All of it: the memory holds an earlier job's values.
+      layout: the arrays that a job fills, all of them: the memory holds an earlier job's values.
       name: (job, n) → what the n-th part of a job is called in errors; n is −1 before the first.
     """
 
@@ -114,7 +113,7 @@ class Workers:
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
 
-    def _died(self, worker: _Worker, job: Any) -> Exception:
+    def _died(self, worker: "_Worker", job: Any) -> Exception:
         if not self.close.alive:
             return WorkersClosed("the data workers are closed")
         how = _how_it_ended(worker.process)

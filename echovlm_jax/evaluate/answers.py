@@ -5,8 +5,6 @@ small letters, spaces joined. A refusal, and a text that no rule can read, answe
 undecided, is counted as that, and counts as wrong.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -229,7 +227,7 @@ def read_answer(task: str, text: str, question: str, labels: Iterable[str]) -> s
     """What a text answers in a task: a letter, YES or NO, or a label; None where nothing.
 
     Args:
-      task: of `data.tasks`.
+      task: one of `data.tasks`.
       question: the prompt, which lists a choice's options.
       labels: those of a diagnosis.
     """

@@ -1,7 +1,5 @@
 """BERTScore with a local model: Zhang et al. 2020, without weights by rarity or rescaling."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Sequence
@@ -28,7 +26,7 @@ def bertscore(
 
     Args:
       references, predictions: pairs. A text without tokens scores 0.
-      folder: of a BERT-like model in Hugging Face form, its weights in safetensors. Nothing is
+      folder: a BERT-like model in Hugging Face form, with weights in safetensors. Nothing is
         downloaded, and no code of the folder's is run.
 
     Raises:

@@ -4,8 +4,6 @@ Every metric here is a function of sums over samples (BLEU of counts, a mean of 
 number, F1 of true and false positives), so that a resample costs one product of matrices.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Cases for the report: which exams to show, where two texts differ, and small pictures."""
 
-from __future__ import annotations
-
 import base64
 import difflib
 import io
@@ -31,10 +29,10 @@ class Case:
     """A case that is in no split: the model's answer to given images.
 
     Attributes:
-      name: what it is, in a few words; no patient's data.
+      name: a title of a few words; no patient's data.
       images: uint8 RGB [H, W, 3], of a loop [T, H, W, 3].
-      note: what a reader must know, such as that the model never learned from its like.
-      reference: what would be right; empty where that is unknown.
+      note: a remark for the reader, such as that the model never learned from its like.
+      reference: the right answer; empty if unknown.
     """
 
     name: str

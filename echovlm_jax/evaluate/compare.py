@@ -1,7 +1,5 @@
 """Two evaluations of the same samples: every metric's difference, by paired bootstrap."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence
@@ -31,7 +29,7 @@ def compare(
       a, b: folders that `evaluate` left; the same exams, questions and references, whatever the
         model or the images. Several, such as runs of several seeds, are taken together: a metric is
         then over the answers of all, and a resample takes an exam's answers of all or of none.
-      seed: of the resamples.
+      seed: seed of the resamples.
 
     Returns:
       a, b (the folders' names, a list where several were given), n (samples of one folder),

@@ -1,7 +1,5 @@
 """Figures of the report as plain data: positions in percent, which the page's templates draw."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

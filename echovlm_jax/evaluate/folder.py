@@ -1,7 +1,5 @@
 """An evaluation's folder: the names of its files, its predictions and what lies beside them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -2,15 +2,15 @@
 
 The work goes window by window of `batch_size` exams. A window's samples of one kind are a batch,
 always the same one, whatever was done before; its lines are written when all its batches are there.
-So a run that was stopped goes on to the same file, byte for byte.
+So a stopped run resumes to the same file, byte for byte.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,47 +41,66 @@ _MEDIA_BYTES = 2**28  # of decoded images kept for an exam's other questions
 _NAMES_ONLY = ("model", "data")  # settings that may differ: the fingerprints tell
 
 
+@dataclass(frozen=True)
+class EvalOptions:
+    """What an evaluation's predictions depend on, besides the model and the data.
+
+    Attributes:
+      split: one of the dataset.
+      tasks: some of "report", "diagnosis" and "vqa".
+      limit: number of exams, from the first; None = all.
+      images: "given"; "blind": none are shown; "swapped": those of an exam of another organ;
+        "shuffled": those of another exam of the same organ, where it has one.
+      seed: seed of wordings, languages, swaps and resamples.
+      language: "zh" or "en" only; None = each exam's own, by seed where it has both.
+      batch_size: exams asked about at a time.
+      max_new_tokens: limit of a report; other answers end at SHORT tokens at the latest.
+      max_image_patches: limit of an image, in place of the model's own; None = as its files say:
+        of a training run, as in training.
+
+    Raises:
+      InputError: a number is below 1. The others are checked where they are used.
+    """
+
+    split: str = "test"
+    tasks: Sequence[str] = KINDS
+    limit: int | None = None
+    images: str = "given"
+    seed: int = 0
+    language: str | None = None
+    batch_size: int = 16
+    max_new_tokens: int = 512
+    max_image_patches: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_image_patches"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, found {value}")
+
+
 def evaluate(
     model: str | Path,
     data: str | Path,
     out: str | Path,
+    options: EvalOptions | None = None,
     *,
-    split: str = "test",
-    tasks: Sequence[str] = KINDS,
-    limit: int | None = None,
-    images: str = "given",
-    seed: int = 0,
-    language: str | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 512,
-    max_image_patches: int | None = None,
     bertscore: str | Path | None = None,
     report: bool = True,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, Any]:
-    """Asks a model about every exam of a split and scores what it says; greedy decoding.
+    """Asks a model about every exam of a split and scores its answers; greedy decoding.
 
-    `out` gets settings.json, predictions.jsonl (a line a sample, in the order of the split),
-    metrics.json and report.html. A call with the same settings goes on where another stopped.
+    `out` gets settings.json, predictions.jsonl (a line for each sample, in the order of the split),
+    metrics.json and report.html. A call with the same settings resumes a stopped one.
 
     Args:
       model: a MODEL folder; of a training run, images get as large as they did in training.
       data: a dataset's folder, or "phantom".
       out: a new folder, or one that an evaluation with the same settings began.
-      split: of the dataset.
-      tasks: of "report", "diagnosis" and "vqa".
-      limit: the first so many exams; None = all.
-      images: "given"; "blind": none are shown; "swapped": those of an exam of another organ;
-        "shuffled": those of another exam of the same organ, where it has one.
-      seed: decides wordings and languages, swaps and resamples.
-      language: ask in "zh" or "en" only; None = in each exam's own, by seed where it has both.
-      batch_size: exams asked about at a time.
-      max_new_tokens: of a report; other answers end at SHORT tokens at the latest.
-      max_image_patches: what an image may have, more or less than the model's files say; None = as
-        they say: of a training run, as in training.
+      options: EvalOptions; None = all defaults.
       bertscore: a local folder of a BERT-like model, for BERTScore.
       report: whether to write report.html.
-      progress: called with the samples done and all of them.
+      progress: callback, with the numbers of samples done and of all samples.
 
     Returns:
       overall, by_organ, by_task, signature, reasons, as in metrics.json; n, failed (samples without
@@ -92,34 +111,34 @@ def evaluate(
       InputError: the model or data can't be used, a setting is out of range, or `out` holds
         something else.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, found {batch_size}")
-    if max_image_patches is not None and max_image_patches < 1:
-        raise InputError(f"max_image_patches must be at least 1, found {max_image_patches}")
+    options = EvalOptions() if options is None else options
     out = as_path(out)
-    dataset = open_dataset(data, split)
-    asked = {"kinds": tuple(tasks), "limit": limit, "images": images, "seed": seed}
-    exams = make_samples(dataset, **asked, language=language)  # type: ignore[arg-type]
+    dataset = open_dataset(data, options.split)
+    exams = make_samples(
+        dataset,
+        kinds=options.tasks,
+        limit=options.limit,
+        images=options.images,
+        seed=options.seed,
+        language=options.language,
+    )
     if not any(exams):
-        raise InputError(f"{shown(data)}: split {split!r} has no text for {', '.join(tasks)}")
+        tasks = ", ".join(options.tasks)
+        raise InputError(f"{shown(data)}: split {options.split!r} has no text for {tasks}")
     loaded = load_model(model)
     settings: dict[str, Any] = {
-        "model": str(model),
-        "model_fingerprint": loaded.fingerprint,
-        "data": str(data),
-        "data_fingerprint": dataset.fingerprint,
-        **{"split": split, "tasks": list(tasks), "limit": limit, "images": images},
-        **{"seed": seed, "language": language, "batch_size": batch_size},
-        **{"max_new_tokens": max_new_tokens, "max_image_patches": max_image_patches},
-        "sampling": "greedy",
+        **{"model": str(model), "model_fingerprint": loaded.fingerprint},
+        **{"data": str(data), "data_fingerprint": dataset.fingerprint},
+        **dataclasses.asdict(options),
+        **{"tasks": list(options.tasks), "sampling": "greedy"},
     }
-    limits = _limits(loaded, as_path(model), max_new_tokens, max_image_patches)
+    limits = _limits(loaded, as_path(model), options.max_new_tokens, options.max_image_patches)
     if out.exists() and not out.is_dir():
         raise InputError(f"{shown(out)}: is a file; name a new folder")
     make_folder(out)
     with Lock(out) as lock:
         _begin(out, settings)
-        lines = _predict(loaded, dataset, exams, out, batch_size, limits, max_new_tokens, progress)
+        lines = _predict(loaded, dataset, exams, out, options, limits, progress)
         lock.check()
         return _finish(out, lines, settings, bertscore, report)
 
@@ -129,13 +148,12 @@ def _predict(
     dataset: Dataset,
     exams: Sequence[Sequence[Sample]],
     out: Path,
-    batch_size: int,
+    options: EvalOptions,
     limits: Limits,
-    max_new_tokens: int,
     progress: Callable[[int, int], object] | None,
 ) -> list[dict[str, Any]]:
     """All lines of predictions.jsonl, those that are missing made now."""
-    size = min(batch_size, len(exams))
+    size = min(options.batch_size, len(exams))
     windows = [exams[i : i + size] for i in range(0, len(exams), size)]
     lines, todo, written = _done(out / PREDICTIONS, windows)
     total = sum(len(exam) for exam in exams)
@@ -146,7 +164,7 @@ def _predict(
     ):
         tick(len(lines))
         for window in windows[todo:]:
-            made = _answer(loaded, dataset, read, window, size, limits, max_new_tokens)
+            made = _answer(loaded, dataset, read, window, size, limits, options.max_new_tokens)
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in made))
             lines += made
             tick(len(made))

@@ -8,9 +8,10 @@ the picture ("no mismatch", "一致"), which is heard where nothing stronger is 
 contradict each other are none.
 """
 
-from __future__ import annotations
-
+import json
 import re
+from pathlib import Path
+from typing import Any
 
 from echovlm_jax.evaluate.negation import clauses, refuses, widths
 
@@ -18,79 +19,28 @@ YES, NO = "yes", "no"
 _STRONG, _WEAK = 0, 1
 Verdict = tuple[int, bool]  # strength, and whether it is yes
 
+_TABLES: dict[str, Any] = json.loads(Path(__file__).with_name("judgement.json").read_text("utf-8"))
+
+
+def _words(name: str) -> dict[str, bool]:
+    """Each word of a table with its two columns: word → whether it is a yes."""
+    return {word: kind == "yes" for kind in ("yes", "no") for word in _TABLES[name][kind]}
+
+
 # English. Adjectives count where they are predicates: neither "right lobe" nor "the true lumen".
-_ADJECTIVES = {
-    # "ture": as questions of public sets spell it, and so the models that learn from them.
-    **dict.fromkeys(("true", "ture", "correct", "right", "accurate", "valid"), True),
-    **dict.fromkeys(
-        ("false", "incorrect", "wrong", "untrue", "inaccurate", "invalid", "mistaken", "erroneous"),
-        False,
-    ),
+# ("ture": as questions of public sets spell it, and so the models that learn from them.)
+_ADJECTIVES = _words("adjectives")
+_STANDING = {  # in any place: (strength, value)
+    word: (_STRONG if kind.startswith("strong") else _WEAK, kind.endswith("yes"))
+    for kind, listed in _TABLES["standing"].items()
+    for word in listed
 }
-_STANDING = {  # in whatever place: (strength, value)
-    **dict.fromkeys(("yes", "yeah", "yep", "affirmative", "correctly", "accurately"), (0, True)),
-    **dict.fromkeys(("agree", "agrees"), (0, True)),
-    **dict.fromkeys(("nope", "incorrectly", "inaccurately", "disagree", "disagrees"), (0, False)),
-    **dict.fromkeys(
-        ("match", "matches", "fits", "correspond", "corresponds", "tallies"), (1, True)
-    ),
-    **dict.fromkeys(
-        ("error", "errors", "mistake", "mistakes", "mismatch", "discrepancy", "discrepancies"),
-        (1, False),
-    ),
-    **dict.fromkeys(("contradicts", "contradiction", "differs", "inconsistent"), (1, False)),
-}
-_NOT = {"not", "no", "never", "without", "neither", "nor", "nothing", "none", "hardly", "far"} | {
-    *("cannot", "free", "fails", "fail", "doubt", "unlikely", "lacks", "nobody"),
-}
-_SUBJECTS = {"no", "nothing", "none", "neither", "nobody", "doubt", "unlikely"}
-_OPINIONS = {"think", "believe", "consider", "find", "say", "agree", "feel", "call", "mean"}
-_VERBS = {"is", "are", "was", "were", "does", "did", "has", "have", "shows", "seems", "looks"}
-_BEFORE_RIGHT = _VERBS | {"not", "be", "quite", "all", "absolutely", "completely", "entirely", "so"}
-_UNSURE = {
-    "maybe",
-    "perhaps",
-    "possibly",
-    "might",
-    "may",
-    "could",
-    "partly",
-    "partially",
-    "half",
-    "necessarily",
-}
+_NOT, _SUBJECTS = set(_TABLES["not"]), set(_TABLES["subjects"])
+_OPINIONS, _VERBS = set(_TABLES["opinions"]), set(_TABLES["verbs"])
+_BEFORE_RIGHT = _VERBS | set(_TABLES["before_right"])
+_UNSURE, _STATEMENTS = set(_TABLES["unsure"]), set(_TABLES["statements"])
 # What may follow a predicate, or the "no" that answers.
-_AFTER = {
-    *(
-        "that",
-        "because",
-        "since",
-        "as",
-        "for",
-        "in",
-        "about",
-        "here",
-        "and",
-        "or",
-        "nor",
-        "to",
-        "with",
-    ),
-    *("given", "according", "on", "by", "of", "at", "overall", "indeed", "too", "based", "when"),
-    *("it", "this", "i", "there", "they", "he", "she", "not", "answer", "enough", "so", "if"),
-}
-_AFTER_NO = _AFTER - {"answer", "of", "enough"} | {
-    "the",
-    "these",
-    "those",
-    "its",
-    "we",
-    "you",
-    "is",
-}
-_STATEMENTS = {"statement", "description", "answer", "claim", "report", "caption", "conclusion"} | {
-    *("sentence", "one", "impression", "information", "match", "assertion", "finding", "findings"),
-}
+_AFTER, _AFTER_NO = set(_TABLES["after"]), set(_TABLES["after_no"])
 _CLAIMS = re.compile(
     r"\b(?:statement|description|answer|claim|report|caption|conclusion|assertion|sentence)"
     r" (?:that|says|saying|stating|of$)"
@@ -105,50 +55,7 @@ _IDIOMS = re.compile(
 _QUOTED = re.compile(r"[\"“「『][^\"“”「」『』]{1,500}[\"”」』]")
 
 # Chinese.
-_WHOLE = {
-    **dict.fromkeys(
-        (
-            "是",
-            "对",
-            "嗯",
-            "真",
-            "为真",
-            "肯定",
-            "答是",
-            "答对",
-            "当然",
-            "属于",
-            "t",
-            "y",
-            "没毛病",
-            "√",
-            "✓",
-            "✔",
-            "✅",
-        ),
-        True,
-    ),
-    **dict.fromkeys(
-        (
-            "不",
-            "不是",
-            "否",
-            "非",
-            "假",
-            "为假",
-            "否定",
-            "没有",
-            "不行",
-            "并不是",
-            "不然",
-            "并非如此",
-            "非也",
-            "不属于",
-        ),
-        False,
-    ),
-    **dict.fromkeys(("答否", "不是这样", "f", "n", "×", "✗", "✘", "❌", "x"), False),
-}
+_WHOLE = _words("whole")
 _WORDS = re.compile(
     r"(?P<strong_yes>正确|准确|属实|无误|真实(?!情况)|成立|(?<![比核配针面校应相])对(?=的?$))"
     r"|(?P<strong_no>有误|错误|不实|失实|虚假|错(?![构位综落觉杂过]))"

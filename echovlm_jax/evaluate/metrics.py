@@ -8,8 +8,6 @@ default. All values are percentages.
 METEOR matches equal tokens and, in English, equal Porter stems; there is no WordNet behind it.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import tempfile
@@ -54,7 +52,7 @@ def text_statistics(
 
     Args:
       references, predictions: pairs, in the same order. A text without tokens scores 0.
-      languages: of each pair, or of all: "zh" or "en". Each pair is cut as its language is.
+      languages: "zh" or "en", of each pair or of all. Each pair is cut as its language is.
       segment: "characters", or "jieba" for Chinese words.
 
     Raises:
@@ -186,6 +184,7 @@ def _rouge_scorer() -> Any:
     return RougeScorer(["rouge1", "rouge2"], tokenizer=_AsTheyAre())
 
 
+# until: rouge-score 0.2
 def _rouge_l(reference: Sequence[str], prediction: Sequence[str]) -> float:
     """ROUGE-L as rouge-score defines it, without its table of both lengths' product."""
     if not reference or not prediction:

@@ -4,8 +4,6 @@ The rule behind all of it: where it is not plain whether a negation reaches a wo
 about that word. An answer that can't be read is counted; it is never guessed.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -152,7 +150,7 @@ def status(text: str, start: int, end: int) -> str:
     """Whether a text AFFIRMED, DENIED or leaves OPEN what stands at text[start:end].
 
     Args:
-      text: of `widths` and `small`.
+      text: the result of `widths` and `small`.
     """
     before, rest = _SENTENCE.split(text[:start])[-1], text[end:].lstrip(")]】」\"'*")
     stop = _END.search(rest)

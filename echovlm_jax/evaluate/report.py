@@ -1,7 +1,5 @@
 """The HTML report of an evaluation: one file that needs nothing else, written from its folder."""
 
-from __future__ import annotations
-
 import base64
 import datetime
 import hashlib
@@ -20,7 +18,6 @@ from echovlm_jax.evaluate.figures import heatmaps, training
 from echovlm_jax.evaluate.folder import FIGURES, PREDICTIONS, REPORT
 from echovlm_jax.evaluate.results import (
     NAMES,
-    Metrics,
     chance,
     differences,
     headline,
@@ -88,6 +85,7 @@ def _results(out: Path, compared: Mapping[str, Path]) -> dict[str, Any]:
     dataset, why_no_images = _dataset(settings)
     chosen = choose(predictions)
     level = chance(predictions, dataset)
+    reasons = metrics.get("reasons") or metrics["overall"].get("reasons") or {}
     return {
         "about": _about(out, settings, predictions),
         "control": IMAGE_NOTES.get(str(settings.get("images"))),
@@ -104,7 +102,7 @@ def _results(out: Path, compared: Mapping[str, Path]) -> dict[str, Any]:
         "no_images": why_no_images,
         "signature": _flat(metrics.get("signature")),
         "settings": _flat(settings),
-        "reasons": {NAMES.get(metric, metric): why for metric, why in _reasons(metrics)},
+        "reasons": {NAMES.get(str(m), str(m)): str(why) for m, why in reasons.items()},
     }
 
 
@@ -240,11 +238,6 @@ def _flat(value: Any) -> list[tuple[str, str]]:
             is_path = isinstance(item, str) and Path(item).is_absolute()
             out.append((str(key), _name(item) if is_path else str(item)))
     return out
-
-
-def _reasons(metrics: Metrics) -> list[tuple[str, str]]:
-    found = metrics.get("reasons") or metrics["overall"].get("reasons") or {}
-    return [(str(metric), str(reason)) for metric, reason in found.items()]
 
 
 def _dataset(settings: Mapping[str, Any]) -> tuple[Dataset | None, str]:

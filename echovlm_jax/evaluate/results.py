@@ -1,7 +1,5 @@
 """The report's figures and tables as plain data: values with intervals, chance, differences."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What training runs left in their folders, read for the report: curves and experts' loads."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

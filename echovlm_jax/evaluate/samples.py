@@ -1,8 +1,7 @@
 """What a model is asked in an evaluation: each exam's prompts, as training composes them."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 from echovlm_jax.data import keys
 from echovlm_jax.data.dataset import Dataset
 from echovlm_jax.data.encode import IGNORED, encode
+from echovlm_jax.data.examples import other_record, peers_of
 from echovlm_jax.data.fit import Grid, cut, fit, training_images
 from echovlm_jax.data.record import LANGUAGES, Record, Turn
 from echovlm_jax.data.tasks import compose
@@ -81,11 +81,11 @@ def make_samples(
     for every model and for every value of `images`.
 
     Args:
-      kinds: of KINDS; they are made in that order.
+      kinds: some of KINDS; they are made in that order.
       limit: exams; None = all.
       images: "given"; "blind": none; "swapped": those of an exam of another organ; "shuffled":
         those of another exam of the same organ, or of an organ's only exam, of another organ.
-      language: of LANGUAGES; None = of each exam, one that it has.
+      language: one of LANGUAGES; None = one that the exam has.
 
     Raises:
       InputError: an argument is none of these, or no other exam is there to swap with.
@@ -103,7 +103,7 @@ def make_samples(
         raise InputError(f"limit must be at least 1 exam, found {limit}")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     labels = _labels(dataset) if "diagnosis" in kinds else {}
-    peers = [np.flatnonzero(dataset.organs == i) for i in range(len(dataset.organ_names))]
+    peers = peers_of(dataset)
     out = []
     for number in range(count):
         record = dataset.record(number)
@@ -131,14 +131,7 @@ def _sample(
     peers: Sequence[np.ndarray],
 ) -> Sample | None:
     """The exam's sample of a kind, or None where it has no texts for one."""
-    mine = peers[int(dataset.organs[number])]
-
-    def other(n: int) -> Record | None:  # as training's
-        if len(mine) < 2:
-            return None
-        place = n % (len(mine) - 1)
-        return dataset.record(int(mine[place + (place >= np.searchsorted(mine, number))]))
-
+    other = functools.partial(other_record, dataset, peers, number)  # as training's
     key = keys.number(seed, number, KINDS.index(kind), 31)
     for weights in _TASKS[kind]:
         try:
@@ -201,7 +194,7 @@ def inputs_of(
       model: a `load.Model`.
       media: the pixels that are shown.
       shown: the record that they are of; None where nothing is shown.
-      limits: of the row that the prompt has to fit.
+      limits: those of the row that the prompt has to fit.
 
     Raises:
       InputError: it doesn't fit, or an image can't be made into patches.

@@ -1,7 +1,5 @@
 """Two files of texts, references and predictions, scored."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any, NamedTuple
 from echovlm_jax.data.sections import join_report
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.metrics import score
-from echovlm_jax.processing.files import open_file, shown
+from echovlm_jax.processing.files import reading, shown
 
 Id = str | int
 
@@ -97,18 +95,15 @@ def read_texts(path: Path, role: str, language: str) -> tuple[dict[str, Text], i
 
     Args:
       role: "reference" or "prediction": what to take of a line that has both.
-      language: of the report to take of a dataset's record.
+      language: that of the report to take of a dataset's record.
 
     Raises:
       InputError: names file and line.
     """
     out: dict[str, Text] = {}
     skipped = 0
-    try:
-        with open_file(path) as file:
-            raw = file.read()
-    except OSError as error:
-        raise InputError(f"{shown(path)}: can't be read ({error.strerror})") from None
+    with reading(path) as file:
+        raw = file.read()
     for number, line in enumerate(raw.split(b"\n"), start=1):
         if not line.strip():
             continue

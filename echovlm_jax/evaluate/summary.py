@@ -1,7 +1,5 @@
 """From a line a sample to tables: every metric over all, by organ and by task, with intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

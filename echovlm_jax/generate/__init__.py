@@ -2,5 +2,6 @@
 
 from echovlm_jax.generate.batch_file import generate_file
 from echovlm_jax.generate.decode import Generated, check_room, generate
+from echovlm_jax.ops.sampling import SamplingOptions
 
-__all__ = ["Generated", "check_room", "generate", "generate_file"]
+__all__ = ["Generated", "SamplingOptions", "check_room", "generate", "generate_file"]

@@ -1,17 +1,16 @@
 """A file of prompts answered to a file of answers."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.errors import InputError
 from echovlm_jax.generate.decode import Inputs, check_new_tokens
-from echovlm_jax.ops.sampling import check_sampling
+from echovlm_jax.ops.sampling import SamplingOptions
 from echovlm_jax.processing.files import allowed_links, locate, shown
 from echovlm_jax.processing.volumes import picture_files
 from echovlm_jax.progress import progress
@@ -19,8 +18,8 @@ from echovlm_jax.storage import digests
 from echovlm_jax.storage.files import Lines, as_path, local_path
 from echovlm_jax.storage.lock import Lock
 
-# What an answer without sampling doesn't depend on, and what the others are by default.
-_SAMPLED = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+# What an answer without sampling doesn't depend on.
+_SAMPLED = ("temperature", "top_k", "top_p", "seed")
 
 
 class Answerer(Protocol):
@@ -51,26 +50,26 @@ def generate_file(
     allow_links: Path | None = None,
     **sampling: Any,
 ) -> dict[str, int]:
-    """Answers the records of a file, several at a time; a run that was stopped goes on.
+    """Answers the records of a file, several at a time; the same call resumes a stopped one.
 
     A line of `batch` is `{"id", "images", "prompt"}`, and optionally `"system"`; the paths of its
     images are relative to the file's own folder, or absolute, and may not leave it. A line of `out`
     is
     `{"id", "text", "prompt_tokens", "new_tokens", "fingerprint"}`, or `{"id", "error",
-    "fingerprint"}` for a record that can't be used, while the others go on (an unreadable line n
-    goes by the id "line n"). Lines are written as batches end. Records whose id `out` already has
-    are left alone, failed ones too: delete their lines to try again. A line's fingerprint is of the
-    model, the prompts, the images' bytes and the settings: where it is another one than asked for
-    now, nothing is written. Only one process can write into `out`.
+    "fingerprint"}` for a record that can't be used; the others are answered (the id of an
+    unreadable line n is "line n"). Lines are written as batches end. Records whose id
+    `out` already has are skipped, failed ones too: delete their lines to try again. A line's
+    fingerprint is of the model, the prompts, the images' bytes and the settings: if one differs
+    from what is asked now, nothing is written. Only one process can write into `out`.
 
     Args:
-      model: answers.
+      model: the model that answers.
       batch: the records.
-      out: where the answers go; made or continued.
+      out: the file of answers, new or resumed.
       batch_size: records answered at a time.
-      max_new_tokens: for each answer.
+      max_new_tokens: limit of each answer.
       allow_links: a folder that links in the file's own may lead to.
-      **sampling: as in `generate`. With a seed, a record's answer depends on its line number and
+      **sampling: fields of `SamplingOptions`. A record's draws depend on its line number and
         not on which others share its batch.
 
     Returns:
@@ -85,13 +84,13 @@ def generate_file(
     _ = model.processor  # made now: a folder without tokenizer files is not the records' fault
     # A wrong setting is refused before anything is written, and not once a record.
     check_new_tokens(model.config, max_new_tokens)
-    check_sampling(**sampling)
+    settings = {**asdict(SamplingOptions(**sampling)), "max_new_tokens": max_new_tokens}
     records = _read_records(batch)
     if out.exists() and out.samefile(batch):
         raise InputError(f"{shown(out)}: --out must be another file than --batch")
     # Its folder as it is named: the file itself may be a link, as in a cache of downloads.
     folders = [Path(os.path.abspath(batch)).parent.resolve(), *allowed_links(allow_links)]
-    asked = _Asked(model.fingerprint, folders, {**sampling, "max_new_tokens": max_new_tokens})
+    asked = _Asked(model.fingerprint, folders, settings)
     Lines(out).close()  # there has to be something to hold
     with Lock(out) as lock:
         written, size = _read_answers(out)
@@ -117,7 +116,7 @@ def _answer(
     model: Answerer,
     send: Callable[[str], object],
     todo: Sequence[tuple[int, dict[str, Any]]],
-    asked: _Asked,
+    asked: "_Asked",
     counts: dict[str, int],
     batch_size: int,
     max_new_tokens: int,
@@ -172,10 +171,9 @@ class _Asked:
 
     def __init__(self, model: str, folders: Sequence[Path], settings: Mapping[str, Any]) -> None:
         self.folders, self._model = folders, model
-        self._settings = {"repetition_penalty": 1.0, **_SAMPLED, **settings}
-        self._sampled = bool(self._settings["temperature"])
-        if not self._sampled:
-            self._settings = {k: v for k, v in self._settings.items() if k not in _SAMPLED}
+        self._sampled = bool(settings["temperature"])
+        unused = () if self._sampled else _SAMPLED
+        self._settings = {key: value for key, value in settings.items() if key not in unused}
 
     def of(self, record: Mapping[str, Any], row: int, *, failed: bool = False) -> str:
         """The digest; of a record that `failed`, without what its images hold.
@@ -196,7 +194,7 @@ class _Asked:
 
 
 def _check_asked(
-    out: Path, line: Mapping[str, Any], record: Mapping[str, Any], row: int, asked: _Asked
+    out: Path, line: Mapping[str, Any], record: Mapping[str, Any], row: int, asked: "_Asked"
 ) -> None:
     """Raises InputError where a line answers something else than what is asked now."""
     try:

@@ -19,7 +19,7 @@ import numpy as np
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import Cache, EchoVLM, extend_cache, init_cache
-from echovlm_jax.ops.sampling import Sampling, choose, sampling
+from echovlm_jax.ops.sampling import Sampling, SamplingOptions, choose, sampling
 from echovlm_jax.processing.batch import PATCH_BUCKETS, bucket, make_batch
 from echovlm_jax.processing.processor import check_length
 
@@ -58,22 +58,15 @@ def generate(
     config: ModelConfig,
     params: Params,
     inputs: Inputs,
+    options: SamplingOptions = SamplingOptions(),
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int] = (),
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
     rows: Sequence[int] | None = None,
     dtype: Any = jnp.float32,
     on_tokens: Callable[[np.ndarray, np.ndarray], object] | None = None,
 ) -> Generated:
     """Continues each row of a batch.
-
-    Sampling means what it means in Hugging Face's `generate`, in its order: repetition penalty
-    (over the prompt and the new tokens; padding doesn't count), temperature, top-k, top-p.
 
     Args:
       config: sizes.
@@ -82,34 +75,23 @@ def generate(
         pixel_values [P, patch_dim] with image_grid_thw [N, 3], pixel_values_videos with
         video_grid_thw. The next token follows the last column, whatever that holds, so pad on the
         left.
-      max_new_tokens: at most this many for each row.
+      options: settings of sampling; padding doesn't count for the repetition penalty.
+      max_new_tokens: limit of each row.
       eos_token_ids: a row ends with the first of these.
-      temperature: 0 takes the likeliest token, and then top_k, top_p and seed don't matter.
-      top_k: 0 for all.
-      top_p: 1 for all.
-      repetition_penalty: 1 for none.
-      seed: the same seed gives the same tokens.
       rows: a number for each row that its draws depend on, in place of its place in the batch;
         equal numbers and equal prompts give equal answers.
       dtype: compute dtype.
-      on_tokens: called as tokens come with all of them so far, [B, t], and the lengths [B].
+      on_tokens: callback as tokens come, with all so far [B, t] and the lengths [B].
 
     Raises:
-      InputError: a setting out of range, or a prompt that leaves no room for max_new_tokens.
+      InputError: a prompt that leaves no room for max_new_tokens, or no such number.
     """
     check_new_tokens(config, max_new_tokens)
     prompt_lengths = (_mask(inputs) != 0).sum(axis=1)
     check_room(config, int(prompt_lengths.max()), max_new_tokens)
     batch, position = _prepare(config, inputs)
     count, columns = batch["tokens"].shape
-    settings = sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        rows=range(count) if rows is None else rows,
-    )
+    settings = sampling(options, range(count) if rows is None else rows)
     # Filled up with what no token is: a few more or fewer make no other program.
     stop = np.full(-(-max(len(eos_token_ids), 1) // 8) * 8, -1, np.int32)
     stop[: len(eos_token_ids)] = eos_token_ids
@@ -118,7 +100,7 @@ def generate(
     static: dict[str, Any] = {
         "config": config,
         "dtype": jnp.dtype(dtype),
-        "greedy": temperature == 0,
+        "greedy": options.temperature == 0,
     }
     clock = time.perf_counter
     started = clock()
@@ -205,7 +187,7 @@ def lower_prefill(config: ModelConfig, params: Params, **sizes: Any) -> jax.stag
 
 
 def lower_decode(config: ModelConfig, params: Params, **sizes: Any) -> jax.stages.Lowered:
-    """The program that goes on from there, one token at a time; see `lower_prefill`."""
+    """The decoding program, one token at a time; see `lower_prefill`."""
     arguments, static, slots = _abstract(config, params, **sizes)
     state = jax.eval_shape(
         functools.partial(_prefill, **static, slots=slots, new=NEW_TOKENS), params, *arguments
@@ -243,9 +225,7 @@ def _abstract(
             "patch_positions": shape(rows, patches, 2),
             "patch_index": shape(rows, prompt),
         }
-    settings = sampling(
-        temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=0, rows=range(rows)
-    )
+    settings = sampling(SamplingOptions(), range(rows))
     static = {"config": config, "dtype": jnp.dtype(dtype), "greedy": True}
     arguments = (batch, shape(rows), settings, np.full(8, -1, np.int32))
     return arguments, static, prompt + NEW_TOKENS

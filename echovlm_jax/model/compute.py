@@ -1,4 +1,4 @@
-"""How the model is computed, as opposed to what it computes: choices that change no result."""
+"""How the model is computed. A capacity_factor alone may change the result: it drops tokens."""
 
 from __future__ import annotations
 

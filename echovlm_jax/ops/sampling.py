@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,45 @@ from jaxtyping import Bool, Float, Int, Key
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.ops import Array
+
+_REAL, _WHOLE = (int, float, np.integer, np.floating), (int, np.integer)
+_RANGES = {
+    "temperature": (_REAL, 0, 1e6),
+    "top_k": (_WHOLE, 0, 2**31 - 1),
+    "top_p": (_REAL, 1e-9, 1),
+    "repetition_penalty": (_REAL, 1e-6, 1e6),
+    "seed": (_WHOLE, 0, 2**32 - 1),
+}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen, as in Hugging Face's `generate` and in its order: repetition
+    penalty (over the prompt and the new tokens), temperature, top-k, top-p.
+
+    Attributes:
+      temperature: 0 takes the likeliest token; top_k, top_p and seed don't matter then.
+      top_k: 0 for all.
+      top_p: 1 for all.
+      repetition_penalty: 1 for none.
+      seed: the same seed gives the same tokens.
+
+    Raises:
+      InputError: a number of the wrong kind or out of range; the message names it.
+    """
+
+    temperature: Any = 0.0
+    top_k: Any = 0
+    top_p: Any = 1.0
+    repetition_penalty: Any = 1.0
+    seed: Any = 0
+
+    def __post_init__(self) -> None:
+        for name, (kind, least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, kind) and least <= value <= most):
+                what = "a whole number" if kind is _WHOLE else "a number"
+                raise InputError(f"{name} must be {what} from {least} to {most}, found {value!r}")
 
 
 class Sampling(NamedTuple):
@@ -25,59 +65,18 @@ class Sampling(NamedTuple):
     rows: Any  # [B] int32: a number for each row, that its draws depend on
 
 
-def sampling(
-    *,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    repetition_penalty: Any,
-    seed: Any,
-    rows: Sequence[int],
-) -> Sampling:
-    """Settings from plain numbers.
-
-    Raises:
-      InputError: a number out of range; the message names it.
-    """
-    check_sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+def sampling(options: SamplingOptions, rows: Sequence[int]) -> Sampling:
+    """The settings of a batch, with a number for each row."""
+    heat = options.temperature
     return Sampling(
         # 0 is greedy and divides nothing; what is smaller than a millionth overflows a float32.
-        temperature=np.asarray(max(temperature, 1e-6) if temperature else 1, np.float32),
-        top_k=np.asarray(top_k, np.int32),
-        top_p=np.asarray(top_p, np.float32),
-        repetition_penalty=np.asarray(repetition_penalty, np.float32),
-        key=jax.random.key(seed),
+        temperature=np.asarray(max(heat, 1e-6) if heat else 1, np.float32),
+        top_k=np.asarray(options.top_k, np.int32),
+        top_p=np.asarray(options.top_p, np.float32),
+        repetition_penalty=np.asarray(options.repetition_penalty, np.float32),
+        key=jax.random.key(options.seed),
         rows=np.asarray(rows, np.int32),
     )
-
-
-def check_sampling(
-    *,
-    temperature: Any = 0.0,
-    top_k: Any = 0,
-    top_p: Any = 1.0,
-    repetition_penalty: Any = 1.0,
-    seed: Any = 0,
-) -> None:
-    """Refuses a setting of the wrong kind or out of range (InputError, which names it)."""
-    real, whole = (int, float, np.integer, np.floating), (int, np.integer)
-    for name, value, kind, least, most in (
-        ("temperature", temperature, real, 0, 1e6),
-        ("top_k", top_k, whole, 0, 2**31 - 1),
-        ("top_p", top_p, real, 1e-9, 1),
-        ("repetition_penalty", repetition_penalty, real, 1e-6, 1e6),
-        ("seed", seed, whole, 0, 2**32 - 1),
-    ):
-        right = isinstance(value, kind) and not isinstance(value, bool)
-        if not (right and least <= value <= most):
-            what = "a whole number" if kind is whole else "a number"
-            raise InputError(f"{name} must be {what} from {least} to {most}, found {value!r}")
 
 
 def choose(

@@ -1,7 +1,5 @@
 """What a curved probe sees: liver, kidney, uterus and ovaries. Lengths in mm."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -10,8 +10,6 @@ hash's bytes, levels go through tables, and float32 arrays see additions, produc
 square roots only, which IEEE 754 leaves no choice about.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

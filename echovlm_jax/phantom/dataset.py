@@ -1,7 +1,5 @@
 """Phantom exams as a `Dataset`: made when they are asked for, nothing on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

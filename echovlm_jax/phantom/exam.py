@@ -1,10 +1,10 @@
 """What a phantom exam is: parameters drawn from one whole number, from which all else follows."""
 
-from __future__ import annotations
-
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,18 +14,6 @@ T = TypeVar("T")
 
 # Exams of each region in the paper's data (arXiv 2509.14977), in the order of record.ORGANS.
 PAPER_COUNTS = (13000, 66492, 47061, 16388, 18043, 21969, 4320)
-
-NORMAL = "normal"
-# A closed set of five for each organ, drawn equally often: guessing is right once in five times.
-DIAGNOSES = {
-    "breast": (NORMAL, "cyst", "fibroadenoma", "suspicious", "ducts"),
-    "gynaecology": (NORMAL, "fibroid", "cyst", "complex", "endometrium"),
-    "heart": (NORMAL, "effusion", "hypertrophy", "dilated", "mass"),
-    "kidney": (NORMAL, "cyst", "stone", "hydronephrosis", "mass"),
-    "liver": (NORMAL, "cyst", "haemangioma", "suspicious", "fatty"),
-    "thyroid": (NORMAL, "cyst", "benign", "suspicious", "diffuse"),
-    "vessel": (NORMAL, "intima", "soft", "calcified", "occlusion"),
-}
 
 
 class Profile(NamedTuple):
@@ -41,64 +29,21 @@ class Profile(NamedTuple):
     orientations: tuple[str, ...] = ("",)
 
 
-_ROUNDISH = ("round", "oval")
-_BAD = ("ill-defined", "spiculated")
-_OVARIES = ("right ovary", "left ovary")
-_POLES = ("upper pole", "lower pole")
-_LIVER = ("near", "deep")
-_LOBES = ("right lobe", "left lobe")
-_WALLS = ("near wall", "far wall")
-_ATRIA = ("left atrium", "right atrium")
-PROFILES: dict[tuple[str, str], Profile] = {
-    ("breast", "cyst"): Profile((8, 10, 12, 15), ("anechoic",), _ROUNDISH,
-        posteriors=("enhancement",), orientations=("wider",)),
-    ("breast", "fibroadenoma"): Profile((10, 12, 15), ("hypoechoic",), ("oval",),
-        calcifications=("none", "none", "coarse"), orientations=("wider",)),
-    ("breast", "suspicious"): Profile((10, 12, 15), ("hypoechoic",), ("irregular",), _BAD,
-        ("shadow", "shadow", "none"), ("none", "punctate"), orientations=("taller", "wider")),
-    ("breast", "ducts"): Profile((3, 4)),
-    ("gynaecology", "fibroid"): Profile((25, 30, 35), ("hypoechoic",), _ROUNDISH,
-        posteriors=("none", "shadow"), places=("anterior wall", "posterior wall")),
-    ("gynaecology", "cyst"): Profile((30, 40, 50), ("anechoic",), _ROUNDISH,
-        posteriors=("enhancement",), places=_OVARIES),
-    ("gynaecology", "complex"): Profile((40, 50, 60), ("mixed",), ("irregular",),
-        ("ill-defined",), places=_OVARIES),
-    ("gynaecology", "endometrium"): Profile((16, 18, 20)),
-    ("heart", "effusion"): Profile((10, 15, 20)),
-    ("heart", "hypertrophy"): Profile((16, 18, 20)),
-    ("heart", "dilated"): Profile((62, 66, 70)),
-    ("heart", "mass"): Profile((20, 25, 30), ("hyperechoic",), ("oval",), places=_ATRIA),
-    ("kidney", "cyst"): Profile((25, 30, 40), ("anechoic",), ("round",),
-        posteriors=("enhancement",), places=_POLES),
-    ("kidney", "stone"): Profile((8, 10, 12, 15), ("hyperechoic",), posteriors=("shadow",),
-        calcifications=("coarse",), places=("upper calyx", "middle calyx", "lower calyx")),
-    ("kidney", "hydronephrosis"): Profile((15, 20, 25)),
-    ("kidney", "mass"): Profile((30, 35, 40), ("hypoechoic", "hyperechoic"),
-        ("round", "irregular"), ("clear", "ill-defined"), places=_POLES),
-    ("liver", "cyst"): Profile((25, 30, 40), ("anechoic",), _ROUNDISH,
-        posteriors=("enhancement",), places=_LIVER),
-    ("liver", "haemangioma"): Profile((25, 30, 40), ("hyperechoic",), _ROUNDISH, places=_LIVER),
-    ("liver", "suspicious"): Profile((35, 40, 50), ("hypoechoic",), ("irregular",),
-        ("ill-defined",), ("none", "shadow"), places=_LIVER),
-    ("liver", "fatty"): Profile((0,)),
-    ("thyroid", "cyst"): Profile((10, 12, 15), ("anechoic",), _ROUNDISH,
-        posteriors=("enhancement",), places=_LOBES, orientations=("wider",)),
-    ("thyroid", "benign"): Profile((10, 12, 15), ("isoechoic", "hyperechoic"), ("oval",),
-        places=_LOBES, orientations=("wider",)),
-    ("thyroid", "suspicious"): Profile((10, 12, 15), ("hypoechoic",), ("irregular",), _BAD,
-        ("none", "shadow"), ("punctate", "punctate", "none"), _LOBES, ("taller", "wider")),
-    ("thyroid", "diffuse"): Profile((0,)),
-    ("vessel", "intima"): Profile((1.4, 1.6, 1.8)),
-    ("vessel", "soft"): Profile((2.5, 3, 3.5), ("hypoechoic",), ("regular", "irregular"),
-        places=_WALLS),
-    ("vessel", "calcified"): Profile((2.5, 3, 3.5), ("hyperechoic",), ("regular", "irregular"),
-        posteriors=("shadow",), calcifications=("coarse",), places=_WALLS),
-    ("vessel", "occlusion"): Profile((0,)),
-}  # fmt: skip
+_TABLE: dict[str, dict[str, dict[str, list[Any]]]] = json.loads(
+    Path(__file__).with_name("profiles.json").read_text("utf-8")
+)
+# A closed set of five for each organ, drawn equally often: guessing is right once in five times.
+DIAGNOSES = {organ: tuple(profiles) for organ, profiles in _TABLE.items()}
+PROFILES = {
+    (organ, diagnosis): Profile(**{key: tuple(values) for key, values in profile.items()})
+    for organ, profiles in _TABLE.items()
+    for diagnosis, profile in profiles.items()
+    if profile
+}
 
 
 class Lesion(NamedTuple):
-    """One focal finding; the words are keys of texts.WORDS."""
+    """One focal finding; the words are keys of `words.ATTRIBUTES`."""
 
     echo: str
     shape: str
@@ -159,10 +104,10 @@ def make_exam(
     """An exam's parameters.
 
     Args:
-      key: what everything is drawn from; the same key and organ give the same exam.
+      key: seed of everything; the same key and organ give the same exam.
       cine: the share of heart exams whose first view is a loop.
       cine_frames: its frames, one heartbeat.
-      views: at most so many; the first shows all that the report says.
+      views: maximum number; the first shows all that the report says.
     """
     draws = stream(key, _LESION)
     diagnosis = pick(draws, DIAGNOSES[organ])
@@ -174,16 +119,7 @@ def make_exam(
 
 def _lesion(draws: Iterator[float], profile: Profile, key: int) -> Lesion:
     words = [pick(draws, options) for options in profile[1:]]
-    lesion = Lesion(
-        echo=words[0],
-        shape=words[1],
-        margin=words[2],
-        posterior=words[3],
-        calcification=words[4],
-        place=words[5],
-        orientation=words[6],
-        key=int(mix(key, _LESION, 0)),
-    )
+    lesion = Lesion(*words, key=int(mix(key, _LESION, 0)))
     # Sound doesn't pass a coarse calcification.
     return lesion._replace(posterior="shadow") if lesion.calcification == "coarse" else lesion
 

@@ -1,7 +1,5 @@
 """The heart in the apical four-chamber view, beating. Lengths in mm."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

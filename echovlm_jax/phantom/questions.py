@@ -4,8 +4,6 @@ What is asked about a lesion is only what differs between the lesions of its org
 are all that occur there.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 
@@ -13,73 +11,23 @@ from echovlm_jax.data.keys import number
 from echovlm_jax.data.record import ORGANS as ALL_ORGANS
 from echovlm_jax.data.record import Question
 from echovlm_jax.phantom.exam import DIAGNOSES, PROFILES, Exam
-from echovlm_jax.phantom.words import ATTRIBUTES, ORGANS, Pair
+from echovlm_jax.phantom.words import ATTRIBUTES, ORGANS, QUESTIONS
 from echovlm_jax.phantom.words import DIAGNOSES as NAMES
 
 _ASKING = 5  # which numbers of an exam's key choose questions
 TRUE_FALSE = (("True", "False"), ("正确", "错误"))
 YES_NO = (("Yes", "No"), ("是", "否"))
 
-# Two wordings of each, as (English, Chinese).
-_ASK: dict[str, tuple[Pair, Pair]] = {
-    "organ": (
-        ("Which organ is examined?", "本次检查的是哪个器官？"),
-        ("What organ do the images show?", "图像显示的是哪个器官？"),
-    ),
-    "diagnosis": (
-        ("What is the most likely diagnosis?", "最可能的诊断是什么？"),
-        ("Which diagnosis fits the images?", "哪个诊断与图像相符？"),
-    ),
-    "judge": (
-        ("True or false: the images show a picture of {name}.", "判断正误：图像符合{name}的表现。"),
-        ("Is this statement true? The diagnosis is: {name}.", "以下说法是否正确？诊断为{name}。"),
-    ),
-    "lesion": (
-        ("Is a focal lesion seen?", "是否可见局灶性病变？"),
-        ("Do the images show a focal lesion?", "图像中有局灶性病变吗？"),
-    ),
-    "size": (
-        ("How large is the abnormality?", "异常部分的大小是多少？"),
-        ("What is the size of the abnormality in mm?", "异常部分的尺寸约多少毫米？"),
-    ),
-    "echo": (
-        ("What is the echogenicity of the lesion?", "病灶的回声如何？"),
-        ("How echogenic is the lesion?", "病灶呈何种回声？"),
-    ),
-    "shape": (
-        ("What is the shape of the lesion?", "病灶的形态如何？"),
-        ("Which shape does the lesion have?", "病灶呈何种形态？"),
-    ),
-    "margin": (
-        ("How are the margins of the lesion?", "病灶的边界如何？"),
-        ("What are the lesion's margins like?", "病灶边界的特点是什么？"),
-    ),
-    "posterior": (
-        ("How are the echoes behind the lesion?", "病灶后方回声如何？"),
-        ("What happens to the echoes behind the lesion?", "病灶后方回声有何改变？"),
-    ),
-    "calcification": (
-        ("Which calcification does the lesion contain?", "病灶内有何种钙化？"),
-        ("What kind of calcification is in the lesion?", "病灶内钙化的类型是什么？"),
-    ),
-    "orientation": (
-        ("What is the orientation of the lesion?", "病灶的纵横比如何？"),
-        ("Is the lesion wider or taller?", "病灶的纵横比是大于1还是小于1？"),
-    ),
-    "place": (
-        ("Where is the lesion?", "病灶位于哪里？"),
-        ("In which place is the lesion found?", "病灶的位置在哪里？"),
-    ),
-}  # fmt: skip
 _FIELDS = ("echo", "shape", "margin", "posterior", "calcification", "place", "orientation")
 
 
 def questions(exam: Exam, language: str) -> tuple[Question, ...]:
     """Open questions, choices with options, and judgements (right as often as wrong)."""
     at = 0 if language == "en" else 1
+    names = [name[at] for name in NAMES[exam.organ].values()]
     asked = [
         _choice(exam, at, "organ", ORGANS[exam.organ][at], _some_organs(exam, at)),
-        _choice(exam, at, "diagnosis", NAMES[exam.organ, exam.diagnosis][at], _names(exam, at)),
+        _choice(exam, at, "diagnosis", NAMES[exam.organ][exam.diagnosis][at], names),
         _judgement(exam, at),
         _choice(exam, at, "lesion", YES_NO[at][0 if exam.lesion else 1], YES_NO[at]),
     ]
@@ -99,13 +47,13 @@ def questions(exam: Exam, language: str) -> tuple[Question, ...]:
 
 
 def _wording(exam: Exam, at: int, what: str, shift: int = 0) -> str:
-    draw = number(exam.key, _ASKING, list(_ASK).index(what), at)
-    return _ASK[what][(draw + shift) % 2][at]
+    draw = number(exam.key, _ASKING, list(QUESTIONS).index(what), at)
+    return QUESTIONS[what][(draw + shift) % 2][at]
 
 
 def _choice(exam: Exam, at: int, what: str, answer: str, options: Sequence[str]) -> Question:
     """Options in an order by key, so that their order says nothing."""
-    place = list(_ASK).index(what)
+    place = list(QUESTIONS).index(what)
     order = sorted(range(len(options)), key=lambda i: number(exam.key, _ASKING, 100 + place, i))
     return Question(_wording(exam, at, what), answer, tuple(options[i] for i in order))
 
@@ -117,17 +65,13 @@ def _some_organs(exam: Exam, at: int) -> list[str]:
     return [ORGANS[organ][at] for organ in (exam.organ, *others[:3])]
 
 
-def _names(exam: Exam, at: int) -> list[str]:
-    return [NAMES[exam.organ, diagnosis][at] for diagnosis in DIAGNOSES[exam.organ]]
-
-
 def _judgement(exam: Exam, at: int) -> Question:
     """The diagnosis or, as often, another of the same organ: which of them, by key alone."""
     draw = number(exam.key, _ASKING, 300)
     true = bool(draw & 1)
     others = [d for d in DIAGNOSES[exam.organ] if d != exam.diagnosis]
     claimed = exam.diagnosis if true else others[(draw >> 1) % len(others)]
-    text = _wording(exam, at, "judge").format(name=NAMES[exam.organ, claimed][at])
+    text = _wording(exam, at, "judge").format(name=NAMES[exam.organ][claimed][at])
     return Question(text, TRUE_FALSE[at][0 if true else 1], TRUE_FALSE[at])
 
 

@@ -1,24 +1,14 @@
 """From an exam's parameters to its pictures."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 
 import numpy as np
 
 from echovlm_jax.data.keys import mix
-from echovlm_jax.phantom.abdominal import (
-    kidney_probe,
-    liver_probe,
-    paint_kidney,
-    paint_liver,
-    paint_pelvis,
-    pelvis_probe,
-)
+from echovlm_jax.phantom import abdominal, heart, superficial
 from echovlm_jax.phantom.acoustics import (
     Probe,
-    Tissue,
     beam_levels,
     empty_tissue,
     scan_convert,
@@ -26,35 +16,18 @@ from echovlm_jax.phantom.acoustics import (
     to_grey,
 )
 from echovlm_jax.phantom.exam import Exam, View, between, stream
-from echovlm_jax.phantom.heart import heart_probe, paint_heart
-from echovlm_jax.phantom.superficial import (
-    breast_probe,
-    paint_breast,
-    paint_thyroid,
-    paint_vessel,
-    thyroid_probe,
-    vessel_probe,
-)
 
 HEADER = 11  # px: the black strip on top, which says what this is
 RULER = 7  # px: the black strip on the right, with a mark for every 10 mm of depth
 
-_PROBES: dict[str, Callable[[int, int, int], Probe]] = {
-    "breast": breast_probe,
-    "gynaecology": pelvis_probe,
-    "heart": heart_probe,
-    "kidney": kidney_probe,
-    "liver": liver_probe,
-    "thyroid": thyroid_probe,
-    "vessel": vessel_probe,
-}
-_PAINTERS: dict[str, Callable[[Tissue, Exam, View], None]] = {
-    "breast": paint_breast,
-    "gynaecology": paint_pelvis,
-    "kidney": paint_kidney,
-    "liver": paint_liver,
-    "thyroid": paint_thyroid,
-    "vessel": paint_vessel,
+_ORGANS: dict[str, tuple[Callable[[int, int, int], Probe], Callable[..., None]]] = {
+    "breast": (superficial.breast_probe, superficial.paint_breast),
+    "gynaecology": (abdominal.pelvis_probe, abdominal.paint_pelvis),
+    "heart": (heart.heart_probe, heart.paint_heart),
+    "kidney": (abdominal.kidney_probe, abdominal.paint_kidney),
+    "liver": (abdominal.liver_probe, abdominal.paint_liver),
+    "thyroid": (superficial.thyroid_probe, superficial.paint_thyroid),
+    "vessel": (superficial.vessel_probe, superficial.paint_vessel),
 }
 
 
@@ -69,12 +42,10 @@ def render(exam: Exam, view: View) -> np.ndarray:
 def _picture(exam: Exam, view: View, phase: float) -> np.ndarray:
     height, width = view.height - HEADER, view.width - RULER
     view_inside = view._replace(height=height, width=width)
-    probe = _PROBES[exam.organ](exam.key, height, width)  # one setting for the whole exam
+    make_probe, paint = _ORGANS[exam.organ]
+    probe = make_probe(exam.key, height, width)  # one setting for the whole exam
     tissue = empty_tissue(probe, height, width)
-    if exam.organ == "heart":
-        paint_heart(tissue, exam, view_inside, phase)
-    else:
-        _PAINTERS[exam.organ](tissue, exam, view_inside)
+    paint(tissue, exam, view_inside, *([phase] if exam.organ == "heart" else []))
     # Blood and noise change from frame to frame; tissue keeps its scatterers.
     level = beam_levels(tissue, probe, int(mix(view.key, 73)))
     grey = to_grey(level, between(stream(view.key, 74), -2.5, 2.5))

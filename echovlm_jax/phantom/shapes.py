@@ -3,8 +3,6 @@
 Distances are in mm, negative inside, and right near the edge only, which is all that is needed.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One picture of what phantoms look like: a row for each organ, a column for each diagnosis."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,7 @@ def contact_sheet(path: str | Path, seed: int = 0) -> dict[str, Any]:
     for row, organ in enumerate(ORGANS):
         for column, diagnosis in enumerate(DIAGNOSES[organ]):
             left, top = column * _TILE[0], _STRIP + row * (_TILE[1] + _STRIP)
-            draw.text((left + 3, top), NAMES[organ, diagnosis][0], fill=220, font=font)
+            draw.text((left + 3, top), NAMES[organ][diagnosis][0], fill=220, font=font)
             sheet.paste(_tile(organ, diagnosis, seed), (left, top + _STRIP))
     steps = np.round(np.asarray(sheet) * ((_LEVELS - 1) / 255)) * (255 / (_LEVELS - 1))
     picture = Image.fromarray(steps.astype(np.uint8)).quantize(_LEVELS)

@@ -1,7 +1,5 @@
 """What a linear probe sees: breast, thyroid, carotid artery. Lengths in mm."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from echovlm_jax.data.keys import mix

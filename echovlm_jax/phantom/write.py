@@ -1,8 +1,7 @@
 """Phantom exams as files: the official JSON beside PNG images and DICOM loops."""
 
-from __future__ import annotations
-
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -23,7 +22,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundMultiFrameImageSt
 
 from echovlm_jax.data.disk import writing
 from echovlm_jax.data.keys import mix, text_key
-from echovlm_jax.data.record import ORGANS, Report
+from echovlm_jax.data.record import ORGANS
 from echovlm_jax.data.sections import join_report
 from echovlm_jax.data.workers import Workers
 from echovlm_jax.errors import InputError
@@ -46,7 +45,6 @@ def write_exams(
     *,
     balanced: bool = False,
     cine: float = 0.25,
-    cine_frames: int = 8,
     views: int = MOST_VIEWS,
     language: str | None = None,
     workers: int = 1,
@@ -55,11 +53,11 @@ def write_exams(
 
     Args:
       out: a folder to make; it may be there if it is empty.
-      exams: how many.
+      exams: number of exams.
       seed: another seed makes other exams, and none of a `PhantomDataset`.
-      balanced, cine, cine_frames: as in `PhantomDataset`.
-      views: at most so many images an exam.
-      language: of the texts, "zh" or "en"; None: each exam has both.
+      balanced, cine: those of `PhantomDataset`.
+      views: maximum number of images an exam.
+      language: "zh" or "en"; None: each exam has texts in both.
       workers: processes that draw them; the files are the same.
 
     Returns:
@@ -87,10 +85,9 @@ def write_exams(
     organs = organ_of(base, np.arange(exams), balanced)
     counts = {"images": 0, "loops": 0}
     entries, planned = [], 0
-    options = {"cine": cine, "cine_frames": cine_frames, "views": views}
     jobs = []
     for i, organ in enumerate(organs):
-        exam = make_exam(int(mix(base, 1, i)), ORGANS[organ], **options)
+        exam = make_exam(int(mix(base, 1, i)), ORGANS[organ], cine=cine, views=views)
         jobs.append((f"phantom-{seed}-{i:06d}", exam))
         files = _files(*jobs[-1])
         counts["loops"] += sum(file.endswith(".dcm") for file in files)
@@ -130,34 +127,18 @@ def _entry(name: str, exam: Exam, files: list[str], language: str | None) -> dic
     """One exam in the official form, its reports beside the conversation."""
     written = [each for each in reports(exam) if language in (None, each.language)]
     told = written[exam.key % len(written)]
+    answer = join_report(told.findings, told.impression, told.language)
     return {
         "id": name,
         "image": files,
         "conversations": [
             {"from": "human", "value": "<image>" * len(files) + _ASKED[told.language]},
-            {
-                "from": "gpt",
-                "value": join_report(told.findings, told.impression, told.language),
-            },
+            {"from": "gpt", "value": answer},
         ],
         "organ": exam.organ,
         "patient_id": name,
         "synthetic": True,
-        "reports": [_report_entry(report) for report in written],
-    }
-
-
-def _report_entry(report: Report) -> dict[str, Any]:
-    return {
-        "language": report.language,
-        "findings": report.findings,
-        "impression": report.impression,
-        "caption": report.caption,
-        "diagnosis": report.diagnosis,
-        "questions": [
-            {"question": q.question, "answer": q.answer, "options": list(q.options)}
-            for q in report.questions
-        ],
+        "reports": [dataclasses.asdict(report) for report in written],
     }
 
 

@@ -35,6 +35,7 @@ from echovlm_jax.train.stages import count
 
 # A program whose gathers and scatters run on a SparseCore (v5p) is one that libtpu 0.0.52 can't
 # print.
+# until: libtpu 0.1
 PRINTABLE: dict[str, Any] = {
     "xla_tpu_offload_gather_to_sparsecore": "false",
     "xla_tpu_enable_offloading_gather_to_sparsecore": "false",

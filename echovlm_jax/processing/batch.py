@@ -1,7 +1,5 @@
 """From HF-style inputs to the model's batch: static shapes, one patch buffer a row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

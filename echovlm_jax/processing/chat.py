@@ -4,8 +4,6 @@ A checkpoint's template is a program by a stranger. It runs in a process of its 
 (`chat_sandbox`), under limits of time and memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -149,7 +147,7 @@ def compile_template(
 
     Args:
       source: the template; it sees `messages`, `add_generation_prompt` and the special tokens.
-      name: what to call it in errors.
+      name: its name in errors.
       special: values of bos_token, eos_token, …
 
     Raises:

@@ -10,8 +10,6 @@ then a request {variable: value} as often as wanted. A reply is {"text"}, or an 
 {"invalid"}, {"refuses"} or {"fails"}. The end of its input ends it, and so its parent's death does.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import sys

@@ -4,8 +4,6 @@ Every size a header or a codestream claims is checked before anything of that si
 are read and decoded one at a time, and only the sampled ones.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import warnings
@@ -22,12 +20,9 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom_display import grey_to_rgb, palette_to_rgb
 from echovlm_jax.processing.dicom_frames import VIDEO, CompressedFrames, FrameDecoder
 from echovlm_jax.processing.dicom_header import GREYS, Opened, PixelHeader, read_header, whole
-from echovlm_jax.processing.files import VIDEOS, ExtraMissing, kind_of_bytes, open_file, shown
+from echovlm_jax.processing.files import VIDEOS, kind_of_bytes, reading
+from echovlm_jax.processing.levels import check_loop, picks
 from echovlm_jax.processing.video import decode_video
-
-MAX_FRAME_PIXELS = 2**24  # 4096 x 4096, several times any ultrasound frame
-MAX_SAMPLED_PIXELS = 2**26  # all sampled frames of one loop together: 200 MB as RGB
-MAX_FRAMES = 2**17  # more than half an hour at 60 frames a second
 
 # Region Spatial Format (PS3.3 C.8.5.5.1.1): 2-D, M-mode and spectral Doppler are images; none,
 # waveform and graphics are not.
@@ -71,26 +66,16 @@ def read_loop(path: str | Path, *, num_frames: int = 16, crop: Crop = False) -> 
     """
     if num_frames < 1:
         raise InputError(f"num_frames must be at least 1, found {num_frames}")
-    try:
-        with _quietly(), open_file(path) as file:
-            try:
-                return _read(file, num_frames, crop)
-            except ExtraMissing as error:
-                raise ExtraMissing(f"{shown(path)}: {error.what}", error.extra) from None
-            except InputError as error:
-                raise InputError(f"{shown(path)}: {error}") from None
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{shown(path)}: can't be read ({error.strerror or 'I/O'})") from None
-    except Exception:  # parsers and decoders raise nearly anything, and may quote what they read
-        raise InputError(f"{shown(path)}: is a damaged or truncated DICOM file") from None
+    # Exception: parsers and decoders raise nearly anything, and may quote what they read.
+    with quietly(), reading(path, "is a damaged or truncated DICOM file", (Exception,)) as file:
+        return _read(file, num_frames, crop)
 
 
 def _read(file: BinaryIO, num_frames: int, crop: Crop) -> Loop:
     opened = read_header(file)
     dataset, header = opened.dataset, opened.header
-    _refuse_absurd(header, min(num_frames, header.frames))
+    count = min(num_frames, header.frames)
+    check_loop(header.frames, header.rows, header.columns, count, sequential=False)
     box, cropped = _region(dataset, header) if crop else (None, False)
     if crop == "require" and not cropped:
         raise InputError(NOT_CROPPED)
@@ -100,10 +85,9 @@ def _read(file: BinaryIO, num_frames: int, crop: Crop) -> Loop:
     if header.syntax in VIDEO:
         return Loop(_video(opened, num_frames)[:, *cut], cropped, burned_in)
     colour = palette_to_rgb(header, dataset) if header.is_palette else np.copy
-    count = min(num_frames, header.frames)
     with FrameDecoder(opened) as decode:
         # A copy each, so that a crop lets go of the whole frame.
-        frames = np.stack([colour(decode(i * header.frames // count)[cut]) for i in range(count)])
+        frames = np.stack([colour(decode(i)[cut]) for i in picks(header.frames, count)])
     if header.photometric in GREYS:
         frames = grey_to_rgb(frames, dataset, header)
     return Loop(frames, cropped, burned_in)
@@ -125,7 +109,7 @@ def _video(opened: Opened, num_frames: int) -> np.ndarray:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keeps pydicom and its decoders from logging or warning: their messages quote values."""
     names = [n for n in logging.root.manager.loggerDict if n.split(".")[0] in _LOGGERS]
     with _process_lock, warnings.catch_warnings():
@@ -139,23 +123,6 @@ def _quietly() -> Iterator[None]:
         finally:
             for logger, disabled in zip(loggers, before, strict=True):
                 logger.disabled = disabled
-
-
-def _refuse_absurd(header: PixelHeader, count: int) -> None:
-    rows, columns, frames = header.rows, header.columns, header.frames
-    if rows < 1 or columns < 1 or frames < 1:
-        raise InputError(f"claims {rows} rows, {columns} columns and {frames} frames")
-    if rows * columns > MAX_FRAME_PIXELS:
-        raise InputError(
-            f"{rows} x {columns} pixels a frame is over the limit of {MAX_FRAME_PIXELS} pixels"
-        )
-    if frames > MAX_FRAMES:
-        raise InputError(f"{frames} frames is over the limit of {MAX_FRAMES}")
-    if rows * columns * count > MAX_SAMPLED_PIXELS:
-        raise InputError(
-            f"{count} frames of {rows} x {columns} pixels are over the limit of"
-            f" {MAX_SAMPLED_PIXELS} pixels; sample fewer frames"
-        )
 
 
 def _region(dataset: Any, header: PixelHeader) -> tuple[tuple[int, int, int, int] | None, bool]:

@@ -15,6 +15,7 @@ import struct
 import sys
 import time
 
+# until: python-gdcm 3.3
 MAX_BYTES = 3 * 2**30  # of address space: several times the largest frame that is let through
 
 

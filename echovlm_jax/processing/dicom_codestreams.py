@@ -4,8 +4,6 @@ A decoder allocates what a codestream's head says, fills up with grey what is cu
 nothing about a second image behind the first.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 import struct

@@ -5,8 +5,6 @@ MONOCHROME1's inversion; indices go through their palette. Where pydicom's own f
 (see `_table` and `palette_table`) the standard is followed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,6 +47,7 @@ def _palette(dataset: Any, colour: str, header: PixelHeader) -> _Table:
     high one; and an odd number of them is padded to even. pydicom refuses the padding, reads
     big-endian words as little-endian, and lets an index beyond 255 wrap round in a table of 8 bits.
     """
+    # until: pydicom 3.1
     name = f"{colour}PaletteColorLookupTable"
     data = dataset.get(f"{name}Data")
     if not isinstance(data, bytes):
@@ -97,6 +96,7 @@ def _table(item: Any, header: PixelHeader) -> _Table:
 
     pydicom can't read tables of 9 to 15 bits here, and those longer than they state.
     """
+    # until: pydicom 3.1
     count, first, bits = _descriptor(item, "LUTDescriptor", header)
     data = item.get("LUTData")
     if isinstance(data, bytes):

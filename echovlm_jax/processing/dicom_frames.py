@@ -1,7 +1,5 @@
 """Finds a frame's bytes in a DICOM file and decodes it, after checking what the bytes claim."""
 
-from __future__ import annotations
-
 import json
 import math
 import struct
@@ -35,6 +33,7 @@ VIDEO = {
 # can't decode is damaged; trying every other library on damaged bytes only widens the surface.
 # JPEG 2000 and whatever gdcm decodes run in a process of their own: on some damaged frames the
 # first (pydicom's reading of JP2 boxes) never ends, and the second aborts.
+# until: pydicom 3.1
 _PLUGINS = {
     uid.JPEGBaseline8Bit: ("pillow", "gdcm"),
     uid.JPEGExtended12Bit: ("pillow", "gdcm"),
@@ -193,7 +192,7 @@ class FrameDecoder:
         self._plugin = installed[0]
         self._compressed = CompressedFrames(opened)
 
-    def __enter__(self) -> FrameDecoder:
+    def __enter__(self) -> "FrameDecoder":
         return self
 
     def __exit__(self, *_: object) -> None:

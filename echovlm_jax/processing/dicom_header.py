@@ -4,8 +4,6 @@ pydicom parses it. Only the elements that describe pixels are asked for, so name
 text are never kept, and a long private sequence is walked past instead of read.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import zlib

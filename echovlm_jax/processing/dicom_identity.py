@@ -3,15 +3,12 @@
 What is returned must be hashed with a secret at once, and must not get into a message.
 """
 
-from __future__ import annotations
-
-import logging
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 from pydicom.filereader import read_partial
 
+from echovlm_jax.processing.dicom import quietly
 from echovlm_jax.processing.files import open_file, with_preamble
 
 _PATIENT_ID, _STUDY = 0x00100020, 0x0020000D  # what follows is not parsed
@@ -25,12 +22,8 @@ class Identity(NamedTuple):
 def dicom_identity(path: Path) -> Identity:
     """The ids in the header of a DICOM file that `read_dicom` has taken; empty where there are none
     or the header can't be parsed."""
-    logger = logging.getLogger("pydicom")
-    before = logger.disabled
-    logger.disabled = True  # its messages quote values
     try:
-        with warnings.catch_warnings(), open_file(path) as file:
-            warnings.simplefilter("ignore")
+        with quietly(), open_file(path) as file:
             dataset = read_partial(
                 with_preamble(file),
                 stop_when=lambda tag, vr, length: int(tag) > _STUDY,
@@ -40,8 +33,6 @@ def dicom_identity(path: Path) -> Identity:
             return Identity(_text(dataset.get("PatientID")), _text(dataset.get("StudyInstanceUID")))
     except Exception:  # parsers raise nearly anything, and may quote what they read
         return Identity("", "")
-    finally:
-        logger.disabled = before
 
 
 def _text(value: object) -> str:

@@ -1,13 +1,13 @@
 """Where a file is and what it is (told by its first bytes), and small JSON files read with one-line
 errors."""
 
-from __future__ import annotations
-
+import contextlib
 import io
 import json
 import os
 import stat
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
 
@@ -121,20 +121,46 @@ def open_file(path: str | Path) -> BinaryIO:
     """Opens a regular file for reading bytes.
 
     Raises:
-      InputError: it is a pipe, a device or a folder, any of which could block or never end.
-      OSError, ValueError: as `open`.
+      InputError: it can't be opened, or is a pipe, a device or a folder, any of which could block
+        or never end.
     """
     # Without O_NONBLOCK, opening a pipe waits for its writer, perhaps forever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     located = isinstance(path, Located)
-    descriptor = _open_without_links(path, flags) if located else os.open(path, flags)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise InputError(f"{shown(path)}: can't be read (it is not a regular file)") from None
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
+        descriptor = _open_without_links(path, flags) if located else os.open(path, flags)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shown(path)}: can't be read ({_reason(error)})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise
+        raise InputError(f"{shown(path)}: can't be read (it is not a regular file)") from None
+    return os.fdopen(descriptor, "rb")
+
+
+@contextlib.contextmanager
+def reading(
+    path: str | Path, damaged: str = "", errors: tuple[type[Exception], ...] = ()
+) -> Iterator[BinaryIO]:
+    """An open file; what is raised while it is read becomes one line that begins with its name.
+
+    Args:
+      path: the file.
+      damaged: the text for an error of `errors`; an OSError with a reason of its own says that.
+      errors: exceptions of a parser on damaged bytes. Their messages may quote the file.
+    """
+    with open_file(path) as file:
+        try:
+            yield file
+        except ExtraMissing as error:
+            raise ExtraMissing(f"{shown(path)}: {error.what}", error.extra) from None
+        except InputError as error:
+            raise InputError(f"{shown(path)}: {error}") from None
+        except Exception as error:
+            if isinstance(error, OSError) and error.strerror:
+                raise InputError(f"{shown(path)}: can't be read ({error.strerror})") from None
+            if not isinstance(error, errors):
+                raise
+            raise InputError(f"{shown(path)}: {damaged}") from None
 
 
 def _open_without_links(path: Located, flags: int) -> int:
@@ -165,7 +191,7 @@ _BEGINNINGS = {
     bytes.fromhex("3026b2758e66cf11"): "asf",
 }
 _PHONE_STILLS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
-_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes, by the version of the form
+_BMP_HEADERS = (12, 40, 52, 56, 108, 124)  # bytes, by the version of the form
 _READ = (
     "PNG, JPEG, DICOM, BMP, TIFF, WebP, GIF, JPEG 2000, a video (AVI, MP4, MOV, MKV, MPEG, WMV),"
     " NIfTI or MetaImage"
@@ -179,13 +205,8 @@ def file_kind(path: str | Path) -> str:
     Raises:
       InputError: the file can't be read or is none of them.
     """
-    try:
-        with open_file(path) as file:
-            head = file.read(4096)
-    except InputError:  # a ValueError itself
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"{shown(path)}: can't be read ({_reason(error)})") from None
+    with reading(path) as file:
+        head = file.read(4096)
     if not head:
         raise InputError(f"{shown(path)}: the file is empty")
     if head[4:8] == b"ftyp" and head[8:12] in _PHONE_STILLS:
@@ -207,14 +228,7 @@ def kind_of_bytes(head: bytes) -> str | None:
             return kind
     if head.startswith(b"RIFF"):
         return {b"AVI ": "avi", b"WEBP": "webp"}.get(head[8:12])
-    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (
-        12,
-        40,
-        52,
-        56,
-        108,
-        124,
-    ):
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
         return "bmp"
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
         return "mov"
@@ -294,14 +308,14 @@ class _Preamble(io.RawIOBase):
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """A regular file of bounded size. Raises InputError."""
-    try:
-        if in_bucket(path):
+    if in_bucket(path):
+        try:
             data = path.read_bytes()
-        else:
-            with open_file(path) as file:
-                data = file.read(limit + 1)
-    except OSError as error:
-        raise InputError(f"{shown(path)}: can't be read ({_reason(error)})") from None
+        except OSError as error:
+            raise InputError(f"{shown(path)}: can't be read ({error.strerror})") from None
+    else:
+        with reading(path) as file:
+            data = file.read(limit + 1)
     if len(data) > limit:
         raise InputError(f"{shown(path)}: is larger than {limit} bytes")
     return data

@@ -4,8 +4,6 @@ Everything stays uint8 until the last step: resizing works on 8-bit pixels (as P
 rescaling and normalising map each of the 256 values a channel can take, so they are one table.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

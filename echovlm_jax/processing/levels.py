@@ -1,7 +1,5 @@
 """Values beyond eight bits, as files of 16 bits or of floats hold them, to grey levels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -31,7 +29,7 @@ def to_levels(values: np.ndarray, say: Say = silent, *, colour: bool = False) ->
 
     Args:
       values: whole numbers or floats, of any shape.
-      say: told the range, where values are scaled.
+      say: callback for one line with the range, if values are scaled.
       colour: whether values of one pixel are its colours.
 
     Raises:
@@ -70,8 +68,16 @@ def picks(frames: int, num_frames: int) -> list[int]:
     return [i * frames // count for i in range(count)]
 
 
-def check_loop(frames: int, height: int, width: int, num_frames: int) -> None:
-    """Raises InputError where a loop is over a limit, before anything of its size is made."""
+def check_loop(
+    frames: int, height: int, width: int, num_frames: int, *, sequential: bool = True
+) -> None:
+    """Raises InputError where a loop is over a limit, before anything of its size is made.
+
+    Args:
+      frames, height, width: the file's claims.
+      num_frames: frames to sample.
+      sequential: whether a frame is reached through those before it.
+    """
     if frames < 1 or height < 1 or width < 1:
         raise InputError(f"claims {frames} frames of {height} x {width} pixels")
     if height * width > MAX_FRAME_PIXELS:
@@ -80,7 +86,7 @@ def check_loop(frames: int, height: int, width: int, num_frames: int) -> None:
         )
     if frames > MAX_FRAMES:
         raise InputError(f"{frames} frames is over the limit of {MAX_FRAMES}")
-    if frames * height * width > MAX_LOOP_PIXELS:
+    if sequential and frames * height * width > MAX_LOOP_PIXELS:
         raise InputError(
             f"{frames} frames of {height} x {width} pixels is over the limit of {MAX_LOOP_PIXELS}"
             " pixels; cut the loop shorter"

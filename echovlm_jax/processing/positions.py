@@ -1,7 +1,5 @@
 """M-RoPE position ids: three rows (time, height, width) that count text and span images."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -37,7 +35,7 @@ def mrope_positions(
       input_ids: int [B, S], vision tokens already expanded.
       attention_mask: [B, S], 0 at padding; None = no padding.
       image_grid_thw, video_grid_thw: int [N, 3] in patches, of all rows in order.
-      config: gives the token ids and the merge size.
+      config: source of the token ids and the merge size.
 
     Returns:
       position_ids int64 [3, B, S], 1 at padding; deltas int64 [B], so that a new token in column c

@@ -1,7 +1,5 @@
 """Images and messages to model inputs, equal to Hugging Face's Qwen2-VL processor."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from echovlm_jax.processing.images import (
 from echovlm_jax.processing.levels import Say, silent
 from echovlm_jax.processing.tokenizer import Tokenizer, load_tokenizer, special_token_text
 from echovlm_jax.storage.files import as_path
-from echovlm_jax.storage.layout import CONFIG, model_files
+from echovlm_jax.storage.layout import model_files
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 NUM_FRAMES = 16  # of a cine loop, where nothing says how many
@@ -44,8 +42,8 @@ class Processor:
       max_pixels: overrides the checkpoint's largest area of an image, in pixels.
       num_frames: a longer loop is sampled to this many frames; by default as the checkpoint
         says, else NUM_FRAMES.
-      crop: cut DICOM frames to their ultrasound regions; "require" refuses what can't be.
-      say: told, in one line each, what was done to values that eight bits don't hold.
+      crop: crops of DICOM frames to their ultrasound regions; "require" refuses the others.
+      say: callback for lines on values of more than eight bits.
 
     Raises:
       InputError: a file is missing or invalid, or the tokenizer and config.json disagree.
@@ -72,7 +70,8 @@ class Processor:
         self.crop: bool | Literal["require"] = crop
         self.image_token_id = _one_token(self.tokenizer, IMAGE_TOKEN)
         self.video_token_id = _one_token(self.tokenizer, VIDEO_TOKEN)
-        self.config = _model_config(folder)
+        raw, where = read_json_if_there(folder / "config.json"), shown(folder / "config.json")
+        self.config = None if raw is None else model_config.from_hf(raw, where)
         if self.config is not None:
             self._check_against(self.config, folder)
         self.pad_token_id = self._pad_token_id(folder)
@@ -293,7 +292,7 @@ def stated_pixels(
     All that hold such settings are among them: programs differ in which they read first.
 
     Args:
-      num_frames: of a loop; None: what the files say of it stays.
+      num_frames: frames of a loop; None: as the files state.
     """
     said: dict[str, Any] = {
         **dataclasses.asdict(images),
@@ -317,8 +316,3 @@ def stated_pixels(
         if isinstance(joint.get(part), dict)
     }
     return found | ({_JOINT: joint | parts} if parts else {})
-
-
-def _model_config(folder: Path) -> model_config.ModelConfig | None:
-    raw = read_json_if_there(folder / CONFIG)
-    return None if raw is None else model_config.from_hf(raw, shown(folder / CONFIG))

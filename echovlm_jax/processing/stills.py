@@ -4,8 +4,6 @@ What a file claims is checked before any pixel is decoded. A file of several fra
 animated GIF, WebP or PNG, and a TIFF whose pages are all of one size.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 import sys
@@ -35,6 +33,7 @@ _WITH_ALPHA = {"LA", "PA", "RGBA", "RGBa"}
 _WIDE_MODES = ("I", "F")  # and I;16, I;16B, …
 # Pillow's names of the ways that 16-bit colours lie in a file; the other way round, the byte that
 # it keeps is the other one.
+# until: pillow 14
 _OTHER_BYTE = {
     "LA;16B": "RGBA",
     **{f"{c};16{a}": f"{c};16{b}" for c in ("RGB", "RGBX", "RGBA") for a, b in ("BL", "LB")},
@@ -56,13 +55,8 @@ def read_stills(
     path: str | Path, *, num_frames: int, convert_rgb: bool = True, say: Say = silent
 ) -> np.ndarray:
     """The frames of a picture file, uint8 RGB [T, H, W, 3]; see `images.load_media`."""
-    try:
-        with open_file(path) as file:
-            return decode_stills(file, shown(path), num_frames, convert_rgb, say)
-    except InputError:
-        raise
-    except (OSError, ValueError):
-        raise InputError(f"{shown(path)}: is damaged or truncated, it doesn't decode") from None
+    with open_file(path) as file:
+        return decode_stills(file, shown(path), num_frames, convert_rgb, say)
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -258,6 +252,7 @@ def _to_rgb(pictures: list[_Picture], say: Say) -> np.ndarray:
     return levels
 
 
+# until: pillow 14
 def _without_side_data(file: BinaryIO) -> bytes | None:
     """A PNG without its colour profile and texts; None where the file is none, or irregular."""
     file.seek(0)

@@ -5,8 +5,6 @@
 become their ids; nothing is added at either end.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ forms that it knows are lists of other files to open. A loop is gone through onc
 pictures and once to decode them, one at a time; only the sampled ones are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import ExtraMissing, open_file, shown
+from echovlm_jax.processing.files import ExtraMissing, reading, shown
 from echovlm_jax.processing.levels import (
     MAX_FRAME_PIXELS,
     MAX_FRAMES,
@@ -36,20 +34,9 @@ def read_video(
     path: str | Path, container: str, *, num_frames: int, say: Say = silent
 ) -> np.ndarray:
     """The sampled frames of a video file, uint8 RGB [T, H, W, 3]; see `decode_video`."""
-    try:
-        with open_file(path) as file:
-            return decode_video(
-                file,
-                container,
-                num_frames=num_frames,
-                say=lambda line: say(f"{shown(path)}: {line}"),
-            )
-    except ExtraMissing as error:
-        raise ExtraMissing(f"{shown(path)}: {error.what}", error.extra) from None
-    except InputError as error:
-        raise InputError(f"{shown(path)}: {error}") from None
-    except (OSError, ValueError):
-        raise InputError(f"{shown(path)}: is a damaged or truncated video") from None
+    said: Say = lambda line: say(f"{shown(path)}: {line}")  # noqa: E731
+    with reading(path, "is a damaged or truncated video", (OSError, ValueError)) as file:
+        return decode_video(file, container, num_frames=num_frames, say=said)
 
 
 def decode_video(
@@ -64,10 +51,10 @@ def decode_video(
 
     Args:
       file: open at the video's beginning, and seekable.
-      container: how it is packed, by FFmpeg's name: one of `files.VIDEOS`, or a bare stream's, as
+      container: FFmpeg's name of the container: one of `files.VIDEOS`, or a bare stream's, as
         h264 or hevc.
       num_frames: a longer video is sampled to this many frames.
-      stated: how many frames it must have, where something else says so.
+      stated: number of frames that a header states.
       say: see `images.load_media`.
 
     Returns:
@@ -104,7 +91,8 @@ def decode_video(
 def _open(av: Any, file: BinaryIO, container: str) -> Any:
     av.logging.set_level(None)
     file.seek(0)
-    # until: PyAV 19 is the oldest supported (Python 3.11 gets 18.1): 18 reads metadata strictly.
+    # PyAV 18, the newest for Python 3.11, refuses metadata that is not UTF-8.
+    # until: av 19
     lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     return av.open(file, format=container, options=_OPTIONS, **lenient)
 

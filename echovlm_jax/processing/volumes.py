@@ -6,8 +6,6 @@ moments (as in CAMUS) or slices. Pixels stay in the order that they are stored i
 that a header states is not applied. Values go by `levels.to_levels`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import math
@@ -18,7 +16,14 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.files import ExtraMissing, file_kind, locate_beside, open_file, shown
+from echovlm_jax.processing.files import (
+    ExtraMissing,
+    file_kind,
+    locate_beside,
+    open_file,
+    reading,
+    shown,
+)
 from echovlm_jax.processing.levels import Say, check_loop, picks, silent, to_levels
 
 _MAX_HEADER_BYTES = 2**16  # of a MetaImage
@@ -58,23 +63,17 @@ def read_volume(path: str | Path, kind: str, *, num_frames: int, say: Say = sile
       path: the file.
       kind: "nifti" or "metaimage".
       num_frames: a longer loop is sampled to this many frames.
-      say: told the range of values that are scaled.
+      say: callback for one line with the range of scaled values.
 
     Raises:
       ExtraMissing: NIfTI is read by nibabel, which is not installed.
       InputError: one line with the file and what is wrong.
     """
     read = _read_nifti if kind == "nifti" else _read_meta
-    try:
-        with open_file(path) as file:
-            frames = read(file, path, num_frames)
+    damaged = (OSError, EOFError, zlib.error, ValueError, OverflowError)
+    with reading(path, _DAMAGED, damaged) as file:
+        frames = read(file, path, num_frames)
         return _to_rgb(frames, lambda line: say(f"{shown(path)}: {line}"))
-    except ExtraMissing as error:
-        raise ExtraMissing(f"{shown(path)}: {error.what}", error.extra) from None
-    except InputError as error:
-        raise InputError(f"{shown(path)}: {error}") from None
-    except (OSError, EOFError, zlib.error, ValueError, OverflowError):
-        raise InputError(f"{shown(path)}: {_DAMAGED}") from None
 
 
 def data_file(path: str | Path) -> Path | None:
@@ -172,7 +171,8 @@ def _read_nifti(file: BinaryIO, path: str | Path, num_frames: int) -> np.ndarray
             grid = _nifti_grid(header, slope, intercept)
         except (HeaderDataError, WrapStructError, KeyError):  # KeyError: of an unknown type
             raise InputError("its NIfTI header is damaged") from None
-        return _frames(_Ahead(head, opened), _check(grid, num_frames), num_frames)
+        opened.seek(0)
+        return _frames(opened, _check(grid, num_frames), num_frames)
 
 
 def _nifti_grid(header: Any, slope: float | None, intercept: float | None) -> _Grid:
@@ -195,17 +195,6 @@ def _nifti_grid(header: Any, slope: float | None, intercept: float | None) -> _G
     )
 
 
-class _Ahead:
-    """A file of which the beginning has been read already."""
-
-    def __init__(self, head: bytes, file: Any) -> None:
-        self._head, self._file = head, file
-
-    def read(self, count: int) -> bytes:
-        taken, self._head = self._head[:count], self._head[count:]
-        return taken + self._file.read(count - len(taken))
-
-
 def _read_meta(file: BinaryIO, path: str | Path, num_frames: int) -> np.ndarray:
     header, end = _meta_header(file.read(_MAX_HEADER_BYTES))
     grid = _check(_meta_grid(header), num_frames)
@@ -216,8 +205,6 @@ def _read_meta(file: BinaryIO, path: str | Path, num_frames: int) -> np.ndarray:
         data = open_file(beside)
     except InputError as error:
         raise InputError(f"its ElementDataFile {error}") from None
-    except (OSError, ValueError):
-        raise InputError("its ElementDataFile can't be read") from None
     with data:
         return _meta_frames(data, 0, grid, header, num_frames)
 

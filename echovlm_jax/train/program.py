@@ -32,10 +32,12 @@ Config = Any  # an ml_collections.ConfigDict, whose attributes no type checker k
 # The widest split of the weights that is inferred. Every width of the model is a multiple of it, a
 # sixty-fourth of the state is 2 GiB, and a wider one can cost: over 128 chips of a v5p:4x4x8,
 # XLA:TPU gathers by all-reduce, with twice the traffic.
+# until: libtpu 0.1
 MOST_FSDP = 64
 
 # Nothing from YNNPACK: with jax 0.10.2 a step is some 5 % faster with Eigen's products. Sums over
 # the last axis are slower without it (`optimizer.global_norm`, and attention's "xla_halves").
+# until: jax 0.13
 _ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 

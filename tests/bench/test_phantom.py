@@ -44,8 +44,8 @@ def made(monkeypatch) -> dict[str, list]:
         calls["data"].append((exams, seed, balanced))
         (folder / "data").mkdir()
 
-    def evaluate(model: Path, data: Path, out: Path, **options) -> None:
-        assert options["tasks"] == ("report", "diagnosis")
+    def evaluate(model: Path, data: Path, out: Path, options, *, report: bool) -> None:
+        assert options.tasks == ("report", "diagnosis") and not report
         name, seed = model.name.split("-", 1)[1].replace("-", " ").rsplit(" ", 1)
         calls["evaluate"].append((name, int(seed), data.parent.name))
         out.mkdir(exist_ok=True)

@@ -3,8 +3,12 @@
 import dataclasses
 import hashlib
 import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -383,6 +387,34 @@ def test_fingerprints_follow_what_plans_follow():
     assert epoch_cache.fingerprint(source(MemoryDataset(dataset.records, "01"))) not in found
     moved = with_settings(dataset, workers=9, cache="elsewhere", data="elsewhere")
     assert epoch_cache.fingerprint(moved) == epoch_cache.fingerprint(source(dataset))
+
+
+def test_fingerprints_follow_the_code_of_plans_alone(tmp_path):
+    package = Path(epoch_cache.__file__).parents[1]
+    command = "import sys, echovlm_jax.data.epoch; print(*(m.__file__ for n, m in"
+    command += f" sys.modules.items() if n.startswith({package.name!r})))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    loaded = {path for path in map(Path, done.stdout.split()) if path.name != "__init__.py"}
+    # Loaded by processing/__init__.py, for others.
+    loaded -= {package / "processing" / f"{name}.py" for name in ("batch", "positions")}
+    assert len(loaded) > 20 and loaded <= epoch_cache.plan_code(package).keys()
+
+    copy = tmp_path / package.name
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = list(epoch_cache.plan_code(copy).values())
+    no_change = {
+        "data/tasks.py": "# more\n",
+        "data/build.py": "x = 1\n",
+        "phantom/exam.py": "x = 1\n",
+    }
+    for name, more in no_change.items():
+        (copy / name).write_text((copy / name).read_text() + more)
+    assert list(epoch_cache.plan_code(copy).values()) == before
+    for name in ("data/epoch.py", "data/wordings.json", "processing/tokenizer.py", "config.py"):
+        text = (copy / name).read_text()
+        (copy / name).write_text(text + ("x = 1\n" if name.endswith(".py") else " "))
+        assert list(epoch_cache.plan_code(copy).values()) != before, name
+        (copy / name).write_text(text)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from echovlm_jax.data.examples import NOTHING, SIDES, NoExample, _other, example
+from echovlm_jax.data.examples import NOTHING, SIDES, NoExample, example, other_record
 from echovlm_jax.data.record import Medium, Record
 from tests.data.exams import SETTINGS, MemoryDataset, exam, exams, source
 
@@ -16,14 +16,15 @@ def test_others_are_all_of_the_same_organ_but_oneself():
         expected = [r.id for r in dataset.records if r.organ == record.organ and r is not record]
         for start in (0, 7 * len(expected)):  # counted around
             found = [
-                _other(made.dataset, made.peers, number, start + n).id for n in range(len(expected))
+                other_record(made.dataset, made.peers, number, start + n).id
+                for n in range(len(expected))
             ]
             assert found == expected
 
 
 def test_an_exam_alone_of_its_organ_has_no_others():
     made = source(exams(heart=1, liver=2))
-    assert _other(made.dataset, made.peers, 0, 3) is None
+    assert other_record(made.dataset, made.peers, 0, 3) is None
 
 
 def test_a_key_gives_a_sample_and_its_lengths_add_up():

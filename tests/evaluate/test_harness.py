@@ -9,16 +9,17 @@ import time
 
 import pytest
 
-from echovlm_jax import load, phantom
+from echovlm_jax import load
 from echovlm_jax.cli import main
 from echovlm_jax.data import dataset
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate import harness
 from echovlm_jax.evaluate.compare import compare
-from echovlm_jax.evaluate.harness import evaluate
+from echovlm_jax.evaluate.harness import EvalOptions
 from echovlm_jax.evaluate.metrics import TEXT_METRICS, score
 from echovlm_jax.evaluate.summary import METRICS
 from echovlm_jax.load import fingerprint, load_model
+from echovlm_jax.phantom import PhantomDataset
 from echovlm_jax.storage.lock import Lock
 from tests.evaluate.models import SMALL, answer_by_hash, make_model
 
@@ -36,8 +37,13 @@ def quick(monkeypatch, model):
     loaded = load_model(model)
     monkeypatch.setattr(harness, "load_model", lambda path: loaded)
     monkeypatch.setattr(load.Model, "answer", answer_by_hash)
-    exams = phantom.PhantomDataset("test", 12)
+    exams = PhantomDataset("test", 12)
     monkeypatch.setattr(harness, "open_dataset", lambda data, split: exams)
+
+
+def evaluate(model, data, out, *, progress=None, report=True, **options):
+    made = EvalOptions(**options)
+    return harness.evaluate(model, data, out, made, report=report, progress=progress)
 
 
 def read(out):

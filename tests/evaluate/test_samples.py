@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from echovlm_jax import phantom
 from echovlm_jax.data.record import ORGANS, Record, Report, Turn
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.samples import Limits, inputs_of, make_samples
 from echovlm_jax.load import load_model
+from echovlm_jax.phantom import PhantomDataset
 from tests.evaluate.models import make_model
 
-EXAMS = phantom.PhantomDataset("test", 40)
+EXAMS = PhantomDataset("test", 40)
 ROOMY = Limits(3000, 2**30, 64)
 
 

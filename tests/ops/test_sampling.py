@@ -5,14 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echovlm_jax.ops.sampling import choose, draw, filter_logits, penalise_repetition, sampling
+from echovlm_jax.ops.sampling import (
+    SamplingOptions,
+    choose,
+    draw,
+    filter_logits,
+    penalise_repetition,
+    sampling,
+)
 
 VOCAB = 50
 
 
 def settings(**changes):
-    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}
-    return sampling(**{**plain, "rows": range(4), **changes})
+    rows = changes.pop("rows", range(4))
+    return sampling(SamplingOptions(**{"temperature": 1.0, **changes}), rows)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])

@@ -32,7 +32,7 @@ from pydicom.uid import (
 )
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing import dicom, dicom_frames, dicom_header
+from echovlm_jax.processing import dicom, dicom_frames, dicom_header, levels
 from echovlm_jax.processing.dicom import read_dicom, read_loop
 from echovlm_jax.processing.dicom_identity import dicom_identity
 from echovlm_jax.processing.files import file_kind
@@ -359,7 +359,7 @@ def test_video_inside_dicom(tmp_path):
         ({"NumberOfFrames": 2}, "holds more pixels than its header says: 2 frames"),
         ({"NumberOfFrames": -1}, "-1 frames"),
         ({"HighBit": 6}, "HighBit 6"),
-        ({"Rows": 0}, "0 rows"),
+        ({"Rows": 0}, "frames of 0 x"),
         ({"PhotometricInterpretation": f"{SECRET} colours"}, "photometric"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "lookup"),
         ({"SamplesPerPixel": 3}, "samples"),
@@ -593,7 +593,7 @@ def test_2000_fuzzed_files_never_crash(data, originals, tmp_path):
 
 
 def test_limits_are_what_the_messages_say():
-    assert dicom.MAX_FRAME_PIXELS <= dicom.MAX_SAMPLED_PIXELS
+    assert levels.MAX_FRAME_PIXELS <= levels.MAX_SAMPLED_PIXELS
     with pytest.raises(InputError, match="num_frames"):
         read_dicom(sample("examples_ybr_color"), num_frames=0)
 
