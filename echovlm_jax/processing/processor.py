@@ -21,7 +21,7 @@ from echovlm_jax.processing.images import (
 from echovlm_jax.processing.levels import Say, silent
 from echovlm_jax.processing.tokenizer import Tokenizer, load_tokenizer, special_token_text
 from echovlm_jax.storage.files import as_path
-from echovlm_jax.storage.layout import model_files
+from echovlm_jax.storage.layout import CONFIG, model_files
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 NUM_FRAMES = 16  # of a cine loop, where nothing says how many
@@ -70,7 +70,7 @@ class Processor:
         self.crop: bool | Literal["require"] = crop
         self.image_token_id = _one_token(self.tokenizer, IMAGE_TOKEN)
         self.video_token_id = _one_token(self.tokenizer, VIDEO_TOKEN)
-        raw, where = read_json_if_there(folder / "config.json"), shown(folder / "config.json")
+        raw, where = read_json_if_there(folder / CONFIG), shown(folder / CONFIG)
         self.config = None if raw is None else model_config.from_hf(raw, where)
         if self.config is not None:
             self._check_against(self.config, folder)

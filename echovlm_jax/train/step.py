@@ -161,9 +161,8 @@ def make_train_step(
     def variables_of(trainable: Any, frozen: Any, key: Any) -> dict[str, Any]:
         variables = _variables(trainable, frozen, lora_scale)
         if "lora" in variables and lora_dropout:
-            variables["lora"] = with_dropout(
-                variables["lora"], param_specs(config), key, lora_dropout
-            )
+            low = variables["lora"]
+            variables["lora"] = with_dropout(low, param_specs(config), key, lora_dropout)
         return variables
 
     def choices(trainable: Any, frozen: Any, key: Any, part: Batch) -> jax.Array:
