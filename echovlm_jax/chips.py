@@ -4,8 +4,6 @@ A compiled program's figures are those of one *device*. On most chips that is th
 devices on a v4 and a TPU7x, each with half of the chip.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

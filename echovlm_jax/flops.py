@@ -13,8 +13,6 @@ masked half of the scores, products that rematerialisation repeats. It is the on
 compiled program's count.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the C library does with memory that a training step gives back."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os

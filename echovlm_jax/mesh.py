@@ -5,8 +5,6 @@ each of them is split over. An axis that no rule names, or that rules map to Non
 every device.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence

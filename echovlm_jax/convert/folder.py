@@ -5,8 +5,6 @@ All give our parameters block by block, so that loading, exporting and inspectin
 which it was.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -4,8 +4,6 @@ Values are never decoded unless another dtype is asked for: a range of a file is
 handed to TensorStore, so that every bit pattern, NaN payloads too, comes out as it went in.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -4,8 +4,6 @@ A key that nothing reads, a shape that nothing fits and a mask that masks everyt
 comparison of nothing, which holds: each is refused by name.
 """
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a model folder holds, told without loading weights."""
 
-from __future__ import annotations
-
 import math
 import os
 from typing import Any

@@ -4,8 +4,6 @@ The released model takes 47 GB in float32. Read layer by layer from its folder i
 tower (2.7 GB) or one layer (1.5 GB), whichever runs.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

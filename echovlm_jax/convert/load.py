@@ -1,7 +1,5 @@
 """From a model folder to parameters on devices, a shard at a time."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any

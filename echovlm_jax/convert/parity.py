@@ -5,8 +5,6 @@ through the converted model in float32, and each stage is compared in the order 
 so that the first stage that differs says where to look.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ belongs to as modules_to_save: the adapter on top of the base is the whole model
 https://huggingface.co/docs/peft
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

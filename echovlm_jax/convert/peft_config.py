@@ -5,8 +5,6 @@ refused; what this doesn't know is refused unless it says nothing. Nothing here 
 https://huggingface.co/docs/peft/package_reference/lora
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ file lacks. Both are refused here: the settings and the file say the same, or on
 they don't.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

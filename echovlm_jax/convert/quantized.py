@@ -4,8 +4,6 @@ Their tensors have other names and shapes than the model's, each method's own; w
 would be "missing".
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path

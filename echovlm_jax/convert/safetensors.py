@@ -4,8 +4,6 @@ A file is 8 bytes of header length, a JSON header, and the tensors' bytes, one a
 the header is ever read whole. https://github.com/huggingface/safetensors#format
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

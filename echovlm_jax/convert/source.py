@@ -4,8 +4,6 @@ Safetensors files are read by our own reader; .bin and .pt files by `torch.load(
 where PyTorch is installed. Nothing here unpickles by itself.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

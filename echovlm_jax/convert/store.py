@@ -1,7 +1,5 @@
 """Digests of what a conversion writes, made while it is written."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 

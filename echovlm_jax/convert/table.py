@@ -5,8 +5,6 @@ experts, of reshaped checkpoint tensors: converting either way moves bytes and c
 Every expected shape is derived from `model.param_specs`; none is written here.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """A folder of ours back into a Hugging Face-form checkpoint, under the released tensor names."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -13,8 +13,6 @@ the balancing loss; those of gate, up and the shared gate pass through the down 
 come to life with the second update.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import hashlib

@@ -5,8 +5,6 @@ columns are rounded up apart from each other, so that one question asked about i
 needs one prefill program for each bucket of image sizes and no more.
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence

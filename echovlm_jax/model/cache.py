@@ -5,8 +5,6 @@ slots in use, because prompts are padded on the left; what a slot holds is told 
 0 for padding and for slots not yet used.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

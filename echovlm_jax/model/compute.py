@@ -1,7 +1,5 @@
 """How the model is computed. A capacity_factor alone may change the result: it drops tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

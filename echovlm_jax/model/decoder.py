@@ -1,7 +1,5 @@
 """The decoder: Qwen2's layer with a second, sparse path beside its MLP."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import flax.linen as nn

@@ -1,7 +1,5 @@
 """The assembly: tokens and patches in, hidden states and logits out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

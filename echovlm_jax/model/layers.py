@@ -1,7 +1,5 @@
 """Parameter shells: a weight product, two norms, a gated MLP."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

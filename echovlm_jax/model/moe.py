@@ -1,7 +1,5 @@
 """The second path of a decoder layer: routed experts and a shared expert."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

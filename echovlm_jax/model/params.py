@@ -1,7 +1,5 @@
 """The one description of the parameters, read off the modules that declare them."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping

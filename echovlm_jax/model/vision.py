@@ -1,7 +1,5 @@
 """The Qwen2-VL vision transformer and its merger: patches in, tokens of the decoder's width out."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.linen as nn

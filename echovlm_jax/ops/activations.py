@@ -1,7 +1,5 @@
 """Activations that jax.nn does not have, or not with the gradient that we want."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float

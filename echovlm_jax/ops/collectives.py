@@ -1,7 +1,5 @@
 """Gathering pieces of a weight and scattering its gradient, inside `Layout.shard_map`."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Dropout (Srivastava et al., JMLR 2014) whose mask is a function of key and position alone."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Key

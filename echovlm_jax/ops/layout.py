@@ -5,8 +5,6 @@ over. The mesh itself comes from the context (`jax.set_mesh`): outside of one, o
 Layout, everything here leaves arrays alone, so that one piece of code serves a laptop and a pod.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

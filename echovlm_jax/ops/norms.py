@@ -1,7 +1,5 @@
 """Normalisations, computed in float32 and returned in the input's dtype."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float

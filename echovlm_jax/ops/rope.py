@@ -4,8 +4,6 @@ A rotation table is a pair (cos, sin) of shape [B, T, H / 2] in float32, made on
 `apply_rope` turns channel i together with channel i + H / 2 (the "rotate half" form).
 """
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int

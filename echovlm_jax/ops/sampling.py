@@ -1,7 +1,5 @@
 """Choosing the next token: Hugging Face's logits processors in their order, and the draw."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

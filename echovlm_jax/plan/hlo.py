@@ -6,8 +6,6 @@ per device and per run of the program. The body of a loop counts as often as the
 XLA's own cost analysis leaves out (it counts a body once).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

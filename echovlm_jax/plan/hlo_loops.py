@@ -6,8 +6,6 @@ overlap a matmul with its collective take two steps in a turn. What passes throu
 unchanged is followed to where it comes from.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """What an HLO module moves through main memory, and which arrays it keeps there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from echovlm_jax.plan.hlo_text import Computation, Instruction, Shape, Text

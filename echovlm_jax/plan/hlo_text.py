@@ -4,8 +4,6 @@ The grammar is described at openxla.org/xla/operation_semantics and openxla.org/
 and tiles). Read here: the text of a compiled module, on CPU and TPU.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -1,7 +1,5 @@
 """FLOPs of the kernels that a compiled program calls and that its HLO does not show."""
 
-from __future__ import annotations
-
 import math
 import re
 

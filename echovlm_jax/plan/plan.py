@@ -1,7 +1,5 @@
 """`echovlm plan`: compiles a step for a named topology with the real compiler, and reads it."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -5,8 +5,6 @@ Orbax has just written. TensorStore reads a chunk whole anyway: checking adds a 
 which several threads share.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

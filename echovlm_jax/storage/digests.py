@@ -6,8 +6,6 @@ XXH3 finds accidents, not forgeries: who can change a file can change its digest
 fast as memory; SHA-256 would take a third of a save's time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -21,8 +21,6 @@ A training run:
 So a checkpoint needs nothing outside itself, and a run nothing outside its folder.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

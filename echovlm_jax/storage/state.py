@@ -1,7 +1,5 @@
 """A training state on its way into a bucket, which Orbax's own saving doesn't know."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ On a file system a folder gets a step's name when it is whole. In a bucket it ha
 beginning, and is a checkpoint while its XXH128SUMS, which is written last, is there.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every stored byte of a model or a run against its digest."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -5,8 +5,6 @@ OCDBT database, as Orbax lays it out, but written through TensorStore, uncompres
 close to random, and a byte copy needs no decoder.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """Training configurations: reading a file, changing keys of it, and checking all of them."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import numbers

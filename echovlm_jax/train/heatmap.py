@@ -1,7 +1,5 @@
 """The mixture as a picture: for each layer a table of organs by experts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ computes is what it would have computed: the data's position is the step, and so
 number's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

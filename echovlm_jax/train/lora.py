@@ -5,8 +5,6 @@ scale · b (a x), with scale = alpha / rank. b starts at zero, and with it the u
 training alone, is of this branch's x, each value of it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """The training loss: cross-entropy whose logits never exist whole."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

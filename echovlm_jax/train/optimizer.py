@@ -1,7 +1,5 @@
 """AdamW under a warm-up and a cosine: an optax chain over the trainable parameters alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

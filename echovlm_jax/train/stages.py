@@ -1,7 +1,5 @@
 """What trains in which stage: ordered lists of (regular expression, how)."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

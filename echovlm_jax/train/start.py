@@ -1,7 +1,5 @@
 """Where a run's parameters come from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

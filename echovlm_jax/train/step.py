@@ -1,7 +1,5 @@
 """One training step: a pure function (state, batch) → (state, metrics)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Every figure is a sum over the tokens of a part of the batch, so that parts (acc
 devices) add up; the host divides (`train/log.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

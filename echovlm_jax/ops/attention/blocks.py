@@ -1,7 +1,5 @@
 """Attention in blocks of queries against all keys: any platform, memory linear in the length."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

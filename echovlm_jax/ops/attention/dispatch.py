@@ -1,7 +1,5 @@
 """Scaled dot-product attention over segments: one function, an implementation for each platform."""
 
-from __future__ import annotations
-
 import functools
 
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """What the attention kernels share."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -1,7 +1,5 @@
 """Attention by the TPU's splash kernel: no score leaves the chip's fast memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Attention by JAX's Pallas kernel for NVIDIA's GPUs: no square of scores in memory."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

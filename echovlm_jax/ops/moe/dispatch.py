@@ -5,8 +5,6 @@ multiplies group by group; `einsum` gives every expert a fixed number of places 
 tokens. The first two never drop a token.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int

@@ -1,7 +1,5 @@
 """Experts with a fixed capacity, dispatched by einsums (GShard, arXiv 2006.16668)."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Experts without capacity: every device sorts its tokens by expert and multiplies by groups."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

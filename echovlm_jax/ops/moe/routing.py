@@ -4,8 +4,6 @@ The routed experts are one gated-silu MLP each, with weights stacked over E; `di
 computes them.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """The product of activations and a weight, by its einsum."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re

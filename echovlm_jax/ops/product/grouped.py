@@ -1,7 +1,5 @@
 """Rows times the matrix of their group, where the rows of a group lie together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

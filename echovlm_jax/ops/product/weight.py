@@ -1,7 +1,5 @@
 """How a product takes its weight: nothing else knows in what form weights are stored."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
