@@ -1,13 +1,18 @@
 """Decoding with a cache against plain forward passes, buckets, sampling, and files of prompts."""
 
+import errno
 import functools
 import json
+import os
+import re
+import resource
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from echovlm_jax.cli.frame import explain
 from echovlm_jax.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
 from echovlm_jax.errors import InputError
 from echovlm_jax.generate import SamplingOptions, decode, generate_file
@@ -371,6 +376,28 @@ def test_a_stopped_run_goes_on(tmp_path, cut):
     answers = read_answers(out)
     assert len(out.read_text("utf-8").splitlines()) == len(answers) == 7
     assert all(answers[f"病例{i}"]["text"].endswith(f"|{i}") for i in range(7))
+
+
+@pytest.mark.parametrize("room", [0, 150])
+def test_a_disk_that_fills_up_leaves_whole_lines(tmp_path, room):
+    """The limit of a file's size takes a part of a write, as a full disk does."""
+    records, out = write_records(tmp_path), tmp_path / "out.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        with pytest.raises(OSError, match=r"too large: .*out\.jsonl"):
+            generate_file(Echo(), records, out, batch_size=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    if room:
+        assert out.read_bytes().endswith(b"}\n") and list(read_answers(out)) == ["病例0"]
+    else:
+        assert not out.exists()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+    assert re.fullmatch(
+        rf"error: {out}: no space left on the disk \(.* free\); make room and .*", explain(full)[0]
+    )
+    assert generate_file(Echo(), records, out) == {"done": 7, "failed": 0}
 
 
 def test_bad_records_fail_alone(tmp_path):

@@ -138,8 +138,10 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, InputError):
         return "error: " + " ".join(str(error).split()), 2
     if isinstance(error, OSError) and error.strerror:
+        from echovlm_jax.data.disk import full_disk  # here: it takes a second to import
+
         where = " ".join(f"{error.filename}: ".split()) + " " if error.filename else ""
-        return f"error: {where}{error.strerror}", 2
+        return f"error: {where}{full_disk(error) or error.strerror}", 2
     # A defect of ours. A library's message may quote the file that it read, and that may be a
     # patient's: only the kind of error and the place in our code are shown.
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "echovlm_jax" in f.filename]

@@ -26,18 +26,33 @@ def writing(path: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]
         yield
     except OSError as error:
         where = Path(error.filename) if isinstance(error.filename, str | Path) else path
-        if error.errno not in _FULL:
-            reason = error.strerror or "the write failed"
-            raise InputError(f"{shown(where)}: {reason}; check the path and the disk") from None
         try:
-            missing = needed()
+            missing = needed() if error.errno in _FULL else 0
         except OSError:
             missing = 0
-        more = f", about {_size(missing)} more are needed" if missing > 0 else ""
-        raise InputError(
-            f"{shown(path)}: {_FULL[error.errno]} ({_size(free_bytes(path))} free{more});"
-            " make room and run the same command again, or name a folder on another disk"
-        ) from None
+        if (full := full_disk(error, path, missing)) is None:
+            reason = error.strerror or "the write failed"
+            raise InputError(f"{shown(where)}: {reason}; check the path and the disk") from None
+        raise InputError(f"{shown(path)}: {full}") from None
+
+
+def full_disk(error: OSError, path: Path | None = None, missing: int = 0) -> str | None:
+    """What to say of a disk that is full, and how to go on; None for another error.
+
+    Args:
+      error: of a write.
+      path: what was being written; the file that the error names by default.
+      missing: about how many bytes are still to be written; 0 where nobody knows.
+    """
+    if error.errno not in _FULL:
+        return None
+    more = f", about {_size(missing)} more are needed" if missing > 0 else ""
+    where = path or (Path(error.filename) if isinstance(error.filename, str) else None)
+    free = f" ({_size(free_bytes(where))} free{more})" if where else ""
+    return (
+        f"{_FULL[error.errno]}{free}; make room and run the same command again, or name a folder on"
+        " another disk"
+    )
 
 
 def write_error(path: Path) -> OSError:

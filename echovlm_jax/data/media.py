@@ -1,13 +1,13 @@
 """An image file to what a dataset stores: encoded pictures without a word about the patient.
 
-PNG and JPEG keep their compressed bytes, less every part that is not needed to draw the picture
-(EXIF, comments, text, profiles, thumbnails, whatever follows the end). All else becomes PNG: frames
-of loops, other kinds of files, and values of more than eight bits. What is burnt into the pixels
+A plain PNG or JPEG keeps its compressed bytes, less every part that is not needed to draw the
+picture (EXIF, comments, text, profiles, thumbnails, whatever follows the end). All else becomes
+PNG: frames of loops, other kinds of files, values of more than eight bits, and kinds of PNG and
+JPEG with room for more than the picture (palettes, several scans). What is burnt into the pixels
 stays there.
 """
 
 import io
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.record import Medium
+from echovlm_jax.data.strip import jpeg_without_its_end, strip_jpeg, strip_png
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom import NOT_CROPPED, Crop, read_loop
 from echovlm_jax.processing.files import ExtraMissing, file_kind, read_bytes, shown
@@ -25,15 +26,7 @@ from echovlm_jax.processing.stills import (
     PNG_START,
     decode_image,
     decode_stills,
-    png_chunks,
 )
-
-_PNG_DEPTH = 24  # where a PNG states the bits of a value
-_PNG_PARTS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
-# Frames (SOFn), tables (DHT, DAC, DQT, DRI) and scans (SOS).
-_JPEG_PARTS = {*range(0xC0, 0xD0), 0xDB, 0xDD, 0xDA} - {0xC8}
-_IN_A_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # what ends one: not stuffing, not RSTn
-
 
 # What may be said about a picture that is kept: its count's name, and what it means.
 NOTES = {
@@ -97,18 +90,23 @@ def read_medium(path: Path, *, num_frames: int, crop: Crop) -> Encoded:
 def _clean(data: bytes, pixels: np.ndarray) -> bytes:
     """`data` without metadata, or a PNG of `pixels` where that would draw another picture."""
     is_png = data.startswith(PNG_START)
-    if is_png and data[_PNG_DEPTH] == 16:
-        return _to_png(pixels)
     stripped = strip_png(data) if is_png else strip_jpeg(data)
-    if stripped == data:
-        return data
-    try:
+    if (
+        stripped
         # Metadata may have turned the picture, or taken a part in its colours.
-        if stripped and np.array_equal(decode_image(stripped, ""), pixels):
-            return stripped
-    except InputError:
-        pass
+        and (stripped == data or _draws(stripped, pixels))
+        # A scan that does without its end has more than the picture there.
+        and (is_png or not _draws(jpeg_without_its_end(stripped), pixels))
+    ):
+        return stripped
     return _to_png(pixels)
+
+
+def _draws(data: bytes, pixels: np.ndarray) -> bool:
+    try:
+        return np.array_equal(decode_image(data, ""), pixels)
+    except InputError:
+        return False
 
 
 def _to_png(pixels: np.ndarray) -> bytes:
@@ -117,43 +115,3 @@ def _to_png(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels[..., 0] if grey else pixels)).save(out, "PNG")
     return out.getvalue()
-
-
-def strip_png(data: bytes) -> bytes | None:
-    """Only the chunks that draw the picture, byte for byte; None where the file is irregular."""
-    return png_chunks(data, _PNG_PARTS.__contains__)
-
-
-def strip_jpeg(data: bytes) -> bytes | None:
-    """Only the segments that draw the picture, byte for byte; None where the file is irregular.
-
-    JFIF's and Adobe's markers say how colours are stored; they stay, without thumbnail.
-    """
-    parts, at = [b"\xff\xd8"], 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            return None
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if marker == 0xD9:
-            break
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        body = data[at + 4 : end]
-        if end > len(data) or end < at + 4:
-            return None
-        if marker in _JPEG_PARTS:
-            parts.append(data[at:end])
-        elif marker == 0xE0 and body[:5] == b"JFIF\0" and len(body) >= 14:
-            parts.append(b"\xff\xe0\x00\x10" + body[:12] + b"\0\0")
-        elif marker == 0xEE and body[:5] == b"Adobe" and len(body) == 12:
-            parts.append(data[at:end])
-        at = end
-        if marker == 0xDA:
-            found = _IN_A_SCAN.search(data, at)
-            if found is None:
-                return None
-            parts.append(data[at : found.start()])
-            at = found.end() - 2
-    return b"".join([*parts, b"\xff\xd9"]) if data[at : at + 2] == b"\xff\xd9" else None

@@ -87,6 +87,7 @@ def evaluate(
     bertscore: str | Path | None = None,
     report: bool = True,
     progress: Callable[[int, int], object] | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Asks a model about every exam of a split and scores its answers; greedy decoding.
 
@@ -98,6 +99,7 @@ def evaluate(
       data: a dataset's folder, or "phantom".
       out: a new folder, or one that an evaluation with the same settings began.
       options: EvalOptions; None = all defaults.
+      changes: fields of `options` that are to be others, by name.
       bertscore: a local folder of a BERT-like model, for BERTScore.
       report: whether to write report.html.
       progress: callback, with the numbers of samples done and of all samples.
@@ -111,7 +113,7 @@ def evaluate(
       InputError: the model or data can't be used, a setting is out of range, or `out` holds
         something else.
     """
-    options = EvalOptions() if options is None else options
+    options = dataclasses.replace(options or EvalOptions(), **changes)
     out = as_path(out)
     dataset = open_dataset(data, options.split)
     exams = make_samples(

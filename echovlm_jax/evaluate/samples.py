@@ -84,7 +84,8 @@ def make_samples(
       kinds: some of KINDS; they are made in that order.
       limit: exams; None = all.
       images: "given"; "blind": none; "swapped": those of an exam of another organ; "shuffled":
-        those of another exam of the same organ, or of an organ's only exam, of another organ.
+        those of another exam of the same organ, or of an organ's only exam, of another organ. The
+        other exam has images, and where one has them of the same kinds, still or moving, that one.
       language: one of LANGUAGES; None = one that the exam has.
 
     Raises:
@@ -104,10 +105,11 @@ def make_samples(
     count = len(dataset) if limit is None else min(limit, len(dataset))
     labels = _labels(dataset) if "diagnosis" in kinds else {}
     peers = peers_of(dataset)
+    shown = _media_kinds(dataset) if images in ("swapped", "shuffled") else np.zeros(0)
     out = []
     for number in range(count):
         record = dataset.record(number)
-        media = _media_of(dataset, number, images, seed, peers)
+        media = _media_of(dataset, number, images, seed, shown)
         if language is not None:
             kept = tuple(r for r in record.reports if r.language == language)
             record = dataclasses.replace(record, reports=kept, turns=())
@@ -166,23 +168,32 @@ def _labels(dataset: Dataset) -> dict[tuple[str, str], tuple[str, ...]]:
     return {key: tuple(sorted(names)) for key, names in found.items()}
 
 
+def _media_kinds(dataset: Dataset) -> np.ndarray:
+    """Of each exam, whether it has images (1), loops (2), both (3) or neither (0)."""
+    media = (dataset.record(number).media for number in range(len(dataset)))
+    return np.array([sum({2 if medium.frames else 1 for medium in found}) for found in media])
+
+
 def _media_of(
-    dataset: Dataset, number: int, images: str, seed: int, peers: Sequence[np.ndarray]
+    dataset: Dataset, number: int, images: str, seed: int, shown: np.ndarray
 ) -> int | None:
-    """Whose images are shown with an exam's questions."""
-    if images in ("given", "blind"):
-        return number if images == "given" else None
-    organ = int(dataset.organs[number])
-    if images == "swapped":
-        others = np.flatnonzero(dataset.organs != organ)
-    else:
-        others = peers[organ][peers[organ] != number]
-        if not len(others):
-            others = np.flatnonzero(dataset.organs != organ)
-    if not len(others):
+    """Whose images are shown with an exam's questions; `shown` is of `_media_kinds`."""
+    if images == "blind":
+        return None
+    if images == "given" or not shown[number]:
+        return number
+    others, organ = np.arange(len(shown)) != number, dataset.organs == dataset.organs[number]
+    others &= shown > 0
+    near = images == "shuffled" and (others & organ).any()
+    others &= organ if near else ~organ
+    if not others.any():
         which = "another organ" if images == "swapped" else "another patient"
-        raise InputError(f"images {images}: the split has no exam of {which} to take them from")
-    return int(others[keys.number(seed, number, 32) % len(others)])
+        raise InputError(
+            f"images {images}: the split has no exam of {which} with images to take them from"
+        )
+    alike = others & (shown == shown[number])
+    found = np.flatnonzero(alike if alike.any() else others)
+    return int(found[keys.number(seed, number, 32) % len(found)])
 
 
 def inputs_of(

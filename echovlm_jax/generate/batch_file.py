@@ -1,5 +1,6 @@
 """A file of prompts answered to a file of answers."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ def generate_file(
     folders = [Path(os.path.abspath(batch)).parent.resolve(), *allowed_links(allow_links)]
     asked = _Asked(model.fingerprint, folders, settings)
     Lines(out).close()  # there has to be something to hold
-    with Lock(out) as lock:
+    with Lock(out) as lock, _none_if_empty(out):
         written, size = _read_answers(out)
         counts = {"done": 0, "failed": 0}
         for row, record in enumerate(records):
@@ -110,6 +111,17 @@ def generate_file(
 
             _answer(model, write, todo, asked, counts, batch_size, max_new_tokens, sampling)
     return counts
+
+
+@contextlib.contextmanager
+def _none_if_empty(out: Path) -> Iterator[None]:
+    """After an error, takes away the file that was made to be held."""
+    try:
+        yield
+    except BaseException:
+        if out.is_file() and not out.read_bytes():
+            out.unlink()
+        raise
 
 
 def _answer(

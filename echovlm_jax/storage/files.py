@@ -192,15 +192,20 @@ class Lines:
         if in_bucket(path):
             self._held = bytearray(path.read_bytes()[:size] if path.is_file() else b"")
         else:
-            self._file = open(path, "ab")  # noqa: SIM115 - closed by `close`
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
             if size is not None:
                 self._file.truncate(size)
 
     def write(self, text: str) -> None:
         data = text.encode("utf-8", "backslashreplace")
         if self._file is not None:
-            self._file.write(data)
-            self._file.flush()
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                while data:
+                    data = data[self._file.write(data) :]
+            except OSError as error:  # a full disk: whole lines or none
+                self._file.truncate(size)
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
             return
         self._held += data
         if time.monotonic() - self._sent > _RESEND_SECONDS:

@@ -109,7 +109,8 @@ def train(
         stack.enter_context(jax.set_mesh(program.mesh))
         if begun != bool(steps(folder / CHECKPOINTS)):
             raise InputError(f"{folder}: another process has just saved there; run this again")
-        _keep_table(program, folder)
+        trains = training_table(program.state, program.how, program.rules)
+        _say(trains.rstrip())
         if start.files != folder / MODEL:
             stack.enter_context(_frozen_files(start, folder, config))
         settings = _data_settings(config, folder, own=True)
@@ -133,7 +134,8 @@ def train(
         _say(f"compiling for {program.mesh.size} devices")
         update = program.compile()
         # Only now is the folder this configuration's: one that could not begin may be mended.
-        _write(folder / CONFIG, config.to_json(indent=2) + "\n")
+        _write(folder / TRAINABLE, trains)
+        _write(folder / CONFIG, _as_json(config))
         if jax.process_index() == 0:
             digests.write(folder, names=run_files(folder))
         _say(f"training from step {first} to {config.steps} in {folder}")
@@ -218,9 +220,13 @@ def _frozen(folder: Path, change_config: bool) -> Start | None:
 
 @contextlib.contextmanager
 def _frozen_files(start: Start, folder: Path, config: Config) -> Iterator[None]:
-    """Makes the run's model/. It goes again where the run could not begin."""
+    """Makes the run's model/. The one before comes back where the run could not begin."""
+    before = folder / f".{MODEL}.was"
     if jax.process_index() == 0:
+        files.remove(before)
         try:
+            if (folder / MODEL).exists():
+                files.copy_folder(folder / MODEL, before)
             with files.new_folder(folder / MODEL) as made:
                 start.keep(made, config)
         except OSError as error:
@@ -229,8 +235,17 @@ def _frozen_files(start: Start, folder: Path, config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        if jax.process_index() == 0 and not (folder / CONFIG).exists():
-            files.remove(folder / MODEL)
+        if jax.process_index() == 0:
+            accepted = folder / CONFIG
+            if not accepted.exists() or accepted.read_bytes() != _as_json(config).encode():
+                files.remove(folder / MODEL)
+                if before.exists():
+                    files.copy_folder(before, folder / MODEL)
+            files.remove(before)
+
+
+def _as_json(config: Config) -> str:
+    return config.to_json(indent=2) + "\n"
 
 
 def _data_settings(config: Config, folder: Path, *, own: bool) -> Config:
@@ -265,12 +280,6 @@ def _review(config: Config, own: bool = False) -> dict[str, Any]:
             " when this run began; what it goes on with is not what it would have come to"
         )
     return seen
-
-
-def _keep_table(program: Program, folder: Path) -> None:
-    table = training_table(program.state, program.how, program.rules)
-    _write(folder / TRAINABLE, table)
-    _say(table.rstrip())
 
 
 def _write(path: Path, text: str) -> None:

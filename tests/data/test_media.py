@@ -10,9 +10,11 @@ import pytest
 from PIL import Image, PngImagePlugin
 from pydicom.dataset import FileDataset, FileMetaDataset
 
-from echovlm_jax.data.media import read_medium, strip_jpeg, strip_png
+from echovlm_jax.data.media import read_medium
 from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.record import Medium
+from echovlm_jax.data.strip import strip_jpeg, strip_png
+from echovlm_jax.errors import InputError
 from echovlm_jax.processing.images import decode_image, load_media
 from tests.data.sources import encoded, pixels
 
@@ -78,6 +80,82 @@ def test_compressed_bytes_survive_stripping():
     jpeg = _jpeg()
     assert (strip_jpeg(jpeg) or b"").endswith(jpeg[jpeg.index(b"\xff\xda") : -len(SECRET)])
     assert strip_png(_png()[: -len(SECRET) - 20]) is None  # no end: made anew instead
+
+
+def _chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _segment(marker, body):
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def _hidden(name):
+    """A regular picture with a name in a place of its container that no decoder looks at."""
+    secret, png, jpeg = SECRET.encode(), encoded(1, "PNG"), encoded(1, "JPEG")
+    idat = png.index(b"IDAT") - 4
+    if name.startswith("png"):
+        rows, end = zlib.decompress(png[idat + 8 : -16]), png[-12:]
+        return {
+            "png text": png[:33] + _chunk(b"tEXt", secret) + png[33:],
+            "png palette of RGB": png[:33] + _chunk(b"PLTE", secret + b"!") + png[33:],
+            "png behind the stream": png[:-12] + _chunk(b"IDAT", secret) + end,
+            "png end": png[:-12] + _chunk(b"IEND", secret),
+            "png second header": png[:-12] + _chunk(b"IHDR", secret + b"12345") + end,
+            "png behind the rows": png[:idat]
+            + _chunk(b"IDAT", zlib.compress(rows + secret, 0))
+            + end,
+            "png spare palette": _palette_png(),
+        }[name]
+    scan, table = jpeg.index(b"\xff\xda"), b"\x03" + (secret * 9)[:64]
+    return {
+        "jpeg comment": jpeg[:2] + _segment(0xFE, secret) + jpeg[2:],
+        "jpeg before the scan": jpeg[:scan] + _segment(0xEE, secret) + jpeg[scan:],
+        "jpeg end of the scan": jpeg[:-2] + secret + jpeg[-2:],
+        "jpeg spare quantization": jpeg[:2] + _segment(0xDB, table) + jpeg[2:],
+        "jpeg spare Huffman": jpeg[:2]
+        + _segment(0xC4, b"\x13" + bytes([0] * 15 + [8]) + secret)
+        + jpeg[2:],
+        "jpeg arithmetic coding": jpeg[:scan] + _segment(0xCC, b"\x00\x10") + jpeg[scan:],
+        "jpeg thumbnail": jpeg[:2]
+        + _segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1" + bytes([2, 1]) + secret[:6])
+        + jpeg[20:],
+        "jpeg trailing": jpeg + secret,
+    }[name]
+
+
+def _palette_png():
+    out, picture = io.BytesIO(), Image.fromarray(pixels(1)[..., 0] // 64).convert("P")
+    picture.putpalette(bytes(range(12)) + SECRET.encode() + b"!")
+    picture.save(out, "PNG", bits=8)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("png text", "png palette of RGB", "png behind the stream", "png end"),
+        *("png second header", "png behind the rows", "png spare palette"),
+        *("jpeg comment", "jpeg before the scan", "jpeg end of the scan"),
+        *("jpeg spare quantization", "jpeg spare Huffman", "jpeg arithmetic coding"),
+        *("jpeg thumbnail", "jpeg trailing"),
+    ],
+)
+def test_nothing_hides_in_a_container(tmp_path, name):
+    data, path = _hidden(name), tmp_path / "a"
+    path.write_bytes(data)
+    try:
+        want = load_media(path)
+    except InputError:
+        with pytest.raises(Refused):
+            read(path)
+        return
+    (image,) = read(path).images
+    np.testing.assert_array_equal(decode_image(image, ""), want)
+    shown = image
+    if image.startswith(b"\x89PNG"):
+        shown += zlib.decompress(image[image.index(b"IDAT") + 4 : -16])
+    assert SECRET.encode()[:6] not in shown
 
 
 def _dicom(path, frames):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from echovlm_jax.data.record import ORGANS, Record, Report, Turn
+from echovlm_jax.data.record import ORGANS, Medium, Record, Report, Turn
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.samples import Limits, inputs_of, make_samples
 from echovlm_jax.load import load_model
@@ -76,6 +76,22 @@ def test_other_images_leave_the_questions_as_they_are():
         assert found[:9] == flat(make_samples(EXAMS, images=images, limit=3))
 
 
+def test_images_are_swapped_for_images():
+    """Never for an exam of texts alone: that would be `blind`."""
+    image, loop, told = Medium(0, 8, 8), Medium(2, 8, 8), (Report("en", "F"),)
+
+    def asked(images, **exams):
+        records = [Record(name, name[:-1], m, reports=told) for name, m in exams.items()]
+        return [s.media for s in flat(make_samples(Listed(*records), images=images))]
+
+    exams = {"liver1": (image,), "kidney1": (), "liver2": (), "kidney2": (loop,)}
+    assert asked("swapped", **exams) == [3, 1, 2, 0]  # there is no other of its kind
+    exams |= {"liver3": (loop,), "kidney3": (image, image), "kidney4": (loop, image)}
+    assert asked("swapped", **exams)[:6] == [5, 1, 2, 4, 3, 0]
+    found = asked("shuffled", **exams)
+    assert found[:3] == [4, 1, 2] and found[3] in (5, 6) and found[4] == 0
+
+
 def test_what_cannot_be_asked():
     for arguments, said in (
         ({"images": "none"}, "images 'none'"),
@@ -86,11 +102,12 @@ def test_what_cannot_be_asked():
     ):
         with pytest.raises(InputError, match=said):
             make_samples(EXAMS, **arguments)
-    alone = Listed(Record("a", "liver"), Record("b", "liver"))
+    image = (Medium(0, 8, 8),)
+    alone = Listed(Record("a", "liver", image), Record("b", "liver", image))
     with pytest.raises(InputError, match="another organ"):
         make_samples(alone, images="swapped")
     with pytest.raises(InputError, match="another patient"):
-        make_samples(Listed(Record("a", "liver")), images="shuffled")
+        make_samples(Listed(Record("a", "liver", image)), images="shuffled")
 
 
 def test_exams_without_some_texts():

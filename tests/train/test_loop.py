@@ -267,6 +267,20 @@ def test_a_refused_second_run_leaves_everything(undisturbed, model_folder, tmp_p
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def test_a_change_that_can_not_begin_leaves_everything(undisturbed, model_folder, tmp_path):
+    """Not its table, nor its model: the checkpoints were made with those before."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    other = config(model_folder, stage="alignment", max_image_patches=32)  # of another state
+    with pytest.raises(InputError, match="go on with the configuration"):
+        train(other, run, change_config=True)
+    left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {path: content for path, content in left.items() if path in kept} == kept
+    assert {path.parent.name for path in left.keys() - kept.keys()} <= {"plans"}
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
 def test_evaluation_takes_organs_as_they_are(monkeypatch):
     seen = []
 
