@@ -331,7 +331,7 @@ BAD_INPUT = [
     (InputError("config.json: hidden_size\nis missing"), "config.json: hidden_size is missing"),
     (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "x: No such file"),
     (PermissionError(errno.EACCES, "Permission denied", "y"), "y: Permission denied"),
-    (OSError(errno.ENOSPC, "no space left on the disk; make room"), "No space left on device"),
+    (OSError(errno.ENOSPC, "No space left on device"), "no space left on the disk; make room"),
 ]
 
 
