@@ -7,6 +7,7 @@ https://huggingface.co/docs/peft/package_reference/lora
 
 import math
 import re
+import re._parser as sre  # type: ignore[import-not-found]
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 # A model for one of the other tasks has another head in lm_head's place.
 _TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 ALL_LINEAR = "all-linear"
+_FEW = 16  # repeats that may be repeated
 
 
 @dataclass(frozen=True)
@@ -272,10 +274,35 @@ def _try_patterns(settings: Settings) -> None:
 def _compile(key: str, pattern: str) -> None:
     try:
         re.compile(pattern)
+        if _nests(sre.parse(pattern)):
+            raise InputError(
+                f"{key} has {quoted(pattern)}, a repeat of repeats: matching may take for ever;"
+                " write it without"
+            )
     except (re.error, RecursionError, OverflowError) as error:
         raise InputError(
             f"{key} has {quoted(pattern)}, which is no regular expression ({error})"
         ) from None
+
+
+def _nests(tree: Any, repeats: int = 0) -> bool:
+    """Whether an expression's parts are repeated inside of what is repeated, which can take a time
+    that grows exponentially with the text's length."""
+    for kind, argument in tree:
+        inner = repeats + (str(kind).endswith("_REPEAT") and argument[1] > _FEW)
+        if inner > 1 and str(kind).endswith("_REPEAT"):
+            return True
+        if any(_nests(part, inner) for part in _parts(argument)):
+            return True
+    return False
+
+
+def _parts(argument: Any) -> list[Any]:
+    """The expressions inside one that is parsed."""
+    if isinstance(argument, sre.SubPattern):
+        return [argument]
+    found = argument if isinstance(argument, list | tuple) else ()
+    return [part for one in found for part in _parts(one)]
 
 
 def _named(names: str | list[str], module: str) -> bool:

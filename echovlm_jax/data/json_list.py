@@ -64,6 +64,8 @@ class _Text:
         if self._peek() == "\ufeff":  # a byte order mark, as Windows writes it
             self._take(self._at + 1)
         first = self._peek()
+        if "\0" in self._text[:4]:  # of every ASCII character a byte
+            raise InputError(f"{shown(self._path)}: is UTF-16 or UTF-32; save it as UTF-8")
         if first == "[":
             yield from self._list()
         elif first == "{" and self._is_jsonl():

@@ -261,3 +261,11 @@ def test_jsonl_builds_as_the_list_does(tmp_path):
     assert {**one, "out": ""} == {**two, "out": ""} and one["kept"] == 3
     name = "train.records.jsonl"
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_another_encoding_is_named(tmp_path, encoding):
+    path = tmp_path / "records.json"
+    path.write_text('[{"id": "1"}]', encoding=encoding)
+    with pytest.raises(InputError, match=r"records\.json: is UTF-16 or UTF-32; save it as UTF-8"):
+        list(read_entries(path))

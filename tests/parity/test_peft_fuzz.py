@@ -390,3 +390,19 @@ def test_what_is_not_applied_is_named(change, said, tmp_path):
     with pytest.raises(InputError, match=said) as caught:
         ours(tmp_path, BASES[False])
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "nests"),
+    [
+        *((p, True) for p in (r"(a+)+b", r"(.*\.)*q_proj", r"((a|b){1,99}c?)*", r"(?:x*)+?")),
+        *((p, False) for p in (r".*\.(q|k)_proj", r"(.*\.)?q", r"a{1,3}(b{2}){4}", r"\d+\.\w+")),
+    ],
+)
+def test_repeats_of_repeats_are_refused(pattern, nests):
+    """Matching `(a+)+b` against a long name of a's would not end."""
+    if not nests:
+        peft_config._compile("target_modules", pattern)
+        return
+    with pytest.raises(InputError, match=r"target_modules has .* a repeat of repeats"):
+        peft_config._compile("target_modules", pattern)
