@@ -139,7 +139,10 @@ class Checkpoints:
             self.wait()
 
     def check(self) -> None:
-        """Raises, as `wait` does, if the save in the background has failed; never waits."""
+        """Raises, as `wait` does, if the save in the background has failed, and InputError if
+        another process has taken over; never waits."""
+        if self._lock is not None:
+            self._lock.check()
         if self._saving is not None and not self._saving.is_alive():
             self.wait()
 
@@ -320,8 +323,9 @@ class Checkpoints:
 
     def _give_up(self) -> None:
         """Frees what a failed save took of a disk that may be full."""
-        if self._first:
-            with contextlib.suppress(OSError):
+        if self._lock is not None:
+            with contextlib.suppress(OSError, InputError):
+                self._lock.check()  # who took over may be saving there
                 keeping.clear(self.folder)
 
     def _open(self, step: int) -> arrays.Reader:

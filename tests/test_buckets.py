@@ -223,6 +223,23 @@ def test_what_has_no_digests_is_not_believed(folder):
     assert sorted({name.split("/")[0] for name in below(folder)}) == ["1", "8"]
 
 
+def test_who_lost_the_lock_stops_and_deletes_nothing(folder, monkeypatch):
+    monkeypatch.setattr(lock, "EXPIRE", 0.6)
+    monkeypatch.setattr(lock, "RENEW", 0.1)
+    with open_checkpoints(folder, keep=9) as checkpoints:
+        checkpoints.check()
+        checkpoints._lock._lease._ended.set()  # a process that was suspended
+        checkpoints._lock._lease._thread.join()
+        time.sleep(0.7)
+        write_bytes(folder / "5/state/d/x", b"the next holder's save")
+        with pytest.raises(InputError, match="was not renewed in time"):
+            checkpoints.check()
+        checkpoints.save(1, state(1, layouts()[0]), {})
+        with pytest.raises(InputError, match="was not renewed in time"):
+            checkpoints.wait()
+        assert (folder / "5/state/d/x").is_file() and steps(folder) == []
+
+
 def test_a_changed_byte_is_named_and_never_loaded(folder):
     saved(folder, 1, 2)
     names = [n for n in below(folder / "2") if n != "XXH128SUMS"]
