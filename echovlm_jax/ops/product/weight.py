@@ -106,6 +106,13 @@ def no_gradient(weight: Quantized) -> Quantized:
     return dataclasses.replace(weight, values=values, scale=jnp.zeros_like(weight.scale))
 
 
+def one_of(weight: Weight, number: Int[Array, ""]) -> Weight:
+    """One of the weights that are stacked along the first axis."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), weight
+    )
+
+
 def in_chunks(weight: Weight, chunks: int) -> Weight:
     """A head [V, D] as [chunks, V / chunks, D], for a loop over the first axis."""
     if not isinstance(weight, Quantized):
