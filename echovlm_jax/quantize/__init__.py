@@ -1,0 +1,23 @@
+"""Weights in few bits: which ones, how wide, and in what groups."""
+
+from echovlm_jax.quantize.recipes import (
+    KINDS,
+    Recipe,
+    abstract,
+    placed,
+    quantize,
+    quantize_params,
+    recipe,
+    takes,
+)
+
+__all__ = [
+    "KINDS",
+    "Recipe",
+    "abstract",
+    "placed",
+    "quantize",
+    "quantize_params",
+    "recipe",
+    "takes",
+]
