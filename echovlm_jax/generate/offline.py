@@ -136,7 +136,8 @@ class Run:
         """
         coming, waiting = iter(enumerate(asked)), deque[tuple[int, Asked]]()
         running: dict[int, int] = {}  # row -> number
-        state, columns = None, 0
+        state: Any = None
+        columns = 0
         while True:
             while len(waiting) <= rows - len(running) and (one := next(coming, None)):
                 waiting.append(one)
@@ -202,6 +203,7 @@ def _needed(one: tuple[int, Asked], new: int) -> int:
 
 
 def _columns(waiting: Iterable[tuple[int, Asked]], rows: int, new: int) -> int:
-    """Columns of a cache for the first `rows` of those that wait, in whole pieces of attention."""
+    """Columns of a cache for the first `rows` of those that wait: two pieces of attention at least,
+    since a single one is rounded in another way."""
     most = max(_needed(one, new) for one in itertools.islice(waiting, rows))
-    return -(-bucket(most) // COLUMNS) * COLUMNS
+    return max(-(-bucket(most) // COLUMNS), 2) * COLUMNS
