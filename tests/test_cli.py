@@ -109,8 +109,12 @@ CALLS = [
         (Path("d"),),
         {"size": "tiny"},
     ),
-    ("bench cpu --what train", "echovlm_jax.bench.cpu", "bench_train", (), {"size": None}),
-    ("bench cpu --size tiny", "echovlm_jax.bench.cpu", "bench_train", (), {"size": "tiny"}),
+    ("bench cpu --what train", "echovlm_jax.bench.cpu.train", "bench_train", (), {"size": None}),
+    ("bench cpu --size tiny", "echovlm_jax.bench.cpu.train", "bench_train", (), {"size": "tiny"}),
+    (
+        *("bench cpu --what generate", "echovlm_jax.bench.cpu.generation", "bench_generate"),
+        *((), {"size": None}),
+    ),
     ("bench moe --size tiny", "echovlm_jax.bench.moe", "bench_moe", (), {"size": "tiny"}),
 ]
 

@@ -86,7 +86,7 @@ def _positive(text: str) -> int:
 
 
 # What `bench` can do with --what, and where it keeps the runs of phantom.
-_WORKS = {"cpu": ("train",), "phantom": ("mixture", "imbalance")}
+_WORKS = {"cpu": ("train", "generate"), "phantom": ("mixture", "imbalance")}
 _PHANTOM = Path("bench_out/phantom")
 
 
@@ -96,8 +96,12 @@ def _bench(args: argparse.Namespace) -> Result:
         from echovlm_jax.bench.data import bench_data
 
         return bench_data(args.dir)
+    if args.what == "cpu" and args.work == "generate":
+        from echovlm_jax.bench.cpu.generation import bench_generate
+
+        return bench_generate(size=args.size)
     if args.what == "cpu":
-        from echovlm_jax.bench.cpu import bench_train
+        from echovlm_jax.bench.cpu.train import bench_train
 
         return bench_train(size=args.size)
     if args.what == "phantom":
@@ -123,12 +127,14 @@ def add_bench(commands: Any) -> None:
         _bench,
         "the project's own benchmarks, both sides in one run; convert: our conversion of a made-up "
         "checkpoint against `cp` of the same bytes; cpu: a training step of a scaled model in "
-        "float32 on 2 threads against PyTorch's; moe: the default expert dispatch against the "
-        "others, their extra work counted and their time taken; data: images a second through "
+        "float32 on 2 threads against PyTorch's, or an answer against Hugging Face's generate; "
+        "moe: the default expert dispatch against the others, their extra work counted and their "
+        "time taken; data: images a second through "
         "make_batches against a PyTorch DataLoader with Hugging Face's processor; phantom: what "
         "the mixture of experts, or rebalancing organs, is worth on synthetic exams, trained and "
         "evaluated with three seeds, half an hour or more; re-run it to resume",
         "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench cpu --what train\n"
+        "  echovlm bench cpu --what generate\n"
         "  echovlm bench moe --size tiny\n  echovlm bench data\n"
         "  echovlm bench phantom --what imbalance --dir study/",
         show=_show_bench,
@@ -138,7 +144,8 @@ def add_bench(commands: Any) -> None:
         "--what",
         dest="work",
         choices=[what for works in _WORKS.values() for what in works],
-        help="of cpu: what is timed, train; of phantom: mixture (the default) or imbalance",
+        help="of cpu: what is timed, train (the default) or generate; of phantom: mixture (the "
+        "default) or imbalance",
     )
     command.add_argument(
         "--size",
