@@ -30,7 +30,7 @@ _CONVERT = {
     *("config", "model.abstract_params", "model.param_specs", "mesh"),
     *("storage", "progress"),
 }
-_LOAD = {"config", "mesh", "model", "processing", "convert", "generate", "storage"}
+_LOAD = {"chips", "config", "mesh", "model", "processing", "convert", "generate", "storage"}
 ANYTHING = {""}
 MAY_IMPORT = {
     "errors": set(),
