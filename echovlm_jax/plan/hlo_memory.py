@@ -102,16 +102,28 @@ def _read(inner: Computation, name: str, full: float, module: Text) -> float:
             total += 0.0  # updated in place
         elif user.opcode == "tuple" or "async_collective_fusion_config" in user.rest:
             total += 0.0  # handed on to where the collective ends
-        elif user.opcode == "bitcast":
+        elif user.opcode == "copy" and user.name in (inner.root.name, *inner.root.operands):
+            return full
+        elif user.opcode in ("bitcast", "copy"):  # another order of what is read behind it
             total += _read(inner, user.name, full, module)
         elif user.opcode == "fusion":
             called = module.computations[user.names("calls")[0]]
             for k, operand in enumerate(user.operands):
-                if operand == name:
+                if operand == name and _is_view(called, called.parameters[k]):
+                    total += _read(inner, user.name, full, module)
+                elif operand == name:
                     total += _read(called, called.parameters[k], full, module)
         else:
             return full
     return min(total, full)
+
+
+def _is_view(inner: Computation, name: str) -> bool:
+    """Whether a fusion inside another only hands on a parameter, in another layout or shape."""
+    i = inner.root
+    while i.opcode in ("bitcast", "copy"):
+        i = inner.body[i.operands[0]]
+    return i.name == name and i is not inner.root
 
 
 def _written(inner: Computation, name: str, full: float, module: Text) -> float:
