@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -20,9 +20,12 @@ from echovlm_jax.config import ModelConfig
 from echovlm_jax.convert.folder import as_dtype, open_model, side_files
 from echovlm_jax.convert.load import load_params
 from echovlm_jax.errors import InputError
-from echovlm_jax.generate import Generated, SamplingOptions, check_room, generate
-from echovlm_jax.mesh import param_shardings
-from echovlm_jax.model import EchoVLM, abstract_params, logical_axes
+from echovlm_jax.generate import Generated, SamplingOptions, generate
+from echovlm_jax.generate.engine import request
+from echovlm_jax.generate.offline import Asked, Run
+from echovlm_jax.generate.prompts import check_new_tokens, check_room, prompt_lengths, split_rows
+from echovlm_jax.mesh import activation_layout, param_shardings
+from echovlm_jax.model import Compute, EchoVLM, abstract_params, logical_axes
 from echovlm_jax.processing.batch import make_batch, pad_batch
 from echovlm_jax.processing.chat import neutral
 from echovlm_jax.processing.files import read_json_if_there
@@ -95,6 +98,7 @@ def load_model(
         config,
         params,
         opened.folder,
+        mesh=mesh,
         control_tokens=control_tokens,
         num_frames=num_frames,
         crop=crop,
@@ -109,6 +113,8 @@ class Model:
       config: sizes.
       params: nested dict of arrays.
       dtype: what it computes in: the embedding's.
+      mesh: the devices that hold the parameters, and generate; None for one.
+      compute: how generation is computed.
     """
 
     def __init__(
@@ -117,10 +123,13 @@ class Model:
         params: dict[str, Any],
         path: str | os.PathLike[str],
         *,
+        mesh: Mesh | None = None,
         control_tokens: bool = False,
         **media: Any,
     ) -> None:
         self.config, self.params, self._folder = config, params, as_path(path)
+        self.mesh = mesh
+        self.compute = Compute() if mesh is None else Compute(layout=activation_layout(mesh))
         self._media = media
         self._control_tokens = control_tokens
         self.dtype = params["text"]["embed"]["embedding"].dtype
@@ -288,22 +297,22 @@ class Model:
           rows, on_tokens: see `generate.generate`.
           **sampling: of `SamplingOptions`.
         """
-        made = generate(
-            self.config,
-            self.params,
-            pad_batch(inputs, self.processor.pad_token_id),
-            SamplingOptions(**sampling),
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=self.stop_ids,
-            rows=rows,
-            dtype=self.dtype,
-            on_tokens=on_tokens,
-        )
+        with self._on_mesh():
+            made = generate(
+                self.config,
+                self.params,
+                pad_batch(inputs, self.processor.pad_token_id),
+                SamplingOptions(**sampling),
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=self.stop_ids,
+                rows=rows,
+                dtype=self.dtype,
+                on_tokens=on_tokens,
+                compute=self.compute,
+            )
         return [
             {
-                "text": self._text(tokens[:length]),
-                "prompt_tokens": int(prompt),
-                "new_tokens": int(length),
+                **self._said(tokens[:length], int(prompt)),
                 "compile_seconds": made.compile_seconds,
                 "prefill_seconds": made.prefill_seconds,
                 "decode_tokens_per_second": _rate(made),
@@ -312,6 +321,57 @@ class Model:
                 made.tokens, made.lengths, made.prompt_lengths, strict=True
             )
         ]
+
+    def answer_each(
+        self,
+        asked: Iterable[tuple[int, Mapping[str, np.ndarray]]],
+        *,
+        slots: int,
+        max_new_tokens: int,
+        **sampling: Any,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Answers prepared prompts as they come, `slots` at one time: where one ends, the next
+        begins.
+
+        Args:
+          asked: for each a number, that its draws depend on, and what `prepare` gave. Read only a
+            few ahead.
+          slots: how many are answered at one time; more or fewer are another program.
+          max_new_tokens: for each.
+          **sampling: of `SamplingOptions`.
+
+        Yields:
+          As they end, the number of each, and its text, prompt_tokens and new_tokens.
+        """
+        lengths: list[tuple[int, int]] = []  # number and prompt's length, in the order of `asked`
+
+        def prompts() -> Iterator[Asked]:
+            for number, inputs in asked:
+                [prompt] = split_rows(self.config, inputs)
+                lengths.append((number, int(prompt_lengths(inputs)[0])))
+                yield prompt, request(options, self.stop_ids, max_new_tokens, number)
+
+        check_new_tokens(self.config, max_new_tokens)
+        options = SamplingOptions(**sampling)
+        run = Run(self.config, self.params, self.dtype, self.compute)
+        answers = run.answer(prompts(), rows=slots, new=max_new_tokens)
+        while True:
+            with self._on_mesh():  # and not what our caller does between two answers
+                found = next(answers, None)
+            if found is None:
+                return
+            number, length = lengths[found[0]]
+            yield number, self._said(found[1], length)
+
+    def _said(self, tokens: np.ndarray, prompt: int) -> dict[str, Any]:
+        return {
+            "text": self._text(tokens),
+            "prompt_tokens": prompt,
+            "new_tokens": len(tokens),
+        }
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def forward(self, batch: Mapping[str, Any]) -> jax.Array:
         """Logits [B, S, V] in float32 of a model batch, or of Hugging Face-style inputs."""

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,8 @@ import pytest
 from echovlm_jax.cli.frame import explain
 from echovlm_jax.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
 from echovlm_jax.errors import InputError
-from echovlm_jax.generate import SamplingOptions, decode, generate_file
+from echovlm_jax.generate import SamplingOptions, engine, generate_file, offline
+from echovlm_jax.generate.prompts import split_rows
 from echovlm_jax.model import EchoVLM, abstract_params
 from echovlm_jax.processing.batch import PATCH_BUCKETS, SEQUENCE_BUCKETS, make_batch, pad_batch
 from echovlm_jax.storage.lock import Lock
@@ -37,7 +39,7 @@ STEPS = 24
 def generate(config, params, inputs, *, max_new_tokens, **more):
     own = {name: more.pop(name) for name in ("eos_token_ids", "rows", "on_tokens") if name in more}
     options = SamplingOptions(**more)
-    return decode.generate(config, params, inputs, options, max_new_tokens=max_new_tokens, **own)
+    return offline.generate(config, params, inputs, options, max_new_tokens=max_new_tokens, **own)
 
 
 def random_params(config):
@@ -161,10 +163,15 @@ def test_a_listener_sees_every_token_and_changes_none(params, greedy):
         CONFIG, params, BATCH, max_new_tokens=STEPS, on_tokens=lambda t, n: heard.append((t, n))
     )
     np.testing.assert_array_equal(made.tokens, greedy.tokens)
-    assert len(heard) == 1 + -(-(STEPS - 1) // decode.STREAM_CHUNK)
+    assert len(heard) == 1 + -(-(STEPS - 1) // offline.STREAM_CHUNK)
     for tokens, lengths in heard:
         np.testing.assert_array_equal(tokens, greedy.tokens[:, : tokens.shape[1]])
         assert lengths.tolist() == [tokens.shape[1]] * 3
+
+
+def programs():
+    """How many there are: of prefill, insert and decode."""
+    return tuple(f._cache_size() for f in (engine.prefill, engine.insert, engine.decode))
 
 
 def test_fifty_image_sizes_need_one_program_for_each_bucket():
@@ -173,11 +180,11 @@ def test_fifty_image_sizes_need_one_program_for_each_bucket():
     assert len(set(sizes)) == 50
     used = {next(b for b in PATCH_BUCKETS if np.prod(size) <= b) for size in sizes}
     assert len(used) == 4
-    before = decode._prefill._cache_size(), decode._decode._cache_size()
+    before = programs()
     for size in sizes:
         generate(SMALL, params, prompt(9, size, config=SMALL), max_new_tokens=2)
-    after = decode._prefill._cache_size(), decode._decode._cache_size()
-    assert [a - b for a, b in zip(after, before, strict=True)] == [len(used)] * 2
+    made = [a - b for a, b in zip(programs(), before, strict=True)]
+    assert made == [len(used), len(used), 1]  # all have room in one cache
 
 
 WORDS = [prompt(n, seed=n, config=SMALL) for n in (9, 3, 6)]
@@ -187,18 +194,18 @@ def test_sampling_settings_compile_nothing_and_a_seed_decides():
     params, batch = random_params(SMALL), pad_batch(WORDS, 0)
     settings = {"temperature": 1.5, "top_p": 0.95, "max_new_tokens": STEPS}
     first = generate(SMALL, params, batch, seed=3, **settings)
-    programs = decode._prefill._cache_size(), decode._decode._cache_size()
+    before = programs()
     again = generate(SMALL, params, batch, seed=3, **settings)
     other = generate(SMALL, params, batch, seed=4, **settings)
     cold = generate(SMALL, params, batch, temperature=0.1, top_k=1, max_new_tokens=9)
+    likeliest = generate(SMALL, params, batch, max_new_tokens=9)
     moved = pad_batch([WORDS[2], WORDS[0], WORDS[1]], 0)
     moved = generate(SMALL, params, moved, seed=3, rows=[2, 0, 1], **settings)
-    assert (decode._prefill._cache_size(), decode._decode._cache_size()) == programs
+    assert programs() == before
     np.testing.assert_array_equal(first.tokens, again.tokens)
     assert (first.tokens != other.tokens).any()
     # A row's draws don't depend on the other rows, nor on its place among them.
     np.testing.assert_array_equal(moved.tokens, first.tokens[[2, 0, 1]])
-    likeliest = generate(SMALL, params, batch, max_new_tokens=9)
     np.testing.assert_array_equal(cold.tokens, likeliest.tokens)
 
 
@@ -208,17 +215,13 @@ def test_the_penalty_counts_prompt_and_new_tokens_but_no_padding(params, greedy)
     for row, tokens in zip(ROWS, made.tokens, strict=True):
         assert len(set(tokens.tolist())) == STEPS
         assert not set(tokens.tolist()) & set(row["input_ids"][0].tolist())
-    state = decode._prefill(
-        params,
-        *decode._prepare(CONFIG, BATCH),
-        decode.sampling(SamplingOptions(), range(3)),
-        np.full(8, -1, np.int32),
-        config=CONFIG,
-        dtype=jnp.dtype(jnp.float32),
-        greedy=True,
-        slots=64 + 2 * SEQUENCE_BUCKETS[0],
-        new=SEQUENCE_BUCKETS[0],
-    )
+    static = {"config": CONFIG, "dtype": jnp.dtype(jnp.float32)}
+    state = engine.init_state(rows=3, columns=256, new=8, stops=8, **static)
+    for b, read in enumerate(split_rows(CONFIG, BATCH)):
+        own = engine.request(SamplingOptions(), (), 2, b)
+        read = engine.prefill(params, read, **static)
+        token = engine.first_token(read.logits, read.seen, own)
+        state = engine.insert(state, read, token, np.int32(b), own, config=CONFIG)
     for b, row in enumerate(ROWS):
         wanted = {*row["input_ids"][0].tolist(), int(greedy.tokens[b, 0])}
         assert set(np.flatnonzero(state.seen[b]).tolist()) == wanted
@@ -255,12 +258,13 @@ def test_token_outside_the_vocabulary_is_refused(params):
 
 
 class Echo:
-    """A model that answers with its prompt, and counts."""
+    """A model that answers with its prompt, and counts. It answers the last one of its slots first,
+    and is asked the next before."""
 
     processor, config, fingerprint = None, CONFIG, "echo"
 
     def __init__(self, stop_after=10**9):
-        self.batches, self.left = [], stop_after
+        self.asked, self.slots, self.left = [], None, stop_after
 
     def prepare(self, images, prompt, *, system=None, max_new_tokens):
         for image in images:
@@ -270,16 +274,19 @@ class Echo:
             raise InputError("the prompt\nis too long")
         return {"prompt": prompt, "images": [image.name for image in images], "system": system}
 
-    def answer(self, inputs, *, rows, max_new_tokens, **sampling):
-        self.batches.append(list(rows))
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return [
-            {"text": f"{one['prompt']}|{'+'.join(one['images'])}|{row}", "prompt_tokens": 1,
-             "new_tokens": 2, "prefill_seconds": 0.0}
-            for one, row in zip(inputs, rows, strict=True)
-        ]  # fmt: skip
+    def answer_each(self, asked, *, slots, max_new_tokens, **sampling):
+        self.slots, held, asked = slots, [], iter(asked)
+        while True:
+            held += itertools.islice(asked, slots + 1 - len(held))
+            if not held:
+                return
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            row, one = held.pop(min(slots, len(held)) - 1)
+            self.asked.append(row)
+            text = f"{one['prompt']}|{'+'.join(one['images'])}|{row}"
+            yield row, {"text": text, "prompt_tokens": 1, "new_tokens": 2}
 
 
 def write_records(folder, count=7):
@@ -302,8 +309,8 @@ def test_a_file_of_prompts(tmp_path):
     model, out = Echo(), tmp_path / "out.jsonl"
     counts = generate_file(model, write_records(tmp_path), out, batch_size=3)
     assert counts == {"done": 7, "failed": 0}
-    # The last one is filled up to the size that a program exists for.
-    assert model.batches == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+    assert model.slots == 3 and sorted(model.asked) == list(range(7))
+    assert model.asked != sorted(model.asked)  # each line says whose answer it is
     answers = read_answers(out)
     assert len(answers["病例3"].pop("fingerprint")) == 32
     assert answers["病例3"] == {
@@ -312,7 +319,7 @@ def test_a_file_of_prompts(tmp_path):
     assert len(answers) == 7
     again = Echo()
     assert generate_file(again, tmp_path / "in.jsonl", out) == {"done": 7, "failed": 0}
-    assert again.batches == []
+    assert again.asked == []
 
 
 def test_answers_to_something_else_are_refused(tmp_path):
@@ -364,7 +371,7 @@ def test_a_stopped_run_goes_on(tmp_path, cut):
     """Killed while a line was on its way to the disk: that line is dropped, and no other."""
     records, out = write_records(tmp_path), tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        generate_file(Echo(stop_after=2), records, out, batch_size=2)
+        generate_file(Echo(stop_after=4), records, out, batch_size=2)
     whole = out.read_bytes()
     out.write_bytes(whole[:-cut])
     model = Echo()
@@ -372,7 +379,7 @@ def test_a_stopped_run_goes_on(tmp_path, cut):
     assert (
         out.read_bytes()[: whole[:-cut].rfind(b"\n") + 1] == whole[: whole[:-cut].rfind(b"\n") + 1]
     )
-    assert [row for rows in model.batches for row in rows] == [3, 4, 5, 6]
+    assert sorted(model.asked) == [0, 4, 5, 6]
     answers = read_answers(out)
     assert len(out.read_text("utf-8").splitlines()) == len(answers) == 7
     assert all(answers[f"病例{i}"]["text"].endswith(f"|{i}") for i in range(7))
@@ -431,7 +438,7 @@ def test_bad_records_fail_alone(tmp_path):
     assert "error" in answers["line 12"]
     assert answers["in"]["text"].startswith("?|a.png") and "\ud83d" in answers
     again = Echo()
-    assert generate_file(again, records, out) == counts and again.batches == []
+    assert generate_file(again, records, out) == counts and again.asked == []
 
 
 def test_files_that_cannot_be_used(tmp_path):

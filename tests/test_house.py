@@ -95,8 +95,7 @@ LONGEST = {
     ("train.step", "make_train_step"): 70,
 }
 MOST_PARAMETERS = {
-    ("generate.decode", "generate"): 9,
-    ("generate.decode", "_prefill"): 10,
+    ("generate.offline", "generate"): 10,
     ("load", "generate"): 10,  # a promise
     ("ops.attention.dispatch", "attention"): 9,
     ("ops.moe.ragged", "_on_device"): 10,

@@ -236,11 +236,11 @@ def _answer(
         batch = [s.id for s in samples if s.kind == kind and s.id in inputs]
         if not batch:
             continue
-        # Filled up: another number of rows would be another program to compile.
-        rows = batch + batch[-1:] * (size - len(batch))
         new = max_new_tokens if kind == "report" else min(SHORT, max_new_tokens)
-        answers = model.answer([inputs[name] for name in rows], max_new_tokens=new)
-        texts |= {name: a["text"] for name, a in zip(batch, answers, strict=False)}
+        # As many slots in every window: another number would be another program to compile.
+        asked = enumerate(inputs[name] for name in batch)
+        for number, answer in model.answer_each(asked, slots=size, max_new_tokens=new):
+            texts[batch[number]] = answer["text"]
     return [_line(s, texts.get(s.id, ""), errors.get(s.id)) for s in samples]
 
 

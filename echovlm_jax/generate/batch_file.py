@@ -3,14 +3,14 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.errors import InputError
-from echovlm_jax.generate.decode import Inputs, check_new_tokens
+from echovlm_jax.generate.prompts import Inputs, check_new_tokens
 from echovlm_jax.ops.sampling import SamplingOptions
 from echovlm_jax.processing.files import allowed_links, locate, shown
 from echovlm_jax.processing.volumes import picture_files
@@ -38,7 +38,9 @@ class Answerer(Protocol):
         self, images: Any, prompt: str, *, system: str | None = None, max_new_tokens: int
     ) -> Inputs: ...
 
-    def answer(self, inputs: Sequence[Inputs], **sampling: Any) -> list[dict[str, Any]]: ...
+    def answer_each(
+        self, asked: Iterable[tuple[int, Inputs]], *, slots: int, **sampling: Any
+    ) -> Iterator[tuple[int, dict[str, Any]]]: ...
 
 
 def generate_file(
@@ -58,7 +60,8 @@ def generate_file(
     is
     `{"id", "text", "prompt_tokens", "new_tokens", "fingerprint"}`, or `{"id", "error",
     "fingerprint"}` for a record that can't be used; the others are answered (the id of an
-    unreadable line n is "line n"). Lines are written as batches end. Records whose id
+    unreadable line n is "line n"). Lines are written as answers end, and the next record takes the
+    place of one that did. Records whose id
     `out` already has are skipped, failed ones too: delete their lines to try again. A line's
     fingerprint is of the model, the prompts, the images' bytes and the settings: if one differs
     from what is asked now, nothing is written. Only one process can write into `out`.
@@ -103,13 +106,15 @@ def generate_file(
         todo = [
             (row, record) for row, record in enumerate(records) if str(record["id"]) not in written
         ]
+        # By the file and not by what is left: a run that was stopped goes on as it began.
+        sampling |= {"slots": min(batch_size, len(records)), "max_new_tokens": max_new_tokens}
         with Lines(out, size) as file:
 
             def write(line: str) -> None:
                 lock.check()
                 file.write(line)
 
-            _answer(model, write, todo, asked, counts, batch_size, max_new_tokens, sampling)
+            _answer(model, write, todo, asked, counts, sampling)
     return counts
 
 
@@ -130,46 +135,34 @@ def _answer(
     todo: Sequence[tuple[int, dict[str, Any]]],
     asked: "_Asked",
     counts: dict[str, int],
-    batch_size: int,
-    max_new_tokens: int,
-    sampling: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> None:
     """Sends the answers of the records in `todo`, each with its row; counts them."""
-    ready: list[tuple[int, dict[str, Any], str, Inputs]] = []
-    full = False  # whether a program for batch_size rows exists already
+    begun: dict[int, dict[str, Any]] = {}  # row -> what its line says beside the answer
     with progress(len(todo), "record", "answer") as tick:
 
-        def write(answers: list[dict[str, Any]]) -> None:
-            send("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
-            counts["failed" if "error" in answers[0] else "done"] += len(answers)
-            tick(len(answers))
+        def write(line: dict[str, Any]) -> None:
+            send(json.dumps(line, ensure_ascii=False) + "\n")
+            counts["failed" if "error" in line else "done"] += 1
+            tick(1)
 
-        for last, (row, record) in _with_last(todo):
-            try:
-                images, prompt, system = _read_record(record, asked.folders)
-                inputs = model.prepare(images, prompt, system=system, max_new_tokens=max_new_tokens)
-                ready.append((row, {"id": record["id"]}, asked.of(record, row), inputs))
-            except InputError as error:
-                line = {"id": record["id"], "error": " ".join(str(error).split())}
-                write([line | {"fingerprint": asked.of(record, row, failed=True)}])
-            if ready and (last or len(ready) == batch_size):
-                full |= len(ready) == batch_size
-                # The last few are filled up where that saves compiling for another batch size.
-                rows = ready + ready[-1:] * (batch_size - len(ready) if full else 0)
-                answers = model.answer(
-                    [inputs for *_, inputs in rows],
-                    rows=[row for row, *_ in rows],
-                    max_new_tokens=max_new_tokens,
-                    **sampling,
-                )
-                keys = ("text", "prompt_tokens", "new_tokens")
-                write(
-                    [
-                        name | {key: answer[key] for key in keys} | {"fingerprint": mark}
-                        for (_, name, mark, _), answer in zip(ready, answers, strict=False)
-                    ]
-                )
-                ready = []
+        def prompts() -> Iterator[tuple[int, Inputs]]:
+            for row, record in todo:
+                try:
+                    images, prompt, system = _read_record(record, asked.folders)
+                    new = settings["max_new_tokens"]
+                    inputs = model.prepare(images, prompt, system=system, max_new_tokens=new)
+                    begun[row] = {"id": record["id"], "fingerprint": asked.of(record, row)}
+                except InputError as error:
+                    line = {"id": record["id"], "error": " ".join(str(error).split())}
+                    write(line | {"fingerprint": asked.of(record, row, failed=True)})
+                else:
+                    yield row, inputs
+
+        for row, answer in model.answer_each(prompts(), **settings):
+            own = begun.pop(row)
+            said = {key: answer[key] for key in ("text", "prompt_tokens", "new_tokens")}
+            write({"id": own["id"], **said, "fingerprint": own["fingerprint"]})
 
 
 class _Asked:
@@ -218,10 +211,6 @@ def _check_asked(
     if "fingerprint" not in line:
         why = "doesn't say what it answers (it has no fingerprint)"
     raise InputError(f"{shown(out)}: the line of {line['id']!r} {why}; name another file")
-
-
-def _with_last(items: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
-    return ((i == len(items) - 1, item) for i, item in enumerate(items))
 
 
 def _read_lines(path: Path) -> list[bytes]:

@@ -1,6 +1,6 @@
 """The model: Linen modules as a thin shell of parameters over `ops`."""
 
-from echovlm_jax.model.cache import Cache, extend_cache, init_cache
+from echovlm_jax.model.cache import Cache, extend_cache, init_cache, insert_row, place_cache
 from echovlm_jax.model.compute import Compute
 from echovlm_jax.model.echovlm import EchoVLM
 from echovlm_jax.model.params import (
@@ -23,7 +23,9 @@ __all__ = [
     "extend_cache",
     "init_cache",
     "init_params",
+    "insert_row",
     "logical_axes",
     "param_specs",
+    "place_cache",
     "shapes_of",
 ]

@@ -33,6 +33,8 @@ class Compute:
         read by the plain one.
       remat: what the backward pass finds stored, a key of REMAT.
       layout: where activations lie; empty on one device.
+      cache: what generation keeps keys and values in: "" for the compute dtype, or "int8".
+      chunk: columns of a prompt that generation reads at one time, at most.
     """
 
     moe_dispatch: str = "dense"
@@ -40,7 +42,13 @@ class Compute:
     attention: str = "xla"
     remat: str = "none"
     layout: Layout = Layout()
+    cache: str = ""
+    chunk: int = 2048
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
             raise InputError(f"remat {self.remat!r} is unknown; choose one of {', '.join(REMAT)}")
+        if self.cache not in ("", "int8"):
+            raise InputError(f"cache {self.cache!r} is unknown; choose int8, or leave it out")
+        if self.chunk < 1:
+            raise InputError(f"chunk must be at least 1, found {self.chunk}")

@@ -20,6 +20,7 @@ from echovlm_jax.model.layers import (
 )
 from echovlm_jax.model.moe import MoE
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.attention.cached import Stored, cached_attention
 from echovlm_jax.ops.attention.dispatch import attention
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.product.einsum import einsum
@@ -34,17 +35,15 @@ class Context(NamedTuple):
 
     table: RopeTable
     q_segments: Array  # [B, T]
-    kv_segments: Array  # [B, S]: cached slots, then the new tokens
+    kv_segments: Array  # [B, T]
     valid: Array | None = None  # [B, T] bool: which new tokens are not padding; None = all
+    cached_segments: Array | None = None  # [B, S]; None without a cache
 
 
 def make_context(
     config: TextConfig, positions: Array, segments: Array, cache: Cache | None = None
 ) -> Context:
     """What every layer reads, from the new tokens' positions [B, 3, T] and segments [B, T]."""
-    kv_segments = segments
-    if cache is not None:
-        kv_segments = jnp.concatenate([cache.segments, segments], axis=1)
     return Context(
         table=mrope_table(
             positions,
@@ -55,15 +54,16 @@ def make_context(
         # A padded query looks at the first segment: its result is never used, and it stays equal
         # to PyTorch's, where padding hides keys and not queries.
         q_segments=jnp.where(segments == 0, 1, segments),
-        kv_segments=kv_segments,
+        kv_segments=segments,
         valid=segments != 0,
+        cached_segments=None if cache is None else cache.segments,
     )
 
 
 class LayerOutput(NamedTuple):
     """What one layer tells beside its result; stacked over L by the scan."""
 
-    kv: tuple[Array, Array]  # [B, T, K, H] each
+    kv: tuple[Array, Array]  # [B, K, T, H] each
     router_logits: Array | None  # [B, T, E] float32
     coefficient: Array | None  # [B, T, 2] float32, after the softmax
     dropped: Array | None  # [], choices of tokens that found no room at their expert
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cached: tuple[Array, Array] | None, context: Context
+        self, x: Array, cached: Stored | None, context: Context
     ) -> tuple[Array, tuple[Array, Array]]:
         c = self.config
         shape = (c.num_heads, c.head_dim, c.hidden_size)
@@ -114,22 +114,24 @@ class Attention(nn.Module):
         q = layout.constrain(q, "batch", None, "attn_heads", None)
         k, v = (layout.constrain(x, "batch", None, "attn_kv_heads", None) for x in (k, v))
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-        keys, values = k, v
-        if cached is not None:
-            keys = jnp.concatenate([cached[0].astype(k.dtype), k], axis=1)
-            values = jnp.concatenate([cached[1].astype(v.dtype), v], axis=1)
-        out = attention(
-            q,
-            keys,
-            values,
-            q_segments=context.q_segments,
-            kv_segments=context.kv_segments,
-            causal_offset=keys.shape[1] - k.shape[1],
-            implementation=self.compute.attention,
-            layout=layout,
-        )
+        segments = context.q_segments, context.kv_segments
+        if cached is None:
+            out = attention(
+                q,
+                k,
+                v,
+                q_segments=segments[0],
+                kv_segments=segments[1],
+                causal_offset=0,
+                implementation=self.compute.attention,
+                layout=layout,
+            )
+        else:
+            segments = (*segments, context.cached_segments)
+            out = cached_attention(q, k, v, cached, segments=segments, layout=layout)
         shape, axes = (shape[2], *shape[:2]), (axes[2], *axes[:2])
-        return Linear("BTNH,DNH->BTD", shape, axes, layout=layout, name="o")(out), (k, v)
+        out = Linear("BTNH,DNH->BTD", shape, axes, layout=layout, name="o")(out)
+        return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))  # as a cache has them
 
 
 class DecoderLayer(nn.Module):
@@ -145,7 +147,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cached: tuple[Array, Array] | None, context: Context
+        self, x: Array, cached: Stored | None, context: Context
     ) -> tuple[Array, LayerOutput]:
         text, layout = self.config.text, self.compute.layout
         width, eps = text.hidden_size, text.rms_norm_eps
@@ -224,7 +226,7 @@ class Decoder(nn.Module):
         Returns:
           The normalised result [B, T, D], and the layers' outputs stacked over L.
         """
-        cached = None if cache is None else (cache.key, cache.value)
+        cached = None if cache is None else cache.stored
         context = make_context(self.config.text, positions, segments, cache)
         x, outputs = self.layers(x, cached, context)
         return self.final_norm(x), outputs

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.model.cache import Cache
 from echovlm_jax.model.compute import Compute
-from echovlm_jax.model.decoder import Decoder
+from echovlm_jax.model.decoder import Decoder, LayerOutput
 from echovlm_jax.model.vision import VisionEncoder
 from echovlm_jax.ops import Array
 
@@ -22,7 +22,7 @@ class Output(NamedTuple):
     """What a forward pass returns; absent parts are None."""
 
     hidden: Array  # [B, T, D], after the final norm
-    kv: tuple[Array, Array]  # [L, B, T, K, H] each: keys and values of these tokens
+    kv: tuple[Array, Array]  # [L, B, K, T, H] each: keys and values of these tokens
     router_logits: Array | None  # [L, B, T, E] float32
     coefficient: Array | None  # [L, B, T, 2] float32
     dropped: Array | None  # [L], choices of tokens that found no room at their expert
@@ -63,14 +63,8 @@ class EchoVLM(nn.Module):
         self.text = Decoder(self.config, self.dtype, self.keep_hidden, self.compute)
 
     def __call__(self, batch: Batch, cache: Cache | None = None) -> Output:
-        x = self.text.embed_tokens(batch["tokens"])
-        image_tokens = None
-        if "patches" in batch:
-            image_tokens = self.vision(
-                batch["patches"], batch["patch_segment_ids"], batch["patch_positions"]
-            )
-            x = insert_images(x, image_tokens, batch["patch_index"])
-        hidden, layers = self.text(x, batch["positions"], batch["segment_ids"], cache)
+        x, image_tokens = self.embed(batch)
+        hidden, layers = self.decode(x, batch["positions"], batch["segment_ids"], cache)
         return Output(
             hidden=hidden,
             kv=layers.kv,
@@ -80,6 +74,22 @@ class EchoVLM(nn.Module):
             layer_inputs=layers.hidden,
             image_tokens=image_tokens,
         )
+
+    def embed(self, batch: Batch) -> tuple[Array, Array | None]:
+        """The decoder's input [B, T, D], images in their places; and the image tokens."""
+        x = self.text.embed_tokens(batch["tokens"])
+        if "patches" not in batch:
+            return x, None
+        image_tokens = self.vision(
+            batch["patches"], batch["patch_segment_ids"], batch["patch_positions"]
+        )
+        return insert_images(x, image_tokens, batch["patch_index"]), image_tokens
+
+    def decode(
+        self, x: Array, positions: Array, segments: Array, cache: Cache | None = None
+    ) -> tuple[Array, LayerOutput]:
+        """The decoder alone: see `Decoder.__call__`."""
+        return self.text(x, positions, segments, cache)
 
     def logits(self, hidden: Array) -> Array:
         """[B, T, D] → [B, T, V] in float32."""

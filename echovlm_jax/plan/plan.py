@@ -14,7 +14,7 @@ from echovlm_jax.data.review import expected_filling
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import STEPS, Flops, Work, model_flops
-from echovlm_jax.generate.decode import lower_decode, lower_prefill
+from echovlm_jax.generate.engine import NEW_TOKENS, lower_decode, lower_prefill
 from echovlm_jax.mesh import topology_devices
 from echovlm_jax.model import param_specs
 from echovlm_jax.plan import hlo
@@ -107,17 +107,16 @@ def plan(
         mesh = config_mesh(config, devices)
         shapes = _served(model, config, mesh)
         arrays, params = {"parameters": shapes}, count(shapes)
-        lower = lower_prefill if step == "prefill" else lower_decode
+        common: dict[str, Any] = {"rows": config.global_batch_size, "dtype": config.dtype}
 
         def compiling() -> jax.stages.Compiled:
-            return lower(
-                model,
-                shapes,
-                rows=config.global_batch_size,
-                prompt=config.seq_len,
-                patches=config.max_patches,
-                dtype=config.dtype,
-            ).compile(dict(PRINTABLE))
+            if step == "prefill":
+                sizes = {"prompt": config.seq_len, "patches": config.max_patches}
+                lowered = lower_prefill(model, shapes, **common, **sizes)
+            else:
+                slots = config.seq_len + NEW_TOKENS
+                lowered = lower_decode(model, shapes, **common, slots=slots)
+            return lowered.compile(dict(PRINTABLE))
 
     work = Work(
         rows=config.global_batch_size,

@@ -36,7 +36,7 @@ def quick(monkeypatch, model):
     """No network, and a test split of 12 exams."""
     loaded = load_model(model)
     monkeypatch.setattr(harness, "load_model", lambda path: loaded)
-    monkeypatch.setattr(load.Model, "answer", answer_by_hash)
+    monkeypatch.setattr(load.Model, "answer_each", answer_by_hash)
     exams = PhantomDataset("test", 12)
     monkeypatch.setattr(harness, "open_dataset", lambda data, split: exams)
 
@@ -77,17 +77,17 @@ def test_what_an_evaluation_leaves(model, quick, tmp_path):
     assert stored["settings"]["images"] == "given" and stored["settings"]["split"] == "test"
 
 
-def test_every_batch_has_as_many_rows(model, quick, tmp_path, monkeypatch):
+def test_every_window_has_as_many_slots(model, quick, tmp_path, monkeypatch):
     """Another number of rows would be another program to compile."""
-    rows = []
+    slots = []
 
-    def answer(self, inputs, **settings):
-        rows.append((len(inputs), settings["max_new_tokens"]))
-        return answer_by_hash(self, inputs, **settings)
+    def answer_each(self, asked, **settings):
+        slots.append((settings["slots"], settings["max_new_tokens"]))
+        return answer_by_hash(self, asked, **settings)
 
-    monkeypatch.setattr(load.Model, "answer", answer)
+    monkeypatch.setattr(load.Model, "answer_each", answer_each)
     evaluate(model, "phantom", tmp_path / "out", **{**FEW, "max_new_tokens": 100})
-    assert rows == [(3, 100), (3, harness.SHORT), (3, harness.SHORT)] * 3
+    assert slots == [(3, 100), (3, harness.SHORT), (3, harness.SHORT)] * 3
 
 
 def test_tables_are_of_their_lines(model, quick, tmp_path):

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echovlm_jax.ops.attention.blocks import MAX_QUERY_BLOCK, MIN_QUERY_BLOCK, SCORES, _query_block
+from echovlm_jax.ops.attention.blocks import (
+    MAX_QUERY_BLOCK,
+    MIN_QUERY_BLOCK,
+    SCORES,
+    query_block_of,
+)
 from echovlm_jax.ops.attention.dispatch import attention
 
 
@@ -175,7 +180,7 @@ def test_blocks_have_the_same_gradients():
 @pytest.mark.parametrize("length", [1, 511, 513, 784, 2049, 6144])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_blocks_are_even_and_bounded(length, batch):
-    block = _query_block((batch, length, 16, 80), length)
+    block = query_block_of((batch, length, 16, 80), length)
     count = -(-length // block)
     assert block <= MAX_QUERY_BLOCK
     assert batch * 16 * length * block <= max(SCORES, batch * 16 * length * MIN_QUERY_BLOCK)

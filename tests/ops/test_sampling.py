@@ -17,6 +17,10 @@ from echovlm_jax.ops.sampling import (
 VOCAB = 50
 
 
+def keys(seed, count):
+    return jnp.broadcast_to(jax.random.key(seed), count)
+
+
 def settings(**changes):
     rows = changes.pop("rows", range(4))
     return sampling(SamplingOptions(**{"temperature": 1.0, **changes}), rows)
@@ -54,7 +58,7 @@ def test_same_logits_as_hugging_face(temperature, top_k, top_p, penalty):
 
 def test_top_k_keeps_what_equals_the_kth():
     logits = np.array([[3.0, 1.0, 2.0, 2.0, 0.0]], np.float32)
-    s = settings(top_k=2)
+    s = settings(top_k=2, rows=[0])
     kept = filter_logits(logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
     assert np.isfinite(kept).tolist() == [[True, False, True, True, False]]
 
@@ -65,7 +69,7 @@ def test_draws_follow_the_probabilities():
     count = 20_000
     with np.errstate(divide="ignore"):
         logits = np.tile(np.log(probabilities), (count, 1)).astype(np.float32)
-    drawn = np.asarray(draw(logits, jax.random.key(0), np.arange(count), jnp.int32(0)))
+    drawn = np.asarray(draw(logits, keys(0, count), np.arange(count), np.zeros(count, np.int32)))
     found = np.bincount(drawn, minlength=6)
     assert found[5] == 0
     expected = count * probabilities[:5]
@@ -77,7 +81,8 @@ def test_a_draw_depends_on_seed_row_and_step_alone():
 
     def tokens(step=0, rows=(0, 1, 2, 3), **changes):
         s = settings(rows=rows, **changes)
-        return np.asarray(draw(logits, s.key, s.rows, jnp.int32(step))).tolist()
+        steps = np.full(4, step, np.int32)
+        return np.asarray(draw(logits, keys(s.seed[0], 4), s.rows, steps)).tolist()
 
     base = tokens()
     assert len(set(base)) == 4
@@ -89,7 +94,6 @@ def test_a_draw_depends_on_seed_row_and_step_alone():
 def test_greedy_takes_the_likeliest_after_the_penalty():
     logits = np.array([[1.0, 3.0, 2.9], [-1.0, -3.0, -1.1]], np.float32)
     seen = np.array([[False, True, False], [True, False, False]])
-    chosen = choose(
-        logits, seen, settings(temperature=0.0, repetition_penalty=1.2), jnp.int32(0), greedy=True
-    )
+    own = settings(temperature=0.0, repetition_penalty=1.2, rows=range(2))
+    chosen = choose(logits, seen, own, np.zeros(2, np.int32))
     assert chosen.tolist() == [2, 2]

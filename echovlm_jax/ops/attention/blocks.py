@@ -37,12 +37,12 @@ def block_attention(
       query_block: queries computed at a time; None bounds the block's scores by SCORES.
       halves: reduction of a row's scores half by half instead of at once.
     """
-    most = query_block or _query_block(q.shape, k.shape[1])
+    most = query_block or query_block_of(q.shape, k.shape[1])
     block = min(most, max(q.shape[1], 1))
     return _in_blocks(q, k, v, q_segments, kv_segments, causal_offset, block, halves)
 
 
-def _query_block(shape: tuple[int, ...], keys: int) -> int:
+def query_block_of(shape: tuple[int, ...], keys: int) -> int:
     """Queries at a time: blocks as even as can be, whose scores over all rows and heads stay within
     SCORES."""
     batch, length, heads, _ = shape
@@ -83,10 +83,10 @@ def _in_blocks_forward(q, k, v, q_segments, kv_segments, causal_offset, block, h
         )
         return (), ((out / total).astype(v.dtype), top, total)
 
-    queries = _split_queries(q, k, q_segments, causal_offset, block)
-    out, top, total = _over_blocks(one, (), queries)[1]
+    queries = split_queries(q, k, q_segments, causal_offset, block)
+    out, top, total = over_blocks(one, (), queries)[1]
     # The result as the next layer reads it too: it is then stored once for both.
-    out = _join(out, q.shape)
+    out = join_queries(out, q.shape)
     return out, (q, k, v, q_segments, kv_segments, out, top, total)
 
 
@@ -107,20 +107,20 @@ def _in_blocks_backward(causal_offset, block, halves, residuals, d_out):
 
     batch, length, kv_heads, dim = k.shape
     sums = (jnp.zeros((batch, kv_heads, dim, length), jnp.float32),) * 2
-    queries = _split_queries(q, k, q_segments, causal_offset, block)
+    queries = split_queries(q, k, q_segments, causal_offset, block)
     mean = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
     mean, d_out = (_split_heads(x, kv_heads, block) for x in (mean, d_out))
     blocks = (queries, (top, total, mean), d_out)
-    (dk, dv), dq = _over_blocks(one, sums, blocks)
+    (dk, dv), dq = over_blocks(one, sums, blocks)
     dk, dv = (jnp.einsum("BKHS->BSKH", x) for x in (dk, dv))
-    dq = _join(dq, q.shape)
+    dq = join_queries(dq, q.shape)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
 
 
-def _over_blocks(one: Callable[..., Any], sums: Any, blocks: Any) -> Any:
+def over_blocks(one: Callable[..., Any], sums: Any, blocks: Any) -> Any:
     """`one` over all blocks, in a loop where there are several."""
     return jax.lax.scan(one, sums, blocks, unroll=len(jax.tree.leaves(blocks)[0]) == 1)
 
@@ -146,7 +146,7 @@ def _halved(x: Array, two: Callable[[Array, Array], Array], halves: bool) -> Arr
     return x
 
 
-def _split_queries(
+def split_queries(
     q: Array, k: Array, segments: Array, causal_offset: int | None, block: int
 ) -> tuple[Array, Array, Array]:
     q, segments = _split_heads(q, k.shape[2], block), _split(segments, block)
@@ -168,7 +168,7 @@ def _split(x: Array, block: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
 
 
-def _join(x: Array, shape: tuple[int, ...]) -> jax.Array:
+def join_queries(x: Array, shape: tuple[int, ...]) -> jax.Array:
     """[blocks, B, K, G, block, H] → [B, T, N, H], the shape."""
     x = jnp.moveaxis(x, 0, 3)  # [B, K, G, blocks, block, H]
     x = x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], x.shape[5])[..., : shape[1], :]
