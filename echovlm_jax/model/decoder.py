@@ -16,6 +16,7 @@ from echovlm_jax.model.layers import (
     Linear,
     RMSNorm,
     scan_layers,
+    stored,
     weight,
 )
 from echovlm_jax.model.moe import MoE
@@ -77,7 +78,8 @@ class Embedding(nn.Module):
     layout: Layout = Layout()
 
     def setup(self) -> None:
-        self.embedding = self.param("embedding", weight(_HEAD, ("vocab", "embed")), self.shape)
+        init = weight(_HEAD, ("vocab", "embed"))
+        self.embedding = stored(self, "embedding", init, self.shape)
 
     def __call__(self, tokens: Array, dtype: Any) -> Array:
         # Every device looks up its own slice of the width for the tokens of all that share the

@@ -20,6 +20,7 @@ from echovlm_jax.ops.dropout import dropout
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.norms import layer_norm, rms_norm
 from echovlm_jax.ops.product.einsum import add_bias, einsum, weight_axes
+from echovlm_jax.ops.product.weight import Quantized, Weight
 
 
 class Linear(nn.Module):
@@ -48,7 +49,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, out_dtype: DTypeLike | None = None) -> Array:
-        kernel = self.param("kernel", weight(self.spec, self.axes), self.shape)
+        kernel = stored(self, "kernel", weight(self.spec, self.axes), self.shape)
         y = einsum(self.spec, x, kernel, axes=self.axes, layout=self.layout, out_dtype=out_dtype)
         y = checkpoint_name(y, PRODUCT)
         stacked, made, summed = weight_axes(self.spec)
@@ -156,6 +157,17 @@ def weight(spec: str, axes: Axes) -> Callable[..., Any]:
     """
     stacked, _, summed = map(len, weight_axes(spec))
     return declared(_weight_init(summed), axes, stacked, summed)
+
+
+def stored(
+    module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...]
+) -> Weight:
+    """A weight of a module's: `module.param`, or the quantized one that is given in its place."""
+    if module.has_variable("params", name):
+        given = module.get_variable("params", name)
+        if isinstance(given, Quantized) and given.shape == shape:
+            return given
+    return module.param(name, init, shape)
 
 
 @functools.cache

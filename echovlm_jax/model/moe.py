@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from echovlm_jax.config import MoEConfig
 from echovlm_jax.model.compute import Compute
-from echovlm_jax.model.layers import GatedMLP, Linear, weight
+from echovlm_jax.model.layers import GatedMLP, Linear, stored, weight
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.moe.dispatch import Experts, Routing, moe, route
 from echovlm_jax.ops.product.einsum import einsum
+from echovlm_jax.ops.product.weight import Weight, as_operand
 
 
 class ExpertWeights(nn.Module):
@@ -27,12 +28,12 @@ class ExpertWeights(nn.Module):
     axes: tuple[str, str, str]
 
     @nn.compact
-    def __call__(self) -> Array:
-        kernel = self.param("kernel", weight(self.spec, self.axes), self.shape)
+    def __call__(self) -> Weight:
+        kernel = stored(self, "kernel", weight(self.spec, self.axes), self.shape)
         if not self.has_variable("lora", "a"):
             return kernel
         a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-        return kernel + einsum("Eor,Eri->Eoi", b, a)
+        return as_operand(kernel, b.dtype) + einsum("Eor,Eri->Eoi", b, a)
 
 
 class RoutedExperts(nn.Module):

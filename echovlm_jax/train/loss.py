@@ -10,6 +10,7 @@ from echovlm_jax.ops import Array
 from echovlm_jax.ops.collectives import all_gather
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.product.einsum import einsum
+from echovlm_jax.ops.product.weight import Quantized, as_operand, in_chunks
 
 IGNORE = -100  # a label that does not count
 # Bytes of logits that one device holds at a time. Smaller saves memory and runs more, narrower
@@ -26,7 +27,7 @@ class _Running(NamedTuple):
 
 def token_losses(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Quantized,
     labels: Int[Array, "B T"],
     *,
     layout: Layout = Layout(),
@@ -46,6 +47,8 @@ def token_losses(
       layout: where they lie.
       logit_bytes: of logits that one device may hold at a time.
     """
+    if isinstance(head, Quantized) and layout.rules:
+        head = as_operand(head, hidden.dtype)  # split as the wide one is
     batch, length = hidden.shape[:2]
     tokens = batch // layout.size("batch") * (length // layout.size("length"))
     vocab = head.shape[0] // layout.size("vocab")
@@ -61,7 +64,8 @@ def token_losses(
         def step(running: _Running, chunk: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
             number, weight = chunk
             kinds = {"dtype": hidden.dtype, "sum_dtype": layout.sums(hidden.dtype)}
-            weight = all_gather(weight, embed_axes, 1, **kinds)
+            if not isinstance(weight, Quantized):
+                weight = all_gather(weight, embed_axes, 1, **kinds)
             x = wide.astype(hidden.dtype)
             logits = einsum("BTD,VD->BTV", x, weight, out_dtype=jnp.float32)
             place = labels - (first + number * width)
@@ -75,11 +79,11 @@ def token_losses(
         start = _Running(
             jnp.full(labels.shape, -jnp.inf, jnp.float32), jnp.zeros(labels.shape, jnp.float32)
         )
-        pieces = head.reshape(chunks, width, head.shape[1])
+        pieces = in_chunks(head, chunks)
         # One chunk's logits are as many as may be held: they wait for the backward pass.
         kept = step if chunks == 1 else jax.checkpoint(step, prevent_cse=False)
         numbers = jnp.arange(chunks)
-        log_sum, label = jax.lax.scan(kept, start, (numbers, jnp.asarray(pieces)))[0]
+        log_sum, label = jax.lax.scan(kept, start, (numbers, pieces))[0]
         if vocab_axes:
             top = jax.lax.stop_gradient(jax.lax.pmax(jax.lax.stop_gradient(log_sum), vocab_axes))
             log_sum = top + jnp.log(jax.lax.psum(jnp.exp(log_sum - top), vocab_axes))

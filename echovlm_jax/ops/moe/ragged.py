@@ -13,7 +13,7 @@ from echovlm_jax.ops.collectives import all_gather
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.moe.routing import Experts, Routing
 from echovlm_jax.ops.product.grouped import grouped_matmul, padded_rows
-from echovlm_jax.ops.product.weight import as_operand
+from echovlm_jax.ops.product.weight import Quantized, as_operand
 
 # Axes of this file beside the common ones: N tokens in one list, R rows sorted by expert.
 
@@ -47,7 +47,10 @@ def moe(
     )
     # As they are, where a device's sums are to be wide: of copies over the mesh's other axes too.
     wide = layout.sums(x.dtype) != x.dtype
-    weights = experts if wide else (as_operand(weight, x.dtype) for weight in experts)
+    weights = (
+        weight if wide and not isinstance(weight, Quantized) else as_operand(weight, x.dtype)
+        for weight in experts
+    )
     # One term for each piece of "mlp". They are added out here, where the sum's derivative is a
     # copy; inside, it would be one more sum over devices.
     return jnp.sum(mapped(x, routing.expert, routing.weight.astype(x.dtype), valid, *weights), 0)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.typing import DTypeLike
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.collectives import reduce_scatter
 from echovlm_jax.ops.layout import Layout
-from echovlm_jax.ops.product.weight import as_operand
+from echovlm_jax.ops.product.weight import Quantized, Weight, as_operand, no_gradient
 
 Axes = tuple[str, ...]
 
@@ -40,13 +41,13 @@ def weight_axes(spec: str) -> tuple[str, str, str]:
 def einsum(
     spec: str,
     x: Array,
-    weight: Array,
+    weight: Weight,
     *,
     axes: Axes | None = None,
     layout: Layout = Layout(),
     out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """`jnp.einsum(spec, x, weight)` in x's dtype, whatever dtype the weight is stored in.
+    """`jnp.einsum(spec, x, weight)` in x's dtype, whatever form the weight is stored in.
 
     Where the weight is split over devices that have rows of their own (ZeRO, arXiv 1910.02054), it
     is gathered in x's dtype for this one product, and its gradient is reduced and scattered at
@@ -57,7 +58,7 @@ def einsum(
       spec: an einsum of two operands, in the axis alphabet of `ops`; x has the batch first and the
         length second, as has the result.
       x: activations; their dtype is the dtype of the product.
-      weight: the weight, of any float dtype.
+      weight: the weight, of any float dtype, or quantized: then it has no gradient.
       axes: the weight's logical axes; without them the compiler decides what travels.
       layout: where x and the weight lie.
       out_dtype: dtype of the result (the accumulation is at least this wide); x's by default.
@@ -74,20 +75,22 @@ def einsum(
 # Whoever keeps what the backward pass reads keeps x and the weight as they came: x once for all its
 # products, and no copy of the weight, cast or reshaped, for each layer of a loop.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x: Array, weight: Array, spec: str, out_dtype: Any, sums: Any) -> jax.Array:
+def _product(x: Array, weight: Weight, spec: str, out_dtype: Any, sums: Any) -> jax.Array:
     return _compute(spec, x, weight, out_dtype)
 
 
 def _product_fwd(
-    x: Array, weight: Array, spec: str, out_dtype: Any, sums: Any
-) -> tuple[jax.Array, tuple[Array, Array]]:
+    x: Array, weight: Weight, spec: str, out_dtype: Any, sums: Any
+) -> tuple[jax.Array, tuple[Array, Weight]]:
     return _product(x, weight, spec, out_dtype, sums), (x, weight)
 
 
 def _product_bwd(
-    spec: str, out_dtype: Any, sums: Any, saved: tuple[Array, Array], gradient: Array
-) -> tuple[jax.Array, jax.Array]:
+    spec: str, out_dtype: Any, sums: Any, saved: tuple[Array, Weight], gradient: Array
+) -> tuple[jax.Array, Weight]:
     x, weight = saved
+    if isinstance(weight, Quantized):
+        return _input_gradient(spec, weight, gradient, x.dtype), no_gradient(weight)
     # Transposed, not differentiated: `jax.vjp` would compute the product once more.
     (dx,) = jax.linear_transpose(lambda x: _compute(spec, x, weight, out_dtype), x)(gradient)
     if _mesh_size() > 1 and jnp.promote_types(x.dtype, weight.dtype) == sums != x.dtype:
@@ -102,7 +105,9 @@ def _product_bwd(
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def _compute(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Array:
+def _compute(spec: str, x: Array, weight: Weight, out_dtype: DTypeLike) -> jax.Array:
+    if isinstance(weight, Quantized):
+        return _quantized(spec, x, weight, out_dtype)
     weight = as_operand(weight, x.dtype)
     inputs, letters, result = re.split(",|->", spec)
     rows = inputs[:2]
@@ -115,6 +120,49 @@ def _compute(spec: str, x: Array, weight: Array, out_dtype: DTypeLike) -> jax.Ar
     y = jnp.einsum(merged, *operands, preferred_element_type=out_dtype)
     sizes = dict(zip(inputs + letters, x.shape + weight.shape, strict=True))
     return y.reshape([sizes[name] for name in result])
+
+
+def _quantized(spec: str, x: Array, weight: Quantized, out_dtype: DTypeLike) -> jax.Array:
+    """`_compute` of a quantized weight: where a result has one scale, it goes to the result."""
+    inputs, letters, result = re.split(",|->", spec)
+    scaled = letters[: -weight.inputs]
+    if weight.grouped:
+        last = letters[-1]
+        place, count = inputs.index(last), weight.values.shape[-2]
+        x = jnp.reshape(x, (*x.shape[:place], count, -1, *x.shape[place + 1 :]))
+        spec = spec.replace(last, f"g{last}")
+    if weight.grouped or not set(scaled) <= set(result):
+        return jnp.einsum(spec, x, weight.split(x.dtype), preferred_element_type=out_dtype)
+    if weight.int8_products:
+        rest = "".join(axis for axis in inputs if axis in result)
+        whole, own = _rounded(x, tuple(inputs.index(axis) for axis in letters[-weight.inputs :]))
+        y = jnp.einsum(spec, whole, weight.values, preferred_element_type=jnp.int32)
+        y = jnp.einsum(f"{result},{rest}->{result}", y.astype(jnp.float32), own)
+    else:
+        y = _compute(spec, x, jnp.asarray(weight.values).astype(x.dtype), jnp.float32)
+    return jnp.einsum(f"{result},{scaled}->{result}", y, weight.scale).astype(out_dtype)
+
+
+def _rounded(x: Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """x in int8, and its scales: one for all of these axes together."""
+    wide = jnp.asarray(x, jnp.float32)
+    top = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+    scale = jnp.where(top > 0, top, 1) / 127
+    return jnp.round(wide / scale).astype(jnp.int8), jnp.squeeze(scale, axes)
+
+
+def _input_gradient(spec: str, weight: Quantized, gradient: Array, dtype: Any) -> jax.Array:
+    """The gradient of a quantized weight's x."""
+    inputs, letters, result = re.split(",|->", spec)
+    scaled = letters[: -weight.inputs]
+    if weight.grouped or not set(scaled) <= set(result):
+        whole = as_operand(weight, dtype)
+    else:
+        gradient = jnp.einsum(f"{result},{scaled}->{result}", gradient, weight.scale)
+        whole = jnp.asarray(weight.values).astype(dtype)
+    return jnp.einsum(
+        f"{result},{letters}->{inputs}", gradient.astype(dtype), whole, preferred_element_type=dtype
+    )
 
 
 def _mesh_size() -> int:
@@ -140,32 +188,37 @@ def _merged(spec: str, x: Array, weight: Array) -> tuple[str, list[jax.Array]]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _gathered(
-    x: Array, weight: Array, spec: str, axes: Axes, layout: Layout, out_dtype: Any
+    x: Array, weight: Weight, spec: str, axes: Axes, layout: Layout, out_dtype: Any
 ) -> jax.Array:
     return _compute(spec, x, _whole(weight, x.dtype, axes, layout), out_dtype)
 
 
-def _whole(weight: Array, dtype: Any, axes: Axes, layout: Layout) -> jax.Array:
+def _whole(weight: Weight, dtype: Any, axes: Axes, layout: Layout) -> Weight:
     """The weight, split no more over devices with rows of their own."""
     shared = layout.mesh_axes("batch")
-    spec = [[m for m in layout.mesh_axes(axis) if m not in shared] or None for axis in axes]
-    spec = PartitionSpec(*[tuple(entry) if entry else None for entry in spec])
-    return jax.lax.with_sharding_constraint(as_operand(weight, dtype), spec)
+    kept = [tuple(m for m in layout.mesh_axes(axis) if m not in shared) or None for axis in axes]
+    if isinstance(weight, Quantized):  # its few bits travel
+        sizes = jax.sharding.get_abstract_mesh().shape
+        specs = weight.placed(kept, lambda entry: math.prod(sizes[m] for m in entry or ()))
+        return jax.lax.with_sharding_constraint(weight, specs)
+    return jax.lax.with_sharding_constraint(as_operand(weight, dtype), PartitionSpec(*kept))
 
 
 def _gathered_fwd(
-    x: Array, weight: Array, spec: str, axes: Axes, layout: Layout, out_dtype: Any
-) -> tuple[jax.Array, tuple[Array, Array]]:
+    x: Array, weight: Weight, spec: str, axes: Axes, layout: Layout, out_dtype: Any
+) -> tuple[jax.Array, tuple[Array, Weight]]:
     return _gathered(x, weight, spec, axes, layout, out_dtype), (x, weight)
 
 
 def _gathered_bwd(
     spec: str, axes: Axes, layout: Layout, out_dtype: Any, saved: Any, gradient: Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Weight]:
     x, weight = saved
     gradient = gradient.astype(x.dtype)
     inputs, letters, result = re.split(",|->", spec)
     whole = _whole(weight, x.dtype, axes, layout)
+    if isinstance(whole, Quantized):
+        return _input_gradient(spec, whole, gradient, x.dtype), no_gradient(weight)
     dx = _compute(f"{result},{letters}->{inputs}", gradient, whole, x.dtype)
 
     batch, length = layout.mesh_axes("batch"), layout.mesh_axes("length")
