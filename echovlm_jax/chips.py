@@ -98,7 +98,7 @@ def defaults(device: Any) -> Defaults:
     if device.platform == "tpu":
         return Defaults("splash", None)
     if device.platform == "cpu":
-        return Defaults("xla_halves", "float32")
+        return Defaults("xla", "float32")
     capability = _capability(device)
     if device.platform in ("gpu", "cuda") and capability is not None:
         return Defaults("triton", None) if capability >= _AMPERE else Defaults("xla", "float32")

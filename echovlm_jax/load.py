@@ -21,11 +21,12 @@ from echovlm_jax.convert.folder import as_dtype, open_model, side_files
 from echovlm_jax.convert.load import load_params
 from echovlm_jax.errors import InputError
 from echovlm_jax.generate import Generated, SamplingOptions, generate
+from echovlm_jax.generate.compute import compute_on
 from echovlm_jax.generate.engine import request
 from echovlm_jax.generate.offline import Asked, Run
 from echovlm_jax.generate.prompts import check_new_tokens, check_room, prompt_lengths, split_rows
-from echovlm_jax.mesh import activation_layout, param_shardings
-from echovlm_jax.model import Compute, EchoVLM, abstract_params, logical_axes
+from echovlm_jax.mesh import param_shardings
+from echovlm_jax.model import EchoVLM, abstract_params, logical_axes
 from echovlm_jax.processing.batch import make_batch, pad_batch
 from echovlm_jax.processing.chat import neutral
 from echovlm_jax.processing.files import read_json_if_there
@@ -129,7 +130,8 @@ class Model:
     ) -> None:
         self.config, self.params, self._folder = config, params, as_path(path)
         self.mesh = mesh
-        self.compute = Compute() if mesh is None else Compute(layout=activation_layout(mesh))
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        self.compute = compute_on(device, mesh)
         self._media = media
         self._control_tokens = control_tokens
         self.dtype = params["text"]["embed"]["embedding"].dtype

@@ -48,7 +48,7 @@ def test_names_that_are_none(name, message):
     ("platform", "capability", "attention", "dtype"),
     [
         ("tpu", None, "splash", None),
-        ("cpu", None, "xla_halves", "float32"),
+        ("cpu", None, "xla", "float32"),
         ("gpu", "7.5", "xla", "float32"),  # T4: the Triton kernel is refused, no bfloat16
         ("gpu", "7.0", "xla", "float32"),  # V100
         ("gpu", "8.0", "triton", None),  # A100

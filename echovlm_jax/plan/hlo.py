@@ -85,10 +85,10 @@ class Transfer(NamedTuple):
 class Module(NamedTuple):
     """What `read` returns.
 
-    `hbm_bytes`, and `hbm_read`, the part that is read, are an estimate: operands and results, filled
-    up to whole tiles, of every instruction outside fusions, where they lie in main memory. Reading
-    a slice and updating one in place count as the slice. What the compiler keeps on chip counts
-    where it is copied in and out; what a kernel reads twice counts once; each branch of a
+    `hbm_bytes`, and `hbm_read`, the part that is read, are an estimate: operands and results,
+    filled up to whole tiles, of every instruction outside fusions, where they lie in main memory.
+    Reading a slice and updating one in place count as the slice. What the compiler keeps on chip
+    counts where it is copied in and out; what a kernel reads twice counts once; each branch of a
     conditional counts.
     """
 

@@ -41,6 +41,10 @@ MOST_FSDP = 64
 _ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
+def _attention(device: Any) -> str:
+    return "xla_halves" if device.platform == "cpu" else defaults(device).attention
+
+
 class Program(NamedTuple):
     """A training step and all that it is made for."""
 
@@ -114,7 +118,7 @@ def make_program(
     compute = Compute(
         moe_dispatch=config.moe_dispatch,
         capacity_factor=config.get("capacity_factor"),
-        attention=defaults(devices[0]).attention,
+        attention=_attention(devices[0]),
         remat=config.remat,
         layout=layout,
     )
