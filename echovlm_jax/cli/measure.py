@@ -28,37 +28,36 @@ SERVING = {
 }
 
 
+def _plan(args: argparse.Namespace) -> Result:
+    for name, value in COMPILER_ONLY.items():
+        os.environ.setdefault(name, value)
+    from echovlm_jax.plan import Serving, plan
+    from echovlm_jax.train.config_file import load_config
+
+    names = (*SERVING, "quantize", "cache")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if given and args.step == "train":
+        raise InputError(f"--{next(iter(given))} is for --step prefill and decode; leave it out")
+    config = load_config(args.config, args.overrides)
+    if sys.stderr.isatty():
+        print(f"compiling for {args.topology}: about a minute at full size", file=sys.stderr)
+    with no_native_stderr(args.debug):
+        result = plan(
+            config,
+            args.topology,
+            step=args.step,
+            rows_per_chip=args.rows_per_chip,
+            slices=args.slices,
+            serving=Serving(**given),
+        )
+    return {k: v for k, v in result.items() if not (args.json and k == "report")}
+
+
 def add_plan(commands: Any) -> None:
-    def run(args: argparse.Namespace) -> Result:
-        for name, value in COMPILER_ONLY.items():
-            os.environ.setdefault(name, value)
-        from echovlm_jax.plan import Serving, plan
-        from echovlm_jax.train.config_file import load_config
-
-        names = (*SERVING, "quantize", "cache")
-        given = {name: value for name in names if (value := getattr(args, name)) is not None}
-        if given and args.step == "train":
-            raise InputError(
-                f"--{next(iter(given))} is for --step prefill and decode; leave it out"
-            )
-        config = load_config(args.config, args.overrides)
-        if sys.stderr.isatty():
-            print(f"compiling for {args.topology}: about a minute at full size", file=sys.stderr)
-        with no_native_stderr(args.debug):
-            result = plan(
-                config,
-                args.topology,
-                step=args.step,
-                rows_per_chip=args.rows_per_chip,
-                slices=args.slices,
-                serving=Serving(**given),
-            )
-        return {k: v for k, v in result.items() if not (args.json and k == "report")}
-
     command = add_command(
         commands,
         "plan",
-        run,
+        _plan,
         "compile a configuration's step for a TPU slice that isn't here and say what it needs; "
         "exit code 1 if it does not fit. --config.KEY=VALUE changes a key of the configuration",
         "echovlm plan --config configs/full_finetune.py --topology v5e:4x4\n"
