@@ -1,4 +1,4 @@
-"""Accelerators: what their makers state, topology names, and the roofline.
+"""Accelerators: what their makers state, what suits them, topology names, and the roofline.
 
 A compiled program's figures are those of one *device*. On most chips that is the chip; JAX sees two
 devices on a v4 and a TPU7x, each with half of the chip.
@@ -7,7 +7,7 @@ devices on a v4 and a TPU7x, each with half of the chip.
 import math
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from echovlm_jax.errors import InputError
 
@@ -73,6 +73,42 @@ def chip_of(device_kind: str) -> Chip | None:
     """The chip of a `jax.Device.device_kind`; None for one that is not in CHIPS."""
     lower = device_kind.lower()
     return next((CHIPS[name] for part, name in _KINDS if part in lower), None)
+
+
+class Defaults(NamedTuple):
+    """How a model computes on a device, where nobody says otherwise."""
+
+    attention: str  # of whole sequences; an implementation of `ops.attention.dispatch`
+    dtype: str | None  # None: the one that the weights are stored in
+
+
+# The compute capability of Ampere: the first cards with bfloat16, and the first that the compiler
+# of the Triton kernel takes (below, XLA:GPU says "only enabled for Ampere GPUs and up").
+_AMPERE = (8, 0)
+
+
+def defaults(device: Any) -> Defaults:
+    """What suits a device: a `jax.Device`, or what a topology has in its place.
+
+    Cards older than Ampere, such as a T4, compute in float32. They have no bfloat16, and float16
+    ends at 65,504: Qwen2-VL's activations exceed that, and its answers become gibberish
+    (github.com/huggingface/transformers/issues/33294). CPUs do too: with jax 0.10.2 a bfloat16
+    product takes longer there.
+    """
+    if device.platform == "tpu":
+        return Defaults("splash", None)
+    if device.platform == "cpu":
+        return Defaults("xla", "float32")
+    capability = _capability(device)
+    if device.platform in ("gpu", "cuda") and capability is not None:
+        return Defaults("triton", None) if capability >= _AMPERE else Defaults("xla", "float32")
+    return Defaults("xla", None)
+
+
+def _capability(device: Any) -> tuple[int, int] | None:
+    """An NVIDIA card's compute capability; None of other makers' devices."""
+    said = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return None if said is None else (int(said[1]), int(said[2]))
 
 
 class Topology(NamedTuple):

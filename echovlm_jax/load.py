@@ -15,16 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from echovlm_jax.chips import defaults
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.convert.folder import as_dtype, open_model, side_files
 from echovlm_jax.convert.load import load_params
 from echovlm_jax.errors import InputError
 from echovlm_jax.generate import Generated, SamplingOptions, generate
+from echovlm_jax.generate.compute import compute_on
 from echovlm_jax.generate.engine import request
 from echovlm_jax.generate.offline import Asked, Run
 from echovlm_jax.generate.prompts import check_new_tokens, check_room, prompt_lengths, split_rows
-from echovlm_jax.mesh import activation_layout, param_shardings
-from echovlm_jax.model import Compute, EchoVLM, abstract_params, logical_axes
+from echovlm_jax.mesh import param_shardings
+from echovlm_jax.model import EchoVLM, abstract_params, logical_axes
 from echovlm_jax.processing.batch import make_batch, pad_batch
 from echovlm_jax.processing.chat import neutral
 from echovlm_jax.processing.files import read_json_if_there
@@ -56,7 +58,7 @@ def load_model(
       mesh: lays the parameters out over its devices (see `mesh.make_mesh`); by default they go to
         one device.
       dtype: of parameters and computation: bfloat16, float32 or float16. By default as stored, but
-        float32 on a CPU, where bfloat16 products take longer.
+        float32 on a CPU or an NVIDIA card older than Ampere (see `chips.defaults`).
       quantize: None; nothing else is available yet.
       num_frames: frames to take of a cine loop, evenly spaced; by default as
         preprocessor_config.json says, or 16.
@@ -80,11 +82,14 @@ def load_model(
     config, stored = opened.config, set(opened.dtypes.values())
     wanted = as_dtype(dtype)
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    if wanted is None and device.platform == "cpu":
-        wanted = np.dtype(np.float32)
+    suited = as_dtype(defaults(device).dtype)
+    if wanted is None and suited is not None:
+        wanted = suited
         if stored != {wanted}:
             _say_once(
                 "on a CPU this computes in float32; dtype bfloat16 halves memory, but is slower"
+                if device.platform == "cpu"
+                else f"this card has no bfloat16: it computes in {suited}"
             )
     shardings = None
     if mesh is not None:
@@ -125,7 +130,8 @@ class Model:
     ) -> None:
         self.config, self.params, self._folder = config, params, as_path(path)
         self.mesh = mesh
-        self.compute = Compute() if mesh is None else Compute(layout=activation_layout(mesh))
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        self.compute = compute_on(device, mesh)
         self._media = media
         self._control_tokens = control_tokens
         self.dtype = params["text"]["embed"]["embedding"].dtype

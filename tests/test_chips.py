@@ -1,11 +1,13 @@
 """Topology names and the roofline, against arithmetic by hand."""
 
 import os
+import types
 
 import pytest
 
-from echovlm_jax.chips import CHIPS, mfu_upper_bound, roofline, topology
+from echovlm_jax.chips import CHIPS, defaults, mfu_upper_bound, roofline, topology
 from echovlm_jax.errors import InputError
+from echovlm_jax.ops.attention.dispatch import IMPLEMENTATIONS
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,29 @@ def test_names_that_are_none(name, message):
     with pytest.raises(InputError, match=message) as caught:
         topology(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "attention", "dtype"),
+    [
+        ("tpu", None, "splash", None),
+        ("cpu", None, "xla", "float32"),
+        ("gpu", "7.5", "xla", "float32"),  # T4: the Triton kernel is refused, no bfloat16
+        ("gpu", "7.0", "xla", "float32"),  # V100
+        ("gpu", "8.0", "triton", None),  # A100
+        ("cuda", "8.9", "triton", None),  # L4
+        ("gpu", "10.0", "triton", None),  # B200: a number, not a word
+        ("gpu", "gfx90a", "xla", None),  # another maker's
+        ("gpu", None, "xla", None),
+        ("unheard of", None, "xla", None),
+    ],
+)
+def test_a_device_has_what_it_can_compute(platform, capability, attention, dtype):
+    device = types.SimpleNamespace(platform=platform)
+    if capability is not None:
+        device.compute_capability = capability
+    assert defaults(device) == (attention, dtype)
+    assert attention in IMPLEMENTATIONS
 
 
 def test_roofline():

@@ -109,8 +109,12 @@ CALLS = [
         (Path("d"),),
         {"size": "tiny"},
     ),
-    ("bench cpu --what train", "echovlm_jax.bench.cpu", "bench_train", (), {"size": None}),
-    ("bench cpu --size tiny", "echovlm_jax.bench.cpu", "bench_train", (), {"size": "tiny"}),
+    ("bench cpu --what train", "echovlm_jax.bench.cpu.train", "bench_train", (), {"size": None}),
+    ("bench cpu --size tiny", "echovlm_jax.bench.cpu.train", "bench_train", (), {"size": "tiny"}),
+    (
+        *("bench cpu --what generate", "echovlm_jax.bench.cpu.generation", "bench_generate"),
+        *((), {"size": None}),
+    ),
     ("bench moe --size tiny", "echovlm_jax.bench.moe", "bench_moe", (), {"size": "tiny"}),
 ]
 
@@ -188,17 +192,27 @@ def test_generate_lets_control_tokens_act_where_asked(fake) -> None:
 
 PLAN = "plan --config c.py --topology v5e:4x4"
 PLANS = [
-    (PLAN, [], {"step": "train", "rows_per_chip": None, "slices": 1}),
+    (PLAN, [], {"step": "train", "rows_per_chip": None, "slices": 1, "serving": {}}),
     (
         f"{PLAN} --step decode --rows-per-chip 2",
         [],
-        {"step": "decode", "rows_per_chip": 2, "slices": 1},
+        {"step": "decode", "rows_per_chip": 2, "slices": 1, "serving": {}},
+    ),
+    (
+        f"{PLAN} --step prefill --rows 3 --quantize int8 --cache int8 --patches 256",
+        [],
+        {
+            "step": "prefill",
+            "rows_per_chip": None,
+            "slices": 1,
+            "serving": {"rows": 3, "patches": 256, "quantize": "int8", "cache": "int8"},
+        },
     ),
     (
         "plan --config.a=1 --config c.py --config.mesh.data -1 --topology v5e:4x4 --config.b=x=y "
         "--config.c",
         ["a=1", "mesh.data=-1", "b=x=y", "c"],
-        {"step": "train", "rows_per_chip": None, "slices": 1},
+        {"step": "train", "rows_per_chip": None, "slices": 1, "serving": {}},
     ),
 ]
 
@@ -219,7 +233,7 @@ def fake_plan(fake, monkeypatch):
             calls.append((args, kwargs))
             return result
 
-        fake("echovlm_jax.plan", plan=plan)
+        fake("echovlm_jax.plan", plan=plan, Serving=dict)
         return calls
 
     return put
@@ -237,6 +251,36 @@ def test_plan_loads_the_configuration_with_its_overrides(
     assert out.out == "two\nlines\n" and out.err == ""
     assert main([*line.split(), "--json"]) == 0
     assert json.loads(capfd.readouterr().out) == {"ok": True, "chips": 16}
+
+
+@pytest.mark.parametrize("option", ["--rows 2", "--context 9", "--quantize int8", "--cache int8"])
+def test_sizes_of_generation_are_not_a_training_steps(fake_plan, capsys, option) -> None:
+    calls = fake_plan({"ok": True, "report": ""})
+    assert main([*PLAN.split(), *option.split()]) == 2 and not calls
+    assert f"{option.split()[0]} is for --step prefill and decode" in capsys.readouterr().err
+
+
+def test_bench_decode_compiles_for_a_topology(fake, capsys, monkeypatch) -> None:
+    for name in COMPILER_ONLY:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    calls: list = []
+    read = {"bytes": 2e9, "of": "s8[7]", "by": "fusion", "from": "jit(f)/mlp"}
+    one = {
+        "fits": True, "bytes_per_token": 3e9, "needed_bytes_per_token": 2.5e9, "bytes_ratio": 1.2,
+        "largest_reads": [read],
+    }  # fmt: skip
+    result = {"ratio": 1.2, "what": "bytes", "batches": {"1": one, "8": {"fits": False}}}
+    fake("echovlm_jax.bench.decode", bench_decode=_recorder(calls, {**result, "ok": False}))
+    line = "bench decode --topology v5e:1x1 --quantize int4 --size tiny"
+    assert main(line.split()) == 1
+    assert calls == [(("v5e:1x1",), {"quantize": "int4", "size": "tiny"})]
+    assert {name: os.environ[name] for name in COMPILER_ONLY} == COMPILER_ONLY
+    out = capsys.readouterr().out
+    assert "read 3.000 GB a token, needed 2.500 GB: 1.200" in out and "8 rows: does not fit" in out
+    assert "2.000 GB a step and chip  s8[7]  jit(f)/mlp" in out
+    assert main(["bench", "decode"]) == 2 and len(calls) == 1
+    assert "give --topology" in capsys.readouterr().err
 
 
 def test_plan_that_does_not_fit_exits_1_and_debug_shows_the_compilers_noise(
@@ -257,7 +301,7 @@ def test_plan_keeps_the_environment_that_is_there(fake_plan, monkeypatch) -> Non
 
 def test_an_error_behind_hidden_noise_is_shown(fake, fake_plan, capfd) -> None:
     fake_plan({})
-    fake("echovlm_jax.plan", plan=_raiser(InputError("seq_len 3 is odd")))
+    fake("echovlm_jax.plan", plan=_raiser(InputError("seq_len 3 is odd")), Serving=dict)
     assert main(PLAN.split()) == 2
     assert capfd.readouterr().err == "echovlm: error: seq_len 3 is odd\n"
 
@@ -315,6 +359,8 @@ BAD_USAGE = [
     "plan --config c.py --topology v5e:4x4 --rows-per-chip 0",
     "plan --config c.py --topology v5e:4x4 --confg.steps=3",
     "plan --config c.py --topology v5e:4x4 stray",
+    "plan --config c.py --topology v5e:4x4 --step decode --rows 0",
+    "plan --config c.py --topology v5e:4x4 --step decode --cache int2",
     "inspect m --config.steps=3",
 ]
 

@@ -5,6 +5,7 @@ module that holds the old MLP, Qwen2-MoE's sparse block and the coefficient, and
 paper does. The layer itself (norms, attention, residuals) stays theirs.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from echovlm_jax.config import ModelConfig, to_hf
@@ -61,8 +62,45 @@ def build(config: ModelConfig, seed: int = 0, std: float = 0.1) -> Any:
 
 def set_forms(model: Any, attention: str, experts: str) -> None:
     """Chooses transformers' implementations, by its names, in a model that `build` made: of
-    attention, eager or sdpa; of the experts, eager or grouped_mm."""
+    attention, eager or sdpa; of the experts, eager, grouped_mm or batched_mm."""
     model.set_attn_implementation(attention)
     for layer in model.model.language_model.layers:
         if hasattr(layer.mlp, "moe"):
             layer.mlp.moe.experts.config._experts_implementation = experts
+
+
+def released_state(model: Any) -> dict[str, Any]:
+    """The parameters under the released checkpoint's names: views, so that writing reaches the
+    model."""
+    return released_names(dict(model.named_parameters()))
+
+
+def load_released(model: Any, tensors: Mapping[str, Any]) -> None:
+    """Puts a released checkpoint's tensors into a model that `build` made."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    with torch.no_grad():
+        for name, place in released_state(model).items():
+            place.copy_(tensors[name])
+
+
+def released_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors of such a model, or their gradients, under the released names; stacked experts are
+    taken apart."""
+    out: dict[str, Any] = {}
+    for name, t in tensors.items():
+        name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        name = name.replace(".mlp.mlp.", ".mlp.").replace(".mlp.moe.", ".moe.")
+        name = name.replace(".mlp.coefficient.", ".coefficient.")
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            for e, both in enumerate(t):
+                gate, up = both.chunk(2, dim=0)
+                out[f"{stem}{e}.gate_proj.weight"] = gate
+                out[f"{stem}{e}.up_proj.weight"] = up
+        elif name.endswith("experts.down_proj"):
+            for e, down in enumerate(t):
+                out[f"{name.removesuffix('down_proj')}{e}.down_proj.weight"] = down
+        else:
+            out[name] = t
+    return out

@@ -20,35 +20,51 @@ COMPILER_ONLY = {
 }
 
 
+# Sizes of generation, as `plan.programs.Serving` has them.
+SERVING = {
+    "rows": "answers at one time; default: 1",
+    "context": "slots of a row's cache, 512 of them for the answer; default: 2048",
+    "patches": "of a prompt's images, four to a token; default: 5120",
+}
+
+
+def _plan(args: argparse.Namespace) -> Result:
+    for name, value in COMPILER_ONLY.items():
+        os.environ.setdefault(name, value)
+    from echovlm_jax.plan import Serving, plan
+    from echovlm_jax.train.config_file import load_config
+
+    names = (*SERVING, "quantize", "cache")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if given and args.step == "train":
+        raise InputError(f"--{next(iter(given))} is for --step prefill and decode; leave it out")
+    config = load_config(args.config, args.overrides)
+    if sys.stderr.isatty():
+        print(f"compiling for {args.topology}: about a minute at full size", file=sys.stderr)
+    with no_native_stderr(args.debug):
+        result = plan(
+            config,
+            args.topology,
+            step=args.step,
+            rows_per_chip=args.rows_per_chip,
+            slices=args.slices,
+            serving=Serving(**given),
+        )
+    return {k: v for k, v in result.items() if not (args.json and k == "report")}
+
+
 def add_plan(commands: Any) -> None:
-    def run(args: argparse.Namespace) -> Result:
-        for name, value in COMPILER_ONLY.items():
-            os.environ.setdefault(name, value)
-        from echovlm_jax.plan import plan
-        from echovlm_jax.train.config_file import load_config
-
-        config = load_config(args.config, args.overrides)
-        if sys.stderr.isatty():
-            print(f"compiling for {args.topology}: about a minute at full size", file=sys.stderr)
-        with no_native_stderr(args.debug):
-            result = plan(
-                config,
-                args.topology,
-                step=args.step,
-                rows_per_chip=args.rows_per_chip,
-                slices=args.slices,
-            )
-        return {k: v for k, v in result.items() if not (args.json and k == "report")}
-
     command = add_command(
         commands,
         "plan",
-        run,
+        _plan,
         "compile a configuration's step for a TPU slice that isn't here and say what it needs; "
         "exit code 1 if it does not fit. --config.KEY=VALUE changes a key of the configuration",
         "echovlm plan --config configs/full_finetune.py --topology v5e:4x4\n"
         "  echovlm plan --config configs/full_finetune.py --topology v5p:4x4x8 --rows-per-chip 2 "
-        "--config.remat=full",
+        "--config.remat=full\n"
+        "  echovlm plan --config configs/full_finetune.py --topology v5e:1x1 --step decode "
+        "--quantize int4",
         show=lambda result, args: print(result["report"]),
     )
     command.add_argument(
@@ -76,7 +92,20 @@ def add_plan(commands: Any) -> None:
         metavar="N",
         help="in place of the configuration's global_batch_size",
     )
+    _add_serving(command)
     command.set_defaults(overrides=[])
+
+
+def _add_serving(command: argparse.ArgumentParser) -> None:
+    sizes = command.add_argument_group("of --step prefill and decode")
+    for name, text in SERVING.items():
+        sizes.add_argument(f"--{name}", type=_positive, metavar="N", help=text)
+    sizes.add_argument(
+        "--quantize", metavar="K", help="weights in int8 or int4; default: the compute dtype"
+    )
+    sizes.add_argument(
+        "--cache", choices=["int8"], help="keys and values in int8; default: the compute dtype"
+    )
 
 
 def _positive(text: str) -> int:
@@ -86,7 +115,7 @@ def _positive(text: str) -> int:
 
 
 # What `bench` can do with --what, and where it keeps the runs of phantom.
-_WORKS = {"cpu": ("train",), "phantom": ("mixture", "imbalance")}
+_WORKS = {"cpu": ("train", "generate"), "phantom": ("mixture", "imbalance")}
 _PHANTOM = Path("bench_out/phantom")
 
 
@@ -96,8 +125,12 @@ def _bench(args: argparse.Namespace) -> Result:
         from echovlm_jax.bench.data import bench_data
 
         return bench_data(args.dir)
+    if args.what == "cpu" and args.work == "generate":
+        from echovlm_jax.bench.cpu.generation import bench_generate
+
+        return bench_generate(size=args.size)
     if args.what == "cpu":
-        from echovlm_jax.bench.cpu import bench_train
+        from echovlm_jax.bench.cpu.train import bench_train
 
         return bench_train(size=args.size)
     if args.what == "phantom":
@@ -106,6 +139,8 @@ def _bench(args: argparse.Namespace) -> Result:
 
         return bench_phantom(args.work or "mixture", args.dir or _PHANTOM)
     size = args.size or "echovlm_11b"
+    if args.what == "decode":
+        return _bench_decode(args, size)
     if args.what == "moe":
         from echovlm_jax.bench.moe import bench_moe
 
@@ -116,6 +151,17 @@ def _bench(args: argparse.Namespace) -> Result:
     return bench_convert(args.dir, size=size)
 
 
+def _bench_decode(args: argparse.Namespace, size: str) -> Result:
+    if args.topology is None:
+        raise InputError("`bench decode` compiles for a TPU: give --topology, such as v5e:1x1")
+    for name, value in COMPILER_ONLY.items():
+        os.environ.setdefault(name, value)
+    from echovlm_jax.bench.decode import bench_decode
+
+    with no_native_stderr(args.debug):
+        return bench_decode(args.topology, quantize=args.quantize, size=size)
+
+
 def add_bench(commands: Any) -> None:
     command = add_command(
         commands,
@@ -123,28 +169,33 @@ def add_bench(commands: Any) -> None:
         _bench,
         "the project's own benchmarks, both sides in one run; convert: our conversion of a made-up "
         "checkpoint against `cp` of the same bytes; cpu: a training step of a scaled model in "
-        "float32 on 2 threads against PyTorch's; moe: the default expert dispatch against the "
-        "others, their extra work counted and their time taken; data: images a second through "
-        "make_batches against a PyTorch DataLoader with Hugging Face's processor; phantom: what "
-        "the mixture of experts, or rebalancing organs, is worth on synthetic exams, trained and "
-        "evaluated with three seeds, half an hour or more; re-run it to resume",
+        "float32 on 2 threads against PyTorch's, or an answer against Hugging Face's generate; "
+        "moe: the default expert dispatch against the others, their extra work counted and their "
+        "time taken; data: images a second through make_batches against a PyTorch DataLoader with "
+        "Hugging Face's processor; decode: bytes that a decoded token reads on a TPU slice that "
+        "isn't here, against those it needs; phantom: what the mixture of experts, or rebalancing "
+        "organs, is worth on synthetic exams, trained and evaluated with three seeds, half an hour "
+        "or more; re-run it to resume",
         "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench cpu --what train\n"
+        "  echovlm bench cpu --what generate\n"
+        "  echovlm bench decode --topology v5e:1x1 --quantize int8\n"
         "  echovlm bench moe --size tiny\n  echovlm bench data\n"
         "  echovlm bench phantom --what imbalance --dir study/",
         show=_show_bench,
     )
-    command.add_argument("what", choices=["convert", "cpu", "data", "moe", "phantom"])
+    command.add_argument("what", choices=["convert", "cpu", "data", "decode", "moe", "phantom"])
     command.add_argument(
         "--what",
         dest="work",
         choices=[what for works in _WORKS.values() for what in works],
-        help="of cpu: what is timed, train; of phantom: mixture (the default) or imbalance",
+        help="of cpu: what is timed, train (the default) or generate; of phantom: mixture (the "
+        "default) or imbalance",
     )
     command.add_argument(
         "--size",
         metavar="PRESET",
-        help="of convert and moe, default: echovlm_11b; of cpu, default: 147 M parameters in the "
-        "released model's proportions",
+        help="of convert, decode and moe, default: echovlm_11b; of cpu, default: 147 M parameters "
+        "in the released model's proportions",
     )
     command.add_argument(
         "--dir",
@@ -153,12 +204,18 @@ def add_bench(commands: Any) -> None:
         help="of convert, where twice the checkpoint has room (47 GB at full size), and of data "
         f"(100 MB); default: a temporary one; of phantom, where it is kept; default: {_PHANTOM}",
     )
+    command.add_argument("--topology", metavar="T", help="of decode: generation:shape, as in plan")
+    command.add_argument(
+        "--quantize", metavar="K", help="of decode: weights in int8 or int4; default: bfloat16"
+    )
 
 
 def _check_options(args: argparse.Namespace) -> None:
     """Refuses an option that the benchmark would not read."""
     for option, value, readers in (
-        ("--size", args.size, ("convert", "cpu", "moe")),
+        ("--size", args.size, ("convert", "cpu", "decode", "moe")),
+        ("--topology", args.topology, ("decode",)),
+        ("--quantize", args.quantize, ("decode",)),
         ("--dir", args.dir, ("convert", "data", "phantom")),
         ("--what", args.work, tuple(_WORKS)),
     ):
@@ -178,12 +235,29 @@ def _show_bench(result: Result, args: argparse.Namespace) -> None:
         print("\n".join(table(rows)), end="\n\n")
         print("\n".join(lines({key: value for key, value in result.items() if key != "rows"})))
         return
+    if "batches" in result:
+        return _show_decode(result)
     if "dispatch" not in result:
         return show(result, args)
     shares = ("extra", "extra_with_tiles")
     rows = [{k: f"{v:.2%}" if k in shares else v for k, v in r.items()} for r in result["dispatch"]]
     print("\n".join(table(rows)))
     print("\n".join(lines({key: value for key, value in result.items() if key != "dispatch"})))
+
+
+def _show_decode(result: Result) -> None:
+    print(result["what"])
+    for rows, found in result["batches"].items():
+        if not found["fits"]:
+            print(f"\n{rows} rows: does not fit")
+            continue
+        read, needed = found["bytes_per_token"], found["needed_bytes_per_token"]
+        print(
+            f"\n{rows} rows: read {read / 1e9:.3f} GB a token, needed {needed / 1e9:.3f} GB:"
+            f" {found['bytes_ratio']:.3f}; most of it by"
+        )
+        for one in found["largest_reads"][:12]:
+            print(f"  {one['bytes'] / 1e9:8.3f} GB a step and chip  {one['of']}  {one['from']}")
 
 
 def _difference(row: Mapping[str, Any], result: Result) -> dict[str, str]:

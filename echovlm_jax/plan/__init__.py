@@ -1,5 +1,6 @@
 """What a configuration needs on a machine that isn't here: compiled for it, read, and reported."""
 
 from echovlm_jax.plan.plan import plan
+from echovlm_jax.plan.programs import Serving
 
-__all__ = ["plan"]
+__all__ = ["Serving", "plan"]

@@ -68,13 +68,28 @@ class Buffer(NamedTuple):
     count: int
 
 
+class Transfer(NamedTuple):
+    """Instructions alike that move something between main memory and the chip, `count` runs in all.
+
+    Bytes are those of one run; `shape` is the largest operand's.
+    """
+
+    op_name: str
+    opcode: str
+    shape: str
+    read: float
+    written: float
+    count: int
+
+
 class Module(NamedTuple):
     """What `read` returns.
 
-    `hbm_bytes` is an estimate: operands and results, filled up to whole tiles, of every instruction
-    outside fusions, where they lie in main memory. Reading a slice and updating one in place count
-    as the slice. What the compiler keeps on chip counts where it is copied in and out; what a
-    kernel reads twice counts once; each branch of a conditional counts.
+    `hbm_bytes`, and `hbm_read`, the part that is read, are an estimate: operands and results,
+    filled up to whole tiles, of every instruction outside fusions, where they lie in main memory.
+    Reading a slice and updating one in place count as the slice. What the compiler keeps on chip
+    counts where it is copied in and out; what a kernel reads twice counts once; each branch of a
+    conditional counts.
     """
 
     devices: int
@@ -83,7 +98,9 @@ class Module(NamedTuple):
     custom_calls: tuple[CustomCall, ...]
     loops: tuple[Loop, ...]
     buffers: tuple[Buffer, ...]  # the largest, largest first
+    transfers: tuple[Transfer, ...]  # those that read most, over all runs, first
     hbm_bytes: float
+    hbm_read: float
 
     @property
     def matmul_flops(self) -> float:
@@ -120,7 +137,7 @@ def read(text: str, *, buffers: int = 20) -> Module:
 
     Args:
       text: `compiled.as_text()`, of CPU or TPU.
-      buffers: how many of the largest arrays to return.
+      buffers: how many of the largest arrays, and of the largest transfers, to return.
 
     Raises:
       ValueError: the text has no ENTRY computation.
@@ -129,7 +146,7 @@ def read(text: str, *, buffers: int = 20) -> Module:
     counts, fused, loops = count_runs(module)
     matmuls, collectives, calls = [], [], []
     made: Counter[tuple[Shape, str, str]] = Counter()
-    hbm_bytes = 0.0
+    moves: Counter[tuple[str, str, str, float, float]] = Counter()
     for name, count in counts.items():
         here = module.computations[name]
         for i in here.body.values():
@@ -143,9 +160,13 @@ def read(text: str, *, buffers: int = 20) -> Module:
                 call = _custom_call(i, here, count)
                 calls += [call] if call.target not in SCHEDULING else []
         if name not in fused:
-            hbm_bytes += count * sum(traffic(i, here, module) for i in here.body.values())
+            for i in here.body.values():
+                moved = traffic(i, here, module)
+                if moved.read or moved.written:
+                    moves[i.op_name, i.opcode, _largest(i, here), *moved] += count
             made.update(arrays_made(here, is_entry=name == module.entry))
     largest = sorted(made.items(), key=lambda item: -item[0][0].padded_bytes)[:buffers]
+    transfers = [Transfer(*key, count) for key, count in moves.items()]
     return Module(
         devices=module.devices,
         matmuls=tuple(matmuls),
@@ -153,8 +174,16 @@ def read(text: str, *, buffers: int = 20) -> Module:
         custom_calls=tuple(calls),
         loops=loops,
         buffers=tuple(Buffer(*key, count) for key, count in largest),
-        hbm_bytes=hbm_bytes,
+        transfers=tuple(sorted(transfers, key=lambda t: -t.read * t.count)[:buffers]),
+        hbm_bytes=sum((t.read + t.written) * t.count for t in transfers),
+        hbm_read=sum(t.read * t.count for t in transfers),
     )
+
+
+def _largest(i: Instruction, here: Computation) -> str:
+    """The largest array that an instruction takes, or makes where it takes none."""
+    taken = [shape for name in i.operands for shape in here.body[name].shapes]
+    return str(max(taken or i.shapes, key=lambda shape: shape.bytes))
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------

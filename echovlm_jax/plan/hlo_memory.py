@@ -1,6 +1,7 @@
 """What an HLO module moves through main memory, and which arrays it keeps there."""
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from echovlm_jax.plan.hlo_text import Computation, Instruction, Shape, Text
 
@@ -31,50 +32,62 @@ SCHEDULING = {
 }
 
 
+class Moved(NamedTuple):
+    """Bytes that are read from main memory, and written to it."""
+
+    read: float = 0.0
+    written: float = 0.0
+
+
 def _hbm(shapes: Iterable[Shape]) -> float:
     return sum(shape.padded_bytes for shape in shapes if shape.space == 0)
 
 
-def traffic(i: Instruction, here: Computation, module: Text) -> float:
-    """Bytes that an instruction outside fusions reads from and writes to main memory."""
+def traffic(i: Instruction, here: Computation, module: Text) -> Moved:
+    """What an instruction outside fusions moves between main memory and the chip."""
     if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")) or i.opcode == "async-start":
-        return 0.0
+        return Moved()
     if i.opcode == "custom-call" and (i.attribute("custom_call_target") or "")[1:-1] in SCHEDULING:
-        return 0.0
+        return Moved()
     operands = [here.body[name].shapes for name in i.operands]
     if i.opcode in ("copy-start", "slice-start"):  # (where to, where from) and the other way round
         arrays = i.shapes[:2]
         moved = min(shape.padded_bytes for shape in arrays)
-        return sum(moved for shape in arrays if shape.space == 0)
+        source = operands[0][0].space
+        other = next((shape.space for shape in arrays if shape.space != source), source)
+        return Moved(moved * (source == 0), moved * (other == 0))
     if i.opcode == "collective-permute-start":
-        return _hbm(i.shapes[:2])
+        return Moved(_hbm(i.shapes[:1]), _hbm(i.shapes[1:2]))
     if i.opcode.removesuffix("-start") in COLLECTIVES and i.opcode.endswith("-start"):
-        return _hbm(i.shapes)  # a pair of operands and results
+        sent = sum(_hbm(arrays) for arrays in operands)
+        return Moved(sent, _hbm(i.shapes) - sent)  # a pair of operands and results
     if i.opcode in ("dynamic-slice", "slice", "gather"):
-        return _hbm(i.shapes) + (_hbm(i.shapes) if operands[0][0].space == 0 else 0.0)
+        return Moved(_hbm(i.shapes) if operands[0][0].space == 0 else 0.0, _hbm(i.shapes))
     if i.opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * _hbm(operands[1 if i.opcode == "dynamic-update-slice" else -1])
+        put = _hbm(operands[1 if i.opcode == "dynamic-update-slice" else -1])
+        return Moved(put, put)
     if i.opcode == "fusion":
         return _fusion_traffic(i, operands, module)
-    return _hbm(i.shapes) + sum(_hbm(arrays) for arrays in operands)
+    return Moved(sum(_hbm(arrays) for arrays in operands), _hbm(i.shapes))
 
 
-def _fusion_traffic(i: Instruction, operands: list[tuple[Shape, ...]], module: Text) -> float:
+def _fusion_traffic(i: Instruction, operands: list[tuple[Shape, ...]], module: Text) -> Moved:
     inner = module.computations[i.names("calls")[0]]
     if any(f'"{DONE}"' in j.rest for j in inner.body.values() if j.opcode == "custom-call"):
-        return 0.0
-    total = 0.0
+        return Moved()
+    read = 0.0
     for k, arrays in enumerate(operands):
         if full := _hbm(arrays):
-            total += _read(inner, inner.parameters[k], full, module)
+            read += _read(inner, inner.parameters[k], full, module)
     roots = inner.root.operands if inner.root.opcode == "tuple" else (inner.root.name,)
     if len(roots) != len(i.shapes):  # the start of a collective: (operand, result, flags …)
-        return total + _hbm(i.shapes[1:])
-    return total + sum(
+        return Moved(read, _hbm(i.shapes[1:]))
+    written = sum(
         _written(inner, root, _hbm([shape]), module)
         for root, shape in zip(roots, i.shapes, strict=True)
         if shape.space == 0
     )
+    return Moved(read, written)
 
 
 def _read(inner: Computation, name: str, full: float, module: Text) -> float:
@@ -89,16 +102,28 @@ def _read(inner: Computation, name: str, full: float, module: Text) -> float:
             total += 0.0  # updated in place
         elif user.opcode == "tuple" or "async_collective_fusion_config" in user.rest:
             total += 0.0  # handed on to where the collective ends
-        elif user.opcode == "bitcast":
+        elif user.opcode == "copy" and user.name in (inner.root.name, *inner.root.operands):
+            return full
+        elif user.opcode in ("bitcast", "copy"):  # another order of what is read behind it
             total += _read(inner, user.name, full, module)
         elif user.opcode == "fusion":
             called = module.computations[user.names("calls")[0]]
             for k, operand in enumerate(user.operands):
-                if operand == name:
+                if operand == name and _is_view(called, called.parameters[k]):
+                    total += _read(inner, user.name, full, module)
+                elif operand == name:
                     total += _read(called, called.parameters[k], full, module)
         else:
             return full
     return min(total, full)
+
+
+def _is_view(inner: Computation, name: str) -> bool:
+    """Whether a fusion inside another only hands on a parameter, in another layout or shape."""
+    i = inner.root
+    while i.opcode in ("bitcast", "copy"):
+        i = inner.body[i.operands[0]]
+    return i.name == name and i is not inner.root
 
 
 def _written(inner: Computation, name: str, full: float, module: Text) -> float:

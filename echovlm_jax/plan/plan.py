@@ -1,44 +1,26 @@
 """`echovlm plan`: compiles a step for a named topology with the real compiler, and reads it."""
 
-import functools
-import math
+import dataclasses
 import re
 import time
 from typing import Any
 
 import jax
 
-from echovlm_jax.chips import mfu_upper_bound, roofline, topology
-from echovlm_jax.config import ModelConfig, preset
+from echovlm_jax.chips import Topology, mfu_upper_bound, roofline, topology
+from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.review import expected_filling
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.errors import InputError
-from echovlm_jax.flops import STEPS, Flops, Work, model_flops
-from echovlm_jax.generate.engine import NEW_TOKENS, lower_decode, lower_prefill
+from echovlm_jax.flops import STEPS, Flops, model_flops
 from echovlm_jax.mesh import topology_devices
-from echovlm_jax.model import param_specs
 from echovlm_jax.plan import hlo
 from echovlm_jax.plan.kernels import kernel_flops
+from echovlm_jax.plan.programs import Planned, Serving, generation, nbytes, training
 from echovlm_jax.plan.report import report
 from echovlm_jax.train.config_file import check_config
-from echovlm_jax.train.program import (
-    Config,
-    cast,
-    check_patches,
-    config_mesh,
-    make_program,
-    placed,
-)
-from echovlm_jax.train.stages import count
+from echovlm_jax.train.program import Config
 
-# A program whose gathers and scatters run on a SparseCore (v5p) is one that libtpu 0.0.52 can't
-# print.
-# until: libtpu 0.1
-PRINTABLE: dict[str, Any] = {
-    "xla_tpu_offload_gather_to_sparsecore": "false",
-    "xla_tpu_enable_offloading_gather_to_sparsecore": "false",
-    "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
-}
 GROUPS = {  # of parameters, by the first expression that finds something in a path
     "vision": r"(^|/)vision/",
     "embedding": r"/embed/|/lm_head/",
@@ -58,6 +40,7 @@ def plan(
     rows_per_chip: int | None = None,
     slices: int = 1,
     model: ModelConfig | None = None,
+    serving: Serving = Serving(),
 ) -> dict[str, Any]:
     """Compiles one step of a configuration for a topology and says what it needs.
 
@@ -68,14 +51,18 @@ def plan(
       config: as the files in configs/ return it.
       topology_name: such as v5e:4x4. The caller has set libtpu's environment
         (`mesh.topology_devices`).
-      step: train, prefill (a prompt of seq_len) or decode (one token after it).
+      step: train; or what generation runs: prefill (one prompt, and into the state of all rows) or
+        decode (one token of each row).
       slices: how many of that topology, joined by a slower network; config.mesh.dcn says over
         which axis. What travels between slices is counted, at the rate of a slice's own network.
-      rows_per_chip: replaces global_batch_size by this many rows for each chip.
+      rows_per_chip: replaces global_batch_size, or serving.rows, by this many rows for each chip.
       model: sizes, where they are not config.model's.
+      serving: the sizes of generation.
 
     Returns:
-      The contract's keys, `ok` (whether it fits) and `report`, a text for people.
+      The contract's keys, `ok` (whether it fits) and `report`, a text for people. Of decode also
+      bytes_per_token, what all chips read by the HLO for one token of one row;
+      needed_bytes_per_token (`programs.needed_bytes`); bytes_ratio, of the two; largest_reads.
 
     Raises:
       InputError: a value that the configuration or the topology can't have.
@@ -87,85 +74,59 @@ def plan(
     check_config(config)
     if rows_per_chip is not None:
         config.global_batch_size = rows_per_chip * place.chips
+        serving = dataclasses.replace(serving, rows=rows_per_chip * place.chips)
     devices = topology_devices(topology_name, slices)
     if step == "train":
-        program = make_program(config, devices, model)
-        model, mesh, compiling = (
-            program.model,
-            program.mesh,
-            functools.partial(program.compile, PRINTABLE),
-        )
-        arrays = {"parameters": (program.state.trainable, program.state.frozen)}
-        arrays["optimizer"] = program.state.opt_state
-        trainable = count(program.state.trainable)
-        params = count(program.state.frozen) + count(program.state.trainable["params"])
-        trains, rank = program.how, config.lora.rank
+        planned = training(config, devices, model)
     else:
-        program, trains, rank, trainable = None, None, 0, 0
-        model = preset(config.model) if model is None else model
-        check_patches(model, config.max_patches)
-        mesh = config_mesh(config, devices)
-        shapes = _served(model, config, mesh)
-        arrays, params = {"parameters": shapes}, count(shapes)
-        common: dict[str, Any] = {"rows": config.global_batch_size, "dtype": config.dtype}
-
-        def compiling() -> jax.stages.Compiled:
-            if step == "prefill":
-                sizes = {"prompt": config.seq_len, "patches": config.max_patches}
-                lowered = lower_prefill(model, shapes, **common, **sizes)
-            else:
-                slots = config.seq_len + NEW_TOKENS
-                lowered = lower_decode(model, shapes, **common, slots=slots)
-            return lowered.compile(dict(PRINTABLE))
-
-    work = Work(
-        rows=config.global_batch_size,
-        seq_len=config.seq_len,
-        max_patches=config.max_patches,
-        frame_patches=min(config.max_image_patches, config.max_patches) or None,
-        step=step,
-        trains=trains,
-        lora_rank=rank,
-    )
-    useful = model_flops(model, work)
+        planned = generation(config, devices, model, step, serving)
+    useful = model_flops(planned.model, planned.work)
+    rows = config.global_batch_size if step == "train" else serving.rows
     result: dict[str, Any] = {
         "topology": topology_name,
         "step": step,
         "slices": slices,
         "chips": place.chips,
-        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        "rows": config.global_batch_size,
-        "rows_per_device": config.global_batch_size / place.devices,
-        "params": params,
-        "trainable_params": trainable,
+        "mesh": {axis: size for axis, size in planned.mesh.shape.items() if size > 1},
+        "rows": rows,
+        "rows_per_device": rows / place.devices,
+        "params": planned.params,
+        "trainable_params": planned.trainable,
         "model_flops_per_step": useful.total,
         "model_flops": {term.name: term.forward + term.backward for term in useful.terms},
         "parameter_bytes_per_chip": {
-            kind: _by_group(tree, place.chip.devices) for kind, tree in arrays.items()
+            kind: _by_group(tree, place.chip.devices) for kind, tree in planned.arrays.items()
         },
         "hbm_capacity": place.chip.device_hbm * place.chip.devices,
     }
+    if step != "train":
+        result |= {"quantize": serving.quantize, "context": serving.context}
     started = time.perf_counter()
     try:
-        compiled = compiling()
+        compiled = planned.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        result |= _too_large(str(error), time.perf_counter() - started, arrays, place.chip.devices)
-    else:
         seconds = time.perf_counter() - started
-        result |= _read(compiled, place, useful, seconds, config)
+        result |= _too_large(str(error), seconds, planned.arrays, place.chip.devices)
+    else:
+        result |= _read(compiled, place, useful, time.perf_counter() - started, planned)
         result |= _without_padding(result["mfu_upper_bound"], useful, config, step)
     return {**result, "ok": result["fits"], "report": report(result)}
 
 
 def _read(
-    compiled: jax.stages.Compiled, place: Any, useful: Flops, seconds: float, config: Config
+    compiled: jax.stages.Compiled,
+    place: Topology,
+    useful: Flops,
+    seconds: float,
+    planned: Planned,
 ) -> dict[str, Any]:
     chip, per_chip = place.chip, place.chip.devices
     memory: Any = compiled.memory_analysis()
     module = hlo.read(compiled.as_text() or "")
-    kernels = sum(kernel_flops(call, config.max_image_patches) for call in module.custom_calls)
+    frame = planned.work.frame_patches or planned.work.max_patches
+    kernels = sum(kernel_flops(call, frame) for call in module.custom_calls)
     flops = module.matmul_flops + kernels
     wire = sum(module.collective_bytes.values())
     bound = roofline(flops=flops, hbm_bytes=module.hbm_bytes, collective_bytes=wire, chip=chip)
@@ -209,6 +170,22 @@ def _read(
             for b in module.buffers
         ],
         "unknown_loops": list(module.unknown_loops),
+        **_bytes_per_token(module, place, planned),
+    }
+
+
+def _bytes_per_token(module: hlo.Module, place: Topology, planned: Planned) -> dict[str, Any]:
+    if planned.needed_bytes is None:
+        return {}
+    read, rows = module.hbm_read * place.devices, planned.work.rows
+    return {
+        "bytes_per_token": read / rows,
+        "needed_bytes_per_token": planned.needed_bytes / rows,
+        "bytes_ratio": read / planned.needed_bytes,
+        "largest_reads": [
+            {"bytes": t.read * t.count, "of": t.shape, "by": t.opcode, "from": t.op_name}
+            for t in module.transfers
+        ],
     }
 
 
@@ -262,7 +239,7 @@ def _largest_arguments(arrays: Any) -> list[dict[str, Any]]:
         shape = leaf.sharding.shard_shape(leaf.shape)
         found.append(
             {
-                "bytes": math.prod(shape) * leaf.dtype.itemsize,
+                "bytes": int(nbytes(shape, leaf.dtype)),
                 "shape": f"{leaf.dtype}[{','.join(map(str, shape))}]",
                 "from": "/".join(str(getattr(part, "key", part)) for part in path),
                 "count": 1,
@@ -275,11 +252,6 @@ def _bytes(number: str, unit: str) -> int:
     return int(float(number) * _UNITS[unit])
 
 
-def _served(model: ModelConfig, config: Config, mesh: Any) -> Any:
-    """Parameters as generation holds them: all in the compute dtype."""
-    return cast(placed(param_specs(model), mesh), jax.numpy.dtype(config.dtype))
-
-
 def _by_group(tree: Any, devices: int) -> dict[str, int]:
     """Bytes a chip holds of the arrays of a tree, by GROUPS."""
     found = dict.fromkeys(GROUPS, 0)
@@ -287,5 +259,5 @@ def _by_group(tree: Any, devices: int) -> dict[str, int]:
         name = "/".join(str(getattr(part, "key", getattr(part, "name", ""))) for part in path)
         group = next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
         shard = leaf.sharding.shard_shape(leaf.shape)
-        found[group] += leaf.dtype.itemsize * devices * math.prod(shard)
+        found[group] += int(devices * nbytes(shard, leaf.dtype))
     return {group: size for group, size in found.items() if size}

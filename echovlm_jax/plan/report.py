@@ -46,6 +46,8 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         parts = r["collective_dtypes_per_chip"][kind].items()
         each = ", ".join(f"{dtype} {part / 1e9:.2f}" for dtype, part in parts)
         yield f"  {kind:<24}{size / 1e9:8.2f}  ({each})"
+    if "bytes_per_token" in r:
+        yield from _reads(r)
     yield ""
     yield "roofline (seconds at peak rates)"
     for kind, seconds in r["roofline_seconds"].items():
@@ -60,6 +62,18 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     yield f"compiled in {r['compile_seconds']:.0f} s to {r['code_bytes'] / 2**20:.0f} MiB of code"
     if r["unknown_loops"]:
         yield f"loops whose turns are unknown, counted once: {', '.join(r['unknown_loops'])}"
+
+
+def _reads(r: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    read, needed = r["bytes_per_token"], r["needed_bytes_per_token"]
+    yield (
+        f"read for a token of a row, all chips: {read / 1e9:.3f} GB by the HLO; weights that it"
+        f" needs and the cache: {needed / 1e9:.3f} GB; {r['bytes_ratio']:.2f} ×"
+    )
+    yield "largest reads of a step, by a chip (GB)"
+    for one in r["largest_reads"][:8]:
+        yield f"  {one['bytes'] / 1e9:8.3f}  {one['of']}  {one['from']}"
 
 
 def _padding(r: Mapping[str, Any]) -> Iterator[str]:
@@ -89,4 +103,4 @@ def _mends(r: Mapping[str, Any]) -> Iterator[str]:
         yield "  a smaller max_patches or seq_len; a larger mesh.fsdp (more chips);"
         yield "  stage=instruction trains the new path and low-rank updates alone"
     else:
-        yield "  fewer rows (--rows-per-chip), a smaller seq_len, a larger mesh.tensor"
+        yield "  --quantize int8 or int4; fewer --rows, a smaller --context; more chips"

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from echovlm_jax.chips import defaults
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh, param_shardings
 from echovlm_jax.model import Compute, ParamSpec, axes_of, init_params, param_specs, shapes_of
-from echovlm_jax.ops.attention.dispatch import default_implementation
 from echovlm_jax.train.config_file import check_config
 from echovlm_jax.train.lora import init_lora, lora_specs, of_experts
 from echovlm_jax.train.optimizer import in_float32, learning_rate, make_optimizer
@@ -39,6 +39,10 @@ MOST_FSDP = 64
 # the last axis are slower without it (`optimizer.global_norm`, and attention's "xla_halves").
 # until: jax 0.13
 _ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def _attention(device: Any) -> str:
+    return "xla_halves" if device.platform == "cpu" else defaults(device).attention
 
 
 class Program(NamedTuple):
@@ -114,7 +118,7 @@ def make_program(
     compute = Compute(
         moe_dispatch=config.moe_dispatch,
         capacity_factor=config.get("capacity_factor"),
-        attention=default_implementation(devices[0].platform),
+        attention=_attention(devices[0]),
         remat=config.remat,
         layout=layout,
     )

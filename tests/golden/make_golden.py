@@ -202,7 +202,7 @@ def main() -> None:
     from safetensors.torch import load_file
 
     from echovlm_jax import config as configs
-    from echovlm_jax.bench.torch_model import build
+    from echovlm_jax.bench.torch_model import build, load_released
     from echovlm_jax.demo import make_checkpoint
     from tests.parity import torch_echovlm
     from tests.parity.cases import inputs
@@ -219,7 +219,7 @@ def main() -> None:
         tensors: dict[str, torch.Tensor] = {}
         for shard in sorted(folder.glob("*.safetensors")):
             tensors |= {name: t.float() for name, t in load_file(shard).items()}
-        torch_echovlm.load_released(model, tensors)
+        load_released(model, tensors)
     golden = record(
         model,
         inputs("image", config),

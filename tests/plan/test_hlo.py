@@ -326,6 +326,25 @@ def test_memory_traffic_counts_slices_and_what_is_on_chip():
     index = 3 * 4  # read by three fusions
     # slice: in, out; slice into the chip: in; add: in, out; update: in, out.
     assert module.hbm_bytes == 7 * row + index
+    assert module.hbm_read == 4 * row + index
+    assert [(t.opcode, t.shape, t.read, t.written, t.count) for t in module.transfers] == [
+        ("fusion", "f32[64,1024]", row + 4, row, 2),
+        ("fusion", "f32[64,1024]", row + 4, 0, 1),
+        ("add", "f32[1,1024]", row, row, 1),
+    ]  # fmt: skip
+
+
+def test_memory_traffic_of_copies_between_chip_and_memory():
+    module = written(
+        """
+        %p = f32[64]{0} parameter(0)
+        %in = (f32[64]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%p)
+        %there = f32[64]{0:S(1)} copy-done(%in)
+        %out = (f32[64]{0}, f32[64]{0:S(1)}, u32[]{:S(2)}) copy-start(%there)
+        ROOT %back = f32[64]{0} copy-done(%out)
+        """
+    )
+    assert module.hbm_read == 256 and module.hbm_bytes == 512
 
 
 def test_the_largest_buffers_come_first():

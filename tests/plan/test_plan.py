@@ -5,17 +5,23 @@ import importlib.util
 import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from echovlm_jax.config import preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import Work, model_flops
-from echovlm_jax.plan import plan
+from echovlm_jax.mesh import make_mesh
+from echovlm_jax.model import param_specs
+from echovlm_jax.plan import Serving, plan
 from echovlm_jax.plan.hlo import CustomCall
 from echovlm_jax.plan.hlo_text import Shape
 from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.plan import _too_large, _without_padding
+from echovlm_jax.plan.programs import nbytes, needed_bytes, serving_mesh, serving_params
 from echovlm_jax.plan.report import _padding, report
+from echovlm_jax.quantize import takes
 from echovlm_jax.train.config_file import load_config
 
 # `echovlm_jax.plan.plan` is the function too.
@@ -135,12 +141,73 @@ def test_every_configuration_compiles_for_a_slice(file):
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
 @pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_generation_compiles_for_a_slice(step):
-    small = {"model": "tiny", "seq_len": 128, "max_patches": 256, "max_image_patches": 64}
-    result = plan(load_config(CONFIG, small), "v5e:2x2", step=step, rows_per_chip=1)
+def test_generation_compiles_for_a_slice(step, kind):
+    serving = Serving(rows=2, context=768, patches=256, quantize=kind)
+    result = plan(load_config(CONFIG, {"model": "tiny"}), "v5e:2x2", step=step, serving=serving)
     check(result)
-    assert result["trainable_params"] == 0
+    assert result["mesh"] == {"data": 2, "tensor": 2}  # two key/value heads
+    assert result["trainable_params"] == 0 and result["rows"] == 2
+    assert ("bytes_per_token" in result) == (step == "decode")
+    if step == "decode":
+        assert 0 < result["needed_bytes_per_token"] < result["bytes_per_token"]
+        assert result["largest_reads"][0]["bytes"] > 0
+
+
+def test_what_a_token_needs_by_hand():
+    """The released model's weights, in bytes: int8 and bfloat16 by name, one row and many."""
+    model = preset("echovlm_11b")
+    specs = param_specs(model)
+    mesh = make_mesh({}, jax.devices()[:1])
+    text, moe = model.text, model.moe
+    decoder = sum(
+        math.prod(spec.shape)
+        for path, spec in specs.items()
+        if path.startswith("text/") and "/experts/" not in path and "/embed/" not in path
+    )
+    experts = text.num_layers * moe.num_experts * 3 * moe.expert_mlp_dim * text.hidden_size
+    for rows, share in ((1, 0.5), (2, 1.0), (8, 1.0)):
+        serving = Serving(rows=rows, context=2048)
+        tree = serving_params(specs, mesh, jnp.dtype("bfloat16"), None)
+        cache = rows * 2048 * (2 * 2 * text.num_layers * text.num_kv_heads * text.head_dim + 4)
+        expected = 2 * (decoder + share * experts + rows * text.hidden_size) + cache + 4 * rows
+        assert needed_bytes(model, tree, serving, jnp.dtype("bfloat16")) == expected
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4)])
+def test_a_token_needs_quantized_weights_at_their_width(kind, bits):
+    model = preset("echovlm_11b")
+    specs = param_specs(model)
+    mesh = make_mesh({}, jax.devices()[:1])
+    tree = serving_params(specs, mesh, jnp.dtype("bfloat16"), kind)
+    held = sum(nbytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
+    taken = sum(math.prod(spec.shape) for path, spec in specs.items() if takes(path, spec))
+    rest = sum(math.prod(spec.shape) for spec in specs.values()) - taken
+    values = taken * bits / 8 + rest * 2
+    assert values < held < values * 1.07  # scales: 4 bytes for 128 values of half a byte each
+    small = Serving(rows=1, context=16, quantize=kind)
+    needed = needed_bytes(model, tree, small, jnp.dtype("bfloat16"))
+    assert 0.7 < needed / held < 0.95  # no vision tower, no table, half of the experts
+
+
+def test_a_mesh_that_is_left_open_splits_heads():
+    model, devices = preset("echovlm_11b"), jax.devices()
+    config = load_config(CONFIG)
+    found = dict(serving_mesh(config, devices, model).shape)
+    assert {axis: n for axis, n in found.items() if n > 1} == {"data": 2, "tensor": 4}
+    asked = load_config(CONFIG, {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2})
+    found = dict(serving_mesh(asked, devices, model).shape)
+    assert {axis: n for axis, n in found.items() if n > 1} == {"fsdp": 4, "tensor": 2}
+
+
+@needs_libtpu
+def test_a_prompt_needs_room():
+    config = load_config(CONFIG, {"model": "tiny"})
+    with pytest.raises(
+        InputError, match="context 1536 leaves 1024 tokens for a prompt, beside 512"
+    ):
+        plan(config, "v5e:1x1", step="prefill", serving=Serving(context=1536))
 
 
 def test_useful_work_is_what_the_data_fill_rows_with(monkeypatch):

@@ -15,12 +15,6 @@ IMPLEMENTATIONS = (
 )  # fmt: skip
 
 
-def default_implementation(platform: str) -> str:
-    """A training step's implementation on a platform by JAX's names: tpu, gpu or cuda, cpu, …"""
-    ours = {"tpu": "splash", "gpu": "triton", "cuda": "triton", "cpu": "xla_halves"}
-    return ours.get(platform, "xla")
-
-
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -51,7 +45,7 @@ def attention(
       `train.program` asks for it, computes halves by vectors and a row number by number; a training
       step is some 5 % faster. Elsewhere it is slower, on a TPU twice by its compiler's estimate.
     - "splash": the Pallas kernel for TPUs, `ops.attention.splash`.
-    - "triton": the Pallas kernel for NVIDIA's GPUs, `ops.attention.triton`.
+    - "triton": the Pallas kernel for NVIDIA's GPUs from Ampere on, `ops.attention.triton`.
     - "splash_interpret", "triton_interpret": the kernels' steps one by one on any platform, slowly:
       for tests.
 
@@ -66,7 +60,7 @@ def attention(
       q, k, v: heads; N is a multiple of K, and head n reads key/value head n // (N / K).
       q_segments, kv_segments: who belongs together.
       causal_offset: None for attention in both directions.
-      implementation: one of IMPLEMENTATIONS; `default_implementation` names a platform's.
+      implementation: one of IMPLEMENTATIONS; `chips.defaults` names a device's.
       layout: how rows and heads are split over the mesh.
       query_block: queries that "xla" computes at a time; None bounds the block's scores.
 

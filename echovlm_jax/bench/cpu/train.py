@@ -1,13 +1,7 @@
 """A training step on the CPU against the same model's in PyTorch."""
 
-import importlib.util
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,51 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from echovlm_jax.config import ModelConfig, from_hf, preset, to_hf
+from echovlm_jax.bench.cpu import sides
+from echovlm_jax.config import from_hf, to_hf
 from echovlm_jax.errors import InputError
 from echovlm_jax.memory import keep_freed_memory
 from echovlm_jax.progress import progress
 from echovlm_jax.train.config_file import load_config, own_config
 
-_SIDE = "import json, sys; from echovlm_jax.bench.cpu import {side}; {side}(json.loads(input()))"
-_GRID = (1, 28, 28)  # the recipe's largest image: 784 patches, 196 tokens
-# transformers' implementations of attention and of the experts.
-_ATTENTION, _EXPERTS = ("sdpa", "eager"), ("eager", "grouped_mm")
+_EXPERTS = ("eager", "grouped_mm")  # transformers' implementations
 _TRIALS = 3  # steps of each form; one more warms up
 _RATE = 1e-5
 # Parameters, gradients, Adam's two moments, and as much again for what a step makes meanwhile.
 _BYTES_A_PARAMETER = 4 * 4 * 2
-
-
-def scaled_model() -> ModelConfig:
-    """147 M parameters: an eighth of the released model's widths and vocabulary, and about four
-    fifths of its layers; experts, heads a key/value head and the vision heads' size as released."""
-    full = preset("echovlm_11b")
-    assert full.moe is not None
-    text, vision, moe = full.text, full.vision, full.moe
-    special = preset("tiny")  # its special tokens lie within a small vocabulary
-    return special.replace(
-        text={
-            "vocab_size": text.vocab_size // 8,
-            "hidden_size": text.hidden_size // 8,
-            "num_layers": 22,
-            "num_heads": text.num_heads // 4,
-            "num_kv_heads": text.num_kv_heads // 4,
-            "head_dim": text.head_dim // 2,
-            "mlp_dim": text.mlp_dim // 8,
-            "mrope_section": tuple(n // 2 for n in text.mrope_section),
-        },
-        vision={
-            "depth": 25,
-            "embed_dim": vision.embed_dim // 8,
-            "hidden_size": text.hidden_size // 8,
-            "num_heads": vision.num_heads // 8,
-        },
-        moe={
-            "expert_mlp_dim": moe.expert_mlp_dim // 8,
-            "shared_mlp_dim": moe.shared_mlp_dim // 8,
-        },
-    )
 
 
 def bench_train(
@@ -80,7 +41,7 @@ def bench_train(
     the other, and not warmed up by one of its own.
 
     Args:
-      size: the preset whose sizes to use; by default `scaled_model`.
+      size: the preset whose sizes to use; by default `sides.scaled_model`.
       tokens: length of the row, the image's 196 among them.
       rounds: timed steps of each side; one more isn't timed.
       threads: number on each side; the machine may have fewer cores.
@@ -95,39 +56,33 @@ def bench_train(
       InputError: PyTorch or transformers is not installed, an unknown preset, one that is too large
         for this machine's memory twice, or a number that is too small.
     """
-    for name in ("torch", "transformers"):
-        if importlib.util.find_spec(name) is None:
-            raise InputError(
-                f"`bench cpu` compares with PyTorch, and {name} is not installed;"
-                " install it: pip install 'echovlm-jax[bench]'"
-            )
-    model = scaled_model() if size is None else preset(size)
-    least = math.prod(_GRID) // model.vision.merge_unit + 4
+    model = sides.chosen_model(size)
+    least = sides.PATCHES // model.vision.merge_unit + 4
     for name, value, bound in (
         ("tokens", tokens, least), ("rounds", rounds, 1), ("threads", threads, 1)
     ):  # fmt: skip
         if value < bound:
             raise InputError(f"{name} must be at least {bound}, found {value}")
-    _check_memory(model, size)
+    sides.check_memory(model, size, _BYTES_A_PARAMETER, "train")
     job = {"model": to_hf(model, dtype="float32"), "tokens": tokens, "threads": threads}
     with ExitStack() as stack:
-        sides = {side: _start(side, job, stack) for side in ("ours", "theirs")}
-        counts = {side: ask(None) for side, ask in sides.items()}
+        asked = {side: sides.start("train", side, job, stack) for side in ("ours", "theirs")}
+        counts = {side: ask(None) for side, ask in asked.items()}
         if len({count["parameters"] for count in counts.values()}) > 1:
             raise RuntimeError(f"the two models differ: {counts}")
         forms = counts["theirs"]["forms"]
         tried: dict[str, list[float]] = {form: [] for form in forms}
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        seconds: dict[str, list[float]] = {side: [] for side in asked}
         with progress((_TRIALS + 1) * len(forms) + 2 * (rounds + 1), "step", "bench") as tick:
             for _ in range(_TRIALS + 1):
                 for form in forms:
-                    tried[form].append(sides["theirs"](form))
+                    tried[form].append(asked["theirs"](form))
                     tick(1)
             fastest = {form: min(times[1:]) for form, times in tried.items()}
             best = min(forms, key=fastest.__getitem__)
             for _ in range(rounds + 1):
                 for side, form in (("ours", "step"), ("theirs", best)):
-                    seconds[side].append(sides[side](form))
+                    seconds[side].append(asked[side](form))
                     tick(1)
     timed = {side: times[1:] for side, times in seconds.items()}
     ours, theirs = (statistics.median(timed[side]) for side in ("ours", "theirs"))
@@ -139,7 +94,7 @@ def bench_train(
         f" {tokens} tokens, {threads} threads: PyTorch's against ours, above 1 ours is faster",
         "parameters": counts["ours"]["parameters"],
         "tokens": tokens,
-        "patches": math.prod(_GRID),
+        "patches": sides.PATCHES,
         "rounds": rounds,
         "threads": threads,
         "ours_fastest": min(timed["ours"]),
@@ -149,70 +104,23 @@ def bench_train(
     }
 
 
-def _check_memory(model: ModelConfig, size: str | None) -> None:
-    from echovlm_jax.convert.table import slots
-
-    parameters = sum(slot.size for slot in slots(model).values())
-    needed = 2 * _BYTES_A_PARAMETER * parameters
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise InputError(
-            f"size {size} needs about {needed / 2**30:.0f} GiB to train twice, and this machine has"
-            f" {there / 2**30:.0f}; choose a smaller preset, or none"
-        )
-
-
-def _start(side: str, job: dict[str, Any], stack: ExitStack) -> Callable[[str | None], Any]:
-    """Starts one side in a process of its own, that ends with the stack.
-
-    Returns:
-      What sends it a line and waits for its answer; with None it only waits.
-    """
-    errors: Any = tempfile.TemporaryFile("w+")  # noqa: SIM115  (the stack closes it)
-    stack.callback(errors.close)
-    process = stack.enter_context(
-        subprocess.Popen(
-            [sys.executable, "-c", _SIDE.format(side=side)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            bufsize=1,
-        )
-    )
-    stack.callback(process.kill)
-    assert process.stdin is not None and process.stdout is not None
-    given, answers = process.stdin, process.stdout
-
-    def ask(line: str | None) -> Any:
-        if line is not None:
-            print(line, file=given)
-        answer = answers.readline()
-        if not answer:
-            process.wait()
-            errors.seek(0)
-            raise RuntimeError(f"the run of {side} failed:\n{errors.read()}")
-        return json.loads(answer)
-
-    print(json.dumps(job), file=given)
-    return ask
-
-
 def _serve(parameters: int, forms: dict[str, Callable[[], float]]) -> None:
-    """Answers each line of standard input, a form's name, with the seconds of a step of it."""
-    print(json.dumps({"parameters": parameters, "forms": list(forms)}), flush=True)
-    for line in sys.stdin:
+    """Answers each question, a form's name, with the seconds of a step of it."""
+
+    def seconds(form: str) -> float:
         started = time.perf_counter()
-        loss = forms[line.strip()]()
-        seconds = time.perf_counter() - started
+        loss = forms[form]()
+        taken = time.perf_counter() - started
         if not math.isfinite(loss):
             raise RuntimeError(f"the loss is {loss}")
-        print(json.dumps(seconds), flush=True)
+        return taken
+
+    sides.serve({"parameters": parameters, "forms": list(forms)}, seconds)
 
 
 def ours(job: dict[str, Any]) -> None:
     """Serves steps of the program that a training run compiles."""
-    _take_cores(job["threads"])
+    sides.take_cores(job["threads"])
     keep_freed_memory()  # as `train` does
     import jax
 
@@ -221,7 +129,7 @@ def ours(job: dict[str, Any]) -> None:
 
     jax.config.update("jax_platforms", "cpu")
     model = from_hf(job["model"])
-    inputs = _inputs(model, job["tokens"])
+    inputs = sides.inputs(model, job["tokens"])
     program = make_program(_training(job["tokens"]), jax.devices()[:1], model)
     step = program.compile()
     state = init_state(program, jax.random.key(0))
@@ -244,7 +152,7 @@ def ours(job: dict[str, Any]) -> None:
 
 def theirs(job: dict[str, Any]) -> None:
     """Serves steps of Hugging Face's modules, in each of their forms."""
-    _take_cores(job["threads"])
+    sides.take_cores(job["threads"])
     import torch  # pyright: ignore[reportMissingImports]
 
     from echovlm_jax.bench.torch_model import build, set_forms
@@ -252,7 +160,7 @@ def theirs(job: dict[str, Any]) -> None:
 
     torch.set_num_threads(job["threads"])
     config = from_hf(job["model"])
-    inputs = _inputs(config, job["tokens"])
+    inputs = sides.inputs(config, job["tokens"])
     # As ours, they are made before the step.
     positions = make_batch(config, inputs)["positions"].transpose(1, 0, 2).astype(np.int64)
     batch = {
@@ -273,41 +181,15 @@ def theirs(job: dict[str, Any]) -> None:
 
     forms = {
         f"{attention} attention, {experts} experts": lambda a=attention, e=experts: step(a, e)
-        for attention in _ATTENTION
+        for attention in sides.ATTENTION
         for experts in (_EXPERTS if config.moe else _EXPERTS[:1])
     }
     _serve(sum(p.numel() for p in parameters), forms)
 
 
-def _take_cores(threads: int) -> None:
-    """Leaves this process so many processor cores, the same ones on both sides."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-
-
-def _inputs(model: ModelConfig, tokens: int) -> dict[str, np.ndarray]:
-    """A row as Hugging Face's models take it: an image, then text with labels."""
-    rng = np.random.default_rng(0)
-    count = math.prod(_GRID) // model.vision.merge_unit
-    image = [model.vision_start_token_id, *[model.image_token_id] * count]
-    image += [model.vision_end_token_id]
-    special = (getattr(model, f"{name}_token_id") for name in ("image", "video", "vision_start"))
-    words = np.setdiff1d(np.arange(model.text.vocab_size), list(special))
-    text = rng.choice(words, tokens - len(image))
-    ids = np.concatenate([image, text]).astype(np.int64)[None]
-    labels = np.where(np.arange(tokens) < len(image), -100, ids)
-    patches = rng.standard_normal((math.prod(_GRID), model.vision.patch_dim))
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "pixel_values": patches.astype(np.float32),
-        "image_grid_thw": np.array([_GRID], np.int64),
-    }
-
-
 def _training(tokens: int) -> Any:
     """configs/full_finetune.py for one row on one device, in float32; sizes are given beside."""
-    patches = math.prod(_GRID)
+    patches = sides.PATCHES
     changes = {
         **{"seq_len": tokens, "max_patches": patches, "max_image_patches": patches},
         **{"global_batch_size": 1, "mesh.data": 1, "mesh.fsdp": 1},

@@ -1,0 +1,1 @@
+"""Ours against PyTorch on this machine's processor: a training step, and an answer."""
