@@ -263,7 +263,7 @@ def _largest_arguments(arrays: Any) -> list[dict[str, Any]]:
         shape = leaf.sharding.shard_shape(leaf.shape)
         found.append(
             {
-                "bytes": math.prod(shape) * leaf.dtype.itemsize,
+                "bytes": _nbytes(leaf),
                 "shape": f"{leaf.dtype}[{','.join(map(str, shape))}]",
                 "from": "/".join(str(getattr(part, "key", part)) for part in path),
                 "count": 1,
@@ -287,6 +287,11 @@ def _by_group(tree: Any, devices: int) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = "/".join(str(getattr(part, "key", getattr(part, "name", ""))) for part in path)
         group = next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
-        shard = leaf.sharding.shard_shape(leaf.shape)
-        found[group] += leaf.dtype.itemsize * devices * math.prod(shard)
+        found[group] += _nbytes(leaf) * devices
     return {group: size for group, size in found.items() if size}
+
+
+def _nbytes(leaf: Any) -> int:
+    """Of one device's part of an array; a chip packs two values of int4 into a byte."""
+    bits = 4 if leaf.dtype == jax.numpy.int4 else 8 * leaf.dtype.itemsize
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8
