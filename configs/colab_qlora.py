@@ -47,7 +47,8 @@ def get_config() -> ConfigDict:
     config.param_dtype = "float32"  # of what trains: in bfloat16 most steps would round to none
     config.remat = "full"  # a layer's inputs alone are stored
     config.optimization_level = "O1"  # compiles in a minute; the default takes three times as long
-    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1})
+    # One chip; more of them share the weights, and want a batch of as many rows.
+    config.mesh = ConfigDict({"data": -1, "fsdp": -1, "expert": 1, "tensor": 1, "sequence": 1})
 
     config.log_every = 10
     config.eval_every = 200

@@ -1,8 +1,9 @@
 """A training run's folder as a model: the parameters of a checkpoint, its low-rank updates added.
 
 A checkpoint's state/ holds trainable/{params,lora}/…, frozen/…, and the optimizer's state. What is
-quantized there is a model of floats here, each value times its scale. Beside it lie the configuration that it was trained with and the model's, so that changing the run later
-changes no older checkpoint. `storage.layout` names the files.
+quantized there is floats here, each value times its scale. Beside it lie the configuration that it
+was trained with and the model's, so that changing the run later changes no older checkpoint.
+`storage.layout` names the files.
 """
 
 from __future__ import annotations

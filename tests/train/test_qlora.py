@@ -1,5 +1,4 @@
-"""Training over a quantized base: what the model of its dequantized weights computes, bit by bit of
-its frozen weights kept."""
+"""Training over a quantized base: it computes what the model of the dequantized weights does."""
 
 import functools
 
@@ -30,8 +29,9 @@ MODEL = preset("tiny").replace(
 
 
 def qlora(kind: str | None, devices: int = 1, **changes) -> Program:
-    own = {"stage_rules": RULES, "lora.dropout": 0.0, "quantize": kind, "remat": "none", **changes}
-    return program(devices, MODEL, **own)
+    """Without images: the vision tower is not quantized."""
+    own = {"stage_rules": RULES, "lora.dropout": 0.0, "quantize": kind, "remat": "none"}
+    return program(devices, MODEL, **own, **{"max_patches": 0, **changes})
 
 
 def started(made: Program, weights: dict):
@@ -49,10 +49,16 @@ def stepped(made: Program, weights: dict) -> tuple[dict, dict]:
     """(metrics, gradients as Adam's first moments have them) of one step."""
     with jax.set_mesh(made.mesh):
         state = started(made, weights)
+        frozen = bits(state.frozen)
         batch = place(made, random_batch(0, MODEL, 8, LENGTH, 32))
         after, metrics = made.step(state, batch)
+    assert bits(after.frozen) == frozen
     moments = flatten_dict(optax.tree.get(after.opt_state, "mu"), sep="/")
     return jax.device_get(metrics), jax.device_get(moments)
+
+
+def bits(tree) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 @functools.cache
@@ -61,13 +67,8 @@ def dequantized(kind: str) -> dict:
     frozen = flatten_dict(started(qlora(kind), params()).frozen, sep="/")
     flat = flatten_dict(params(), sep="/")
     assert sum(isinstance(leaf, Quantized) for leaf in frozen.values()) == 15
-    return unflatten_dict(
-        {
-            path: np.asarray(as_operand(frozen.get(path, x), jnp.float32))
-            for path, x in flat.items()
-        },
-        sep="/",
-    )
+    wide = {path: as_operand(frozen.get(path, x), jnp.float32) for path, x in flat.items()}
+    return unflatten_dict({path: np.asarray(x) for path, x in wide.items()}, sep="/")
 
 
 @functools.cache
@@ -86,7 +87,7 @@ MESHES = {
     "all": {"devices": 8, "mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2},
     "fsdp": {"devices": 8, "mesh.data": 1, "mesh.fsdp": 8},
 }
-FAST = {("int4", "dense, remat", "one"), ("int8", "ragged", "all")}
+FAST = {("int4", "dense, remat", "one"), ("int4", "ragged", "all")}
 CASES = [
     pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
     for case in [(k, f, m) for k in ("int8", "int4") for f in FORMS for m in MESHES]
@@ -102,20 +103,8 @@ def test_a_step_is_that_of_the_dequantized_weights(kind, form, mesh):
     assert moments.keys() == wanted[1].keys()
     for name, value in wanted[1].items():
         error = np.abs(moments[name] - value).max()
-        assert 0 < np.abs(value).max() and error <= 1e-5 * np.abs(value).max(), (name, error)
-
-
-def test_what_is_frozen_keeps_its_bits_and_the_rest_trains():
-    made = qlora("int4", dtype="bfloat16", warmup_fraction=0.0)
-    state = init_state(made, jax.random.key(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), made.state
-    )
-    first = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.frozen)]
-    for seed in range(2):
-        state, metrics = made.step(state, place(made, random_batch(seed, MODEL, 8, LENGTH, 32)))
-        assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
-    assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.frozen)] == first
+        assert value.any() or "vision" in name
+        assert error <= 1e-5 * np.abs(value).max(), (name, error)
 
 
 def test_what_trains_in_full_is_not_quantized():
