@@ -178,6 +178,8 @@ def state(seed: int, sharding) -> dict:
     made = {"w": rng.normal(size=(16, 6)).astype(np.float32), "step": np.int32(seed)}
     made["m"] = (jnp.asarray(rng.normal(size=(8, 4)), jnp.bfloat16), {})
     placed = {"w": jax.device_put(made["w"], sharding), "step": jnp.int32(seed)}
+    few = jnp.asarray(rng.integers(-8, 8, (8, 4)), jnp.int4)
+    placed["few"] = jax.device_put(few, sharding)
     return {**placed, "m": made["m"]}
 
 

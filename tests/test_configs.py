@@ -19,6 +19,8 @@ FOLDER = Path(__file__).parents[1] / "configs"
 TOPOLOGY = {"alignment": "v5e:2x4", "instruction": "v5e:2x4", "full_finetune": "v5e:4x4"}
 FILES = [FOLDER / f"{name}.py" for name in TOPOLOGY]
 SMALL = ("phantom", "phantom_dense")
+# Full size on one chip, and the most GiB that training may take there.
+ONE_CHIP = {"colab_qlora": 15.5, "colab_int8": 15.5, "colab_int4": 11}
 
 
 @pytest.fixture(params=FILES, ids=lambda file: file.stem)
@@ -27,7 +29,7 @@ def file(request) -> Path:
 
 
 def test_every_file_is_known() -> None:
-    assert {file.stem for file in FOLDER.glob("*.py")} == {*TOPOLOGY, *SMALL}
+    assert {file.stem for file in FOLDER.glob("*.py")} == {*TOPOLOGY, *SMALL, *ONE_CHIP}
 
 
 def test_the_small_ones_differ_in_the_mixture_alone() -> None:
@@ -83,6 +85,26 @@ def test_it_makes_a_program_at_full_size(file) -> None:
     assert {leaf.dtype.name for leaf in jax.tree.leaves(program.state.frozen)} <= {"bfloat16"}
 
 
+@pytest.mark.parametrize("name", ONE_CHIP)
+def test_it_makes_a_program_of_few_bits(name) -> None:
+    config = load_config(FOLDER / f"{name}.py")
+    program = make_program(config, jax.devices()[:1])
+    frozen = jax.tree.leaves(program.state.frozen)
+    few = [leaf for leaf in frozen if leaf.dtype.name == config.quantize]
+    assert sum(leaf.size for leaf in few) > 0.93 * (count(program.state.frozen))
+    model = program.model
+    text, moe = model.text, model.moe
+    assert moe
+    small = text.num_layers * (text.hidden_size * (moe.num_experts + 1 + 2) + 2)
+    assert count(program.state.trainable["params"]) == small
+    low = 0
+    if name == "colab_qlora":
+        each = 3 * (text.hidden_size + moe.expert_mlp_dim) * moe.num_experts
+        each += 3 * (text.hidden_size + moe.shared_mlp_dim)
+        low = updates(model, config.lora.rank) + config.lora.rank * text.num_layers * each
+    assert count(program.state.trainable.get("lora", {})) == low
+
+
 def test_overrides_reach_the_program(file) -> None:
     words = ["model=tiny", "seq_len=64", "max_patches=16", "global_batch_size=16", "mesh.tensor=2"]
     program = make_program(load_config(file, words))
@@ -125,3 +147,18 @@ def test_it_compiles_for_its_slice(file) -> None:
     result = plan(config, TOPOLOGY[file.stem], model=model)
     assert result["ok"] and result["rows"] == config.global_batch_size == result["chips"]
     assert result["hbm_per_chip"]["peak"] < result["hbm_capacity"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind", "most"),
+    [*((name, None, most) for name, most in ONE_CHIP.items()), ("colab_qlora", "int4", 11)],
+)
+def test_it_trains_on_one_chip(name, kind, most) -> None:
+    """The whole model: minutes of compiling."""
+    pytest.importorskip("libtpu")
+    from echovlm_jax.plan import plan
+
+    config = load_config(FOLDER / f"{name}.py", {"quantize": kind} if kind else {})
+    result = plan(config, "v5e:1x1")
+    assert result["ok"] and result["hbm_per_chip"]["peak"] <= most * 2**30

@@ -26,7 +26,15 @@ from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage import digests
 from echovlm_jax.storage import writer as store
-from echovlm_jax.storage.arrays import AGAIN, Index, Reader, Take, array_key, piece_shape
+from echovlm_jax.storage.arrays import (
+    AGAIN,
+    Index,
+    Reader,
+    Take,
+    array_key,
+    inside,
+    piece_shape,
+)
 from echovlm_jax.storage.files import as_path, in_bucket, write_bytes, write_json
 from echovlm_jax.storage.layout import CONFIG, PARAMS, REPORT, SUMS, TREE
 from echovlm_jax.storage.verify import check_files
@@ -221,11 +229,7 @@ class _HuggingFace:
     def read_blocks(self, path: str, indices: Sequence[Index], take: Take) -> None:
         for number, index in enumerate(indices):
             for cut in store.pieces(piece_shape(index), self.dtypes[path].itemsize):
-                where = tuple(
-                    slice(i.start + c.start, i.start + c.stop)
-                    for i, c in zip(index, cut, strict=True)
-                )
-                take(number, cut, self.read(path, where))
+                take(number, cut, self.read(path, inside(cut, index)))
 
 
 def leaf_dtypes(

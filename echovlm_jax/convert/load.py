@@ -10,11 +10,19 @@ import numpy as np
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.convert import folder, table
 from echovlm_jax.errors import InputError
+from echovlm_jax.model import param_specs
+from echovlm_jax.ops.product.weight import Quantized
+from echovlm_jax.quantize import quantize as few_bits
+from echovlm_jax.quantize import recipe
 from echovlm_jax.storage.arrays import Index, Take, to_devices
 
 
 def load_params(
-    model: str | os.PathLike[str] | folder.StoredModel, *, dtype: Any = None, shardings: Any = None
+    model: str | os.PathLike[str] | folder.StoredModel,
+    *,
+    dtype: Any = None,
+    shardings: Any = None,
+    quantize: str | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Loads a MODEL folder.
 
@@ -25,6 +33,7 @@ def load_params(
       shardings: a tree like the parameters' of `jax.sharding.Sharding`, or one for all of them.
         Only this process' shards are read then, and the host holds 1 GiB of them at a time, or
         one. Without it, whole parameters go to the default device one after another.
+      quantize: a kind of `quantize.KINDS`: for the parameters that are `Quantized` in `shardings`.
 
     Returns:
       The configuration and the nested dict of `jax.Array` (see `model.abstract_params`).
@@ -41,8 +50,17 @@ def load_params(
         wanted = table.flatten(shardings)
         if odd := sorted(wanted.keys() ^ shapes.keys()):
             raise InputError(f"shardings: {odd[0]} is not in both the shardings and the model")
+    specs = param_specs(opened.config)
+
+    def load(path: str, shape: tuple[int, ...]) -> Any:
+        where = wanted[path]
+        if not isinstance(where, Quantized):
+            return _load(opened, path, shape, target, where)
+        made = _load(opened, path, shape, target, None)
+        return jax.device_put(few_bits(made, specs[path], recipe(quantize or "")), where)
+
     return opened.config, table.unflatten(
-        {path: _load(opened, path, shape, target, wanted[path]) for path, shape in shapes.items()}
+        {path: load(path, shape) for path, shape in shapes.items()}
     )
 
 

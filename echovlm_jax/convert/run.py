@@ -1,8 +1,9 @@
 """A training run's folder as a model: the parameters of a checkpoint, its low-rank updates added.
 
-A checkpoint's state/ holds trainable/{params,lora}/…, frozen/…, and the optimizer's state. Beside
-it lie the configuration that it was trained with and the model's, so that changing the run later
-changes no older checkpoint. `storage.layout` names the files.
+A checkpoint's state/ holds trainable/{params,lora}/…, frozen/…, and the optimizer's state. What is
+quantized there is floats here, each value times its scale. Beside it lie the configuration that it
+was trained with and the model's, so that changing the run later changes no older checkpoint.
+`storage.layout` names the files.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from echovlm_jax.config import ModelConfig, from_hf
@@ -21,8 +23,10 @@ from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import table
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import param_specs
+from echovlm_jax.ops.product.weight import Quantized
+from echovlm_jax.quantize import abstract, read_block, recipe
 from echovlm_jax.storage import digests
-from echovlm_jax.storage.arrays import Index, Take, gather, open_state
+from echovlm_jax.storage.arrays import Index, Take, gather, inside, open_state, piece_shape
 from echovlm_jax.storage.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -31,6 +35,7 @@ from echovlm_jax.storage.layout import (
     training_settings,
 )
 from echovlm_jax.storage.verify import run_problems
+from echovlm_jax.storage.writer import pieces
 
 _PARAMS, _LORA, _FROZEN = "trainable/params/", "trainable/lora/", "frozen/"
 
@@ -81,25 +86,35 @@ class Run:
         self.folder = model_files(checkpoint)
         path = self.folder / CONFIG
         self.config: ModelConfig = from_hf(sources.read_json(path), str(path))
-        self._stored = {
-            name.removeprefix(part): name
-            for name in self._reader.shapes
-            for part in (_PARAMS, _FROZEN)
-            if name.startswith(part)
-        }
+        self.settings = training_settings(run, step)
+        self._stored: dict[str, str] = {}
+        self._forms: dict[str, Quantized] = {}
+        specs, there = param_specs(self.config), self._reader.shapes
         for name, shape in table.leaf_shapes(self.config).items():
-            found = self._reader.shapes.get(self._stored.get(name, ""))
-            if found != shape:
-                raise InputError(
-                    f"{checkpoint}: parameter {name} has shape {found and list(found)}, expected"
-                    f" {list(shape)} by {path}"
-                )
+            at = f"{_PARAMS if _PARAMS + name in there else _FROZEN}{name}"
+            expected = {at: shape}
+            if f"{at}/values" in there:
+                form = abstract(specs[name], recipe(str(self.settings.get("quantize"))))
+                expected = {f"{at}/values": form.values.shape, f"{at}/scale": form.scale.shape}
+                self._forms[name] = form
+            self._stored[name] = at
+            for array, wanted in expected.items():
+                if (found := there.get(array)) != wanted:
+                    raise InputError(
+                        f"{checkpoint}: parameter {array.split('/', 1)[1]} has shape"
+                        f" {found and list(found)}, expected {list(wanted)} by {path}"
+                    )
         self.trained = {name for name, stored in self._stored.items() if stored.startswith(_PARAMS)}
         self.updated = {name for name in self._stored if _update(name, "a") in self._reader.shapes}
-        self.settings = training_settings(run, step)
         self.base, self.lora = str(self.settings.get("model")), _lora(self.settings, checkpoint)
         self._scale = self.lora["alpha"] / self.lora["rank"]
-        self.dtypes = {name: self._reader.dtypes[at] for name, at in self._stored.items()}
+        self.dtypes = {
+            # A quantized one's is what it would have without, as all that is frozen.
+            name: np.dtype(jnp.dtype(self.settings.get("dtype")))
+            if name in self._forms
+            else self._reader.dtypes[at]
+            for name, at in self._stored.items()
+        }
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}
 
@@ -111,7 +126,10 @@ class Run:
     def read_blocks(self, path: str, indices: Sequence[Index], take: Take) -> None:
         """As `Reader.read_blocks`, with the update where there is one: W + scale · b a."""
         if path not in self.updated:
-            self._reader.read_blocks(self._stored[path], indices, take)
+            dtype = self.dtypes[path]
+            self._read_base(
+                path, indices, lambda n, at, values: take(n, at, values.astype(dtype, copy=False))
+            )
             return
         # Beside [*stacked, *out, *in]: a [*stacked, rank, *in], b [*stacked, *out, rank].
         spec, rank = param_specs(self.config)[path], self.update_shape(path, "b")[-1]
@@ -135,9 +153,22 @@ class Run:
             count = math.prod(right.shape[: spec.stacked])
             product = left.reshape(count, -1, rank) @ right.reshape(count, rank, -1)
             update = self._scale * product.reshape(values.shape)
-            take(number, where, (values.astype(np.float32) + update).astype(values.dtype))
+            take(number, where, (values.astype(np.float32) + update).astype(self.dtypes[path]))
 
-        self._reader.read_blocks(self._stored[path], indices, add)
+        self._read_base(path, indices, add)
+
+    def _read_base(self, path: str, indices: Sequence[Index], take: Take) -> None:
+        """Without the update; what is quantized in float32."""
+        if (form := self._forms.get(path)) is None:
+            self._reader.read_blocks(self._stored[path], indices, take)
+            return
+
+        def read(part: str, index: Index) -> np.ndarray:
+            return self._reader.read(f"{self._stored[path]}/{part}", index)
+
+        for number, index in enumerate(indices):
+            for cut in pieces(piece_shape(index), 4):
+                take(number, cut, read_block(form, inside(cut, index), read))
 
     def update_shape(self, path: str, name: str) -> tuple[int, ...]:
         """The shape of a parameter's "a" or "b"."""

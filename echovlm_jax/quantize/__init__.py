@@ -1,5 +1,6 @@
 """Weights in few bits: which ones, how wide, and in what groups."""
 
+from echovlm_jax.quantize.blocks import read_block
 from echovlm_jax.quantize.recipes import (
     KINDS,
     Recipe,
@@ -18,6 +19,7 @@ __all__ = [
     "placed",
     "quantize",
     "quantize_params",
+    "read_block",
     "recipe",
     "takes",
 ]

@@ -321,6 +321,13 @@ def _within(part: Index, whole: Index) -> Index:
     )
 
 
+def inside(part: Index, whole: Index) -> Index:
+    """Where a part of a block lies in the array; undoes `_within`."""
+    return tuple(
+        slice(b.start + a.start, b.start + a.stop) for a, b in zip(part, whole, strict=True)
+    )
+
+
 def _common(one: Index, other: Index) -> Index:
     """What two blocks share."""
     return tuple(

@@ -197,7 +197,8 @@ def _data_files(database: Path) -> set[str]:
 
 
 def _zarr_dtype(dtype: np.dtype) -> str:
-    return "bfloat16" if dtype == jnp.bfloat16 else np.dtype(dtype).str
+    # Dtypes that numpy doesn't know have their names.
+    return str(dtype) if dtype in (jnp.bfloat16, jnp.int4) else np.dtype(dtype).str
 
 
 def _orbax_files(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,6 +81,8 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "capacity_factor": _ABOVE_0._replace(optional=True),
     "dtype": _DTYPE,
     "param_dtype": _DTYPE,
+    # With w8a8 a product's own rounding would have no gradient.
+    "quantize": _one_of(("int8", "int4"), optional=True),
     "grad_sum_dtype": _DTYPE._replace(optional=True),
     "remat": _one_of(tuple(REMAT)),
     "optimization_level": _one_of(("O0", "O1", "O2", "O3"), optional=True),

@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from echovlm_jax import quantize
 from echovlm_jax.chips import defaults
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.mesh import AXES, activation_layout, make_mesh, param_shardings
 from echovlm_jax.model import Compute, ParamSpec, axes_of, init_params, param_specs, shapes_of
+from echovlm_jax.ops.product.weight import Quantized
 from echovlm_jax.train.config_file import check_config
 from echovlm_jax.train.lora import init_lora, lora_specs, of_experts
 from echovlm_jax.train.optimizer import in_float32, learning_rate, make_optimizer
@@ -52,6 +55,7 @@ class Program(NamedTuple):
     compute: Compute
     mesh: Mesh
     how: dict[str, str]  # each parameter's path → full, lora or frozen
+    quantize: str | None  # the kind of what is frozen, of `quantize.KINDS`
     updates: dict[str, ParamSpec]  # `lora.lora_specs`
     rules: dict[str, Rule]  # its rule, with a weight decay
     optimizer: optax.GradientTransformationExtraArgs
@@ -145,7 +149,7 @@ def make_program(
     state = TrainState(
         step=_struct(jax.ShapeDtypeStruct((), jnp.int32), NamedSharding(mesh, PartitionSpec())),
         trainable=trainable,
-        frozen=cast(frozen, dtype),
+        frozen=_in_few_bits(cast(frozen, dtype), specs, config.get("quantize")),
         opt_state=_optimizer_state(optimizer, trainable, mesh),
     )
     with jax.set_mesh(mesh):
@@ -173,6 +177,7 @@ def make_program(
         compute,
         mesh,
         how,
+        config.get("quantize"),
         updates,
         rules,
         optimizer,
@@ -217,13 +222,15 @@ def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainSta
     Args:
       program: whose state.
       key: of the random parameters and updates.
-      params: the parameters to start from, which are used up; random ones by default.
+      params: the parameters to start from, which are used up; random ones by default. Those that
+        the state holds quantized may be so already.
     """
 
     def init(key: jax.Array, params: Any) -> TrainState:
         params_key, lora_key = jax.random.split(key)
         params = init_params(program.model, params_key) if params is None else params
         full, frozen = split(params, program.how)
+        frozen = _rounded(frozen, program)
         trainable = {"params": full}
         if program.updates:
             trainable["lora"] = init_lora(program.updates, lora_key)
@@ -241,6 +248,40 @@ def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainSta
     on_cpu = program.mesh.devices.flat[0].platform == "cpu"
     options: dict[str, Any] = {"xla_backend_optimization_level": 0} if on_cpu else {}
     return lowered.compile(options)(key, params)
+
+
+def _in_few_bits(frozen: Any, specs: Mapping[str, ParamSpec], kind: str | None) -> Any:
+    """The tree of shapes with shardings, quantized where the kind's recipe takes a parameter."""
+    if kind is None:
+        return frozen
+
+    def stored(path: str, leaf: Any) -> Any:
+        if not quantize.takes(path, specs[path]):
+            return leaf
+        form = quantize.abstract(specs[path], quantize.recipe(kind))
+        return jax.tree.map(_struct, form, quantize.placed(form, leaf.sharding))
+
+    made = {path: stored(path, leaf) for path, leaf in flatten_dict(frozen, sep="/").items()}
+    if not any(isinstance(leaf, Quantized) for leaf in made.values()):
+        raise InputError(
+            f"config key quantize {kind} is of weights that are frozen or have an update, and every"
+            " one that it takes trains in full; leave it out, or say otherwise in stage_rules"
+        )
+    return unflatten_dict(made, sep="/")
+
+
+def _rounded(frozen: Any, program: Program) -> Any:
+    """What is frozen, quantized where the state holds it so and it isn't yet."""
+    wanted: dict[str, Any] = flatten_dict(program.state.frozen, sep="/")
+    specs = param_specs(program.model)
+
+    def stored(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, Quantized) or not isinstance(wanted[path], Quantized):
+            return leaf
+        return quantize.quantize(leaf, specs[path], quantize.recipe(program.quantize or ""))
+
+    flat = flatten_dict(frozen, sep="/")
+    return unflatten_dict({path: stored(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
 def _rules(config: Config, specs: Mapping[str, ParamSpec]) -> dict[str, Rule]:

@@ -9,6 +9,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from echovlm_jax.errors import InputError
+from echovlm_jax.ops.product.weight import Quantized
 from echovlm_jax.train.lora import takes_update
 
 HOW = ("full", "lora", "frozen")
@@ -177,11 +178,12 @@ def training_table(
             updates[name].size for name in (f"{module}/a", f"{module}/b") if name in updates
         )
         shape = "×".join(map(str, leaf.shape))
-        trains = leaf.size if how[path] == "full" else added
+        trains = count(leaf) if how[path] == "full" else added
         rule = rules[path] if rules else Rule("", how[path])
         rate, decay = (f"{x or 0:g}" if trains else "" for x in (rule.rate, rule.weight_decay))
         told = (rate, decay, rule.pattern)
-        rows.append((path, shape, str(leaf.dtype), how[path], f"{trains:,}", *told))
+        dtype = (leaf.values if isinstance(leaf, Quantized) else leaf).dtype
+        rows.append((path, shape, str(dtype), how[path], f"{trains:,}", *told))
     shown = rows if rules else [row[:5] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = [
@@ -209,5 +211,6 @@ def merge(a: Any, b: Any) -> Any:
 
 
 def count(tree: Any) -> int:
-    """How many values the arrays of a tree hold, or would."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """How many values the arrays of a tree hold, or would; a quantized weight's, without scales."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return sum(math.prod(leaf.shape) for leaf in leaves)

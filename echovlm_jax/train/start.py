@@ -94,6 +94,7 @@ def starting_point(model: str) -> Start:
 
     def params(program: Program) -> Any:
         wanted = merge(program.state.trainable["params"], program.state.frozen)
-        return load_params(opened, shardings=jax.tree.map(lambda s: s.sharding, wanted))[1]
+        shardings = jax.tree.map(lambda s: s.sharding, wanted)
+        return load_params(opened, shardings=shardings, quantize=program.quantize)[1]
 
     return Start(opened.config, params, opened.folder)
