@@ -59,7 +59,7 @@ class Epoch(NamedTuple):
     lost_record: np.ndarray  # int32 [K]
     lost_reason: np.ndarray  # int8 [K], of examples.REASONS
     lost_task: np.ndarray  # int8 [K], of tasks.TASKS; -1: none was drawn
-    lost_need: np.ndarray  # int64 [K, 3]: budgets that it would fit, as fit.Need; 0: of no avail
+    lost_need: np.ndarray  # int64 [K, 2]: budgets that it would fit, as fit.Need; 0: of no avail
     clashes: np.ndarray  # int64 []: samples whose exam their batch holds already
 
     @property
@@ -161,7 +161,7 @@ def mend(settings: Settings, needs: np.ndarray) -> str:
     """The keys to raise, and to what, so that samples with these needs fit as they are.
 
     Args:
-      needs: int [K, 3], as `Epoch.lost_need`.
+      needs: int [K, 2], as `Epoch.lost_need`.
 
     Returns:
       "--config.seq_len=1280 --config.max_patches=640"; empty where no budget is what is wrong.
@@ -169,8 +169,7 @@ def mend(settings: Settings, needs: np.ndarray) -> str:
     changes = []
     for key, least in zip(Need._fields, needs.max(axis=0, initial=0).tolist(), strict=True):
         if least > getattr(settings, key):
-            step = 1 if key == "max_image_patches" else _STEP
-            changes.append(f"--config.{key}={-(-least // step) * step}")
+            changes.append(f"--config.{key}={-(-least // _STEP) * _STEP}")
     return " ".join(changes)
 
 
@@ -233,7 +232,7 @@ def measure(source: Source, records: np.ndarray, keys: np.ndarray) -> dict[str, 
 
     Returns:
       key uint64; tokens, patches, shrunk int32; task, language, reason int8 (−1: none), [M] each;
-      need int64 [M, 3], of those that are too long. A sample without a task has task −1.
+      need int64 [M, 2], of those that are too long. A sample without a task has task −1.
     """
     # An exam's samples next to each other, so that whoever makes one knows the others.
     order = np.lexsort((np.arange(len(records)), records))

@@ -133,7 +133,7 @@ def measured(source: Source, number: int, composed: Composed) -> Example:
         full = whole(record.media, settings.max_image_patches, source.images)
     except InputError as error:
         raise NoExample(SIDES, record, str(error), composed.task) from None
-    if grids is None or full is None:
+    if grids is None:
         raise NoExample(
             TOO_LONG,
             record,

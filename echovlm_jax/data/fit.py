@@ -1,4 +1,8 @@
-"""How large an exam's images get: within an image's own limit, and so that the exam fits a row.
+"""How large an exam's images get: as the processor makes them, and so that the exam fits a row.
+
+`max_image_patches` is the processor's limit of an image, which holds as far as its resizing keeps
+to it: slivers, and images below the least size, may get some patches more. They get them here too,
+so that an image is the same in training and wherever the model is asked.
 
 An exam is never split over rows. One that is too long is shortened, by this rule: first loops get
 fewer frames, all of them half as many at a time, down to 2 (one time step); then all images and
@@ -44,7 +48,6 @@ class Need(NamedTuple):
 
     seq_len: int
     max_patches: int
-    max_image_patches: int
 
 
 def training_images(config: ImageConfig, max_image_patches: int, max_patches: int) -> ImageConfig:
@@ -97,8 +100,7 @@ def fit(
             _grid(medium.height, medium.width, n, limit, config)
             for medium, n in zip(media, frames, strict=True)
         )
-        within = all(grid.h * grid.w <= max_image_patches for grid in grids)
-        return grids if within and sum(grid.patches for grid in grids) <= room else None
+        return grids if sum(grid.patches for grid in grids) <= room else None
 
     frames = [medium.frames for medium in media]
     grids = tried(frames, most)
@@ -118,37 +120,27 @@ def fit(
     return grids
 
 
-def whole(
-    media: Sequence[Medium], max_image_patches: int, config: ImageConfig
-) -> tuple[Grid, ...] | None:
-    """The sizes that media get where a row has room for anything, or None where one of them has
-    more patches than an image may have, however small it gets.
+def whole(media: Sequence[Medium], max_image_patches: int, config: ImageConfig) -> tuple[Grid, ...]:
+    """The sizes that media get where a row has room for anything.
 
     Raises:
       InputError: as `fit`.
     """
-    return fit(media, 0, NO_LIMIT, NO_LIMIT, max_image_patches, config)
+    grids = fit(media, 0, NO_LIMIT, NO_LIMIT, max_image_patches, config)
+    assert grids is not None
+    return grids
 
 
 def needed(
     media: Sequence[Medium], text_tokens: int, max_image_patches: int, config: ImageConfig
 ) -> Need:
-    """What seq_len, max_patches and max_image_patches have to be for an exam to keep its sizes.
+    """What seq_len and max_patches have to be for an exam to keep its sizes.
 
     Raises:
       InputError: as `fit`.
     """
-    low, most = max_image_patches - 1, max_image_patches
-    grids = whole(media, most, config)
-    while grids is None:
-        low, most = most, 2 * most
-        grids = whole(media, most, config)
-    while most - low > 1:
-        middle = (low + most) // 2
-        found = whole(media, middle, config)
-        grids, low, most = (grids, middle, most) if found is None else (found, low, middle)
-    patches = sum(grid.patches for grid in grids)
-    return Need(text_tokens + patches // config.merge_size**2, patches, most)
+    patches = sum(grid.patches for grid in whole(media, max_image_patches, config))
+    return Need(text_tokens + patches // config.merge_size**2, patches)
 
 
 @lru_cache(maxsize=2**16)

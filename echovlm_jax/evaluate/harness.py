@@ -128,13 +128,16 @@ def evaluate(
         tasks = ", ".join(options.tasks)
         raise InputError(f"{shown(data)}: split {options.split!r} has no text for {tasks}")
     loaded = load_model(model)
+    limits = _limits(loaded, as_path(model), options.max_new_tokens, options.max_image_patches)
     settings: dict[str, Any] = {
         **{"model": str(model), "model_fingerprint": loaded.fingerprint},
         **{"data": str(data), "data_fingerprint": dataset.fingerprint},
         **dataclasses.asdict(options),
         **{"tasks": list(options.tasks), "sampling": "greedy"},
+        # A run's rows, which are not among its model's files: an export of it has the same
+        # fingerprint, and answers exams that are too long for them.
+        **{"seq_len": limits.seq_len, "max_patches": limits.max_patches},
     }
-    limits = _limits(loaded, as_path(model), options.max_new_tokens, options.max_image_patches)
     if out.exists() and not out.is_dir():
         raise InputError(f"{shown(out)}: is a file; name a new folder")
     make_folder(out)

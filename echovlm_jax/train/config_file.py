@@ -241,12 +241,11 @@ def _override(config: ConfigDict, key: str, value: Any) -> None:
 
 def _parse(key: str, value: Any, wanted: type, optional: bool) -> Any:
     """The value in the type wanted; a text of it where that is meant."""
-    if value is None or (isinstance(value, str) and value.lower() == "none"):
-        if optional:
-            return None
-    elif wanted is type(None) or (wanted is str and isinstance(value, str)):
+    if optional and (value is None or (isinstance(value, str) and value.lower() == "none")):
+        return None
+    if wanted is type(None) or (wanted is str and isinstance(value, str)):
         return value
-    elif isinstance(value, str):
+    if isinstance(value, str):
         try:
             return _PARSERS[wanted](value)
         except (KeyError, ValueError):

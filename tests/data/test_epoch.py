@@ -232,8 +232,7 @@ def long_ones(count=30, media=2):
         {"seq_len": 300},
         {"seq_len": 700, "max_patches": 0},
         {"max_patches": 8},
-        {"max_image_patches": 1},
-        {"seq_len": 60, "max_patches": 4, "max_image_patches": 3},
+        {"seq_len": 60, "max_patches": 4},
     ],
 )
 def test_the_advised_budgets_lose_and_shrink_nothing(changes):

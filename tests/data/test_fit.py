@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echovlm_jax.data.fit import Grid, cut, fit
+from echovlm_jax.data.fit import Grid, cut, fit, training_images
 from echovlm_jax.data.record import Medium
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.images import ImageConfig, to_patches
+from echovlm_jax.processing.images import ImageConfig, smart_resize, to_patches
 
 QWEN = ImageConfig()
 RECIPE = 784  # patches an image: 196 tokens
@@ -31,13 +31,12 @@ def test_whatever_is_made_fits_or_nothing_smaller_would(media, text, seq_len, ma
     if grids is None:
         smallest = [m._replace(frames=min(m.frames, 2)) for m in media]
         least = fit(smallest, 0, 10**9, 10**9, QWEN.min_pixels // 14**2, QWEN)
-        # Slivers may be too large for that limit; then there is nothing to compare with.
-        assert least is None or total(least) > max_patches or text + total(least) // 4 > seq_len
+        assert total(least) > max_patches or text + total(least) // 4 > seq_len
         return
     assert len(grids) == len(media)
     assert total(grids) <= max_patches and text + total(grids) // 4 <= seq_len
     for medium, grid in zip(media, grids, strict=True):
-        assert grid.h * grid.w <= RECIPE and grid.h % 2 == grid.w % 2 == 0
+        assert grid.h * grid.w <= RECIPE and grid.h % 2 == grid.w % 2 == 0  # none is a sliver
         assert min(medium.frames, 2) <= grid.frames <= medium.frames
         assert grid.t == max(1, -(-grid.frames // 2))
 
@@ -54,6 +53,29 @@ def test_grids_are_what_to_patches_makes(medium, room):
     shape = (medium.height, medium.width, 3)
     pixels = np.zeros((medium.frames, *shape) if medium.frames else shape, np.uint8)
     assert cut(pixels, grids[0], QWEN).shape == (grids[0].patches, 1176)
+
+
+@settings(max_examples=150)
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.integers(1, 1200),
+    st.sampled_from([3136, 200704]),
+)
+def test_an_image_has_one_size_in_training_and_elsewhere(height, width, limit, least):
+    """Of slivers and small images too, which come out above the limit that they are resized to.
+
+    Elsewhere it follows from the limits that a run states, by Hugging Face's `smart_resize`, which
+    ours equals.
+    """
+    images = training_images(dataclasses.replace(QWEN, min_pixels=least), limit, 10**6)
+    try:
+        (grid,) = fit([Medium(0, height, width)], 0, 10**6, 10**6, limit, images)
+    except InputError as error:
+        assert max(height, width) > 200 * min(height, width), error
+        return
+    stated = images.min_pixels, images.max_pixels
+    assert (grid.h * 14, grid.w * 14) == smart_resize(height, width, 28, *stated)
 
 
 def test_an_image_with_room_is_made_as_the_processor_makes_it():

@@ -185,6 +185,16 @@ def test_other_settings_are_refused_by_name(model, quick, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_run_and_its_export_are_not_mixed(model, quick, tmp_path, monkeypatch):
+    """They have one fingerprint, and the run's rows leave out exams that the export answers."""
+    evaluate(model, "phantom", tmp_path / "out", **FEW)
+    rows = {"seq_len": 256, "max_patches": 64, "max_image_patches": 16}
+    monkeypatch.setattr(harness, "run_step", lambda folder: (folder, 1))
+    monkeypatch.setattr(harness, "training_settings", lambda run, step: rows)
+    with pytest.raises(InputError, match="begun with seq_len "):
+        evaluate(model, "phantom", tmp_path / "out", **FEW)
+
+
 def test_another_model_is_refused(model, quick, tmp_path):
     evaluate(model, "phantom", tmp_path / "out", **FEW)
     loaded = load_model(model)

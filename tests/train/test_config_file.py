@@ -46,6 +46,7 @@ def file(tmp_path: Path) -> Path:
         ("name=3", "3"),
         ("name=a=b c", "a=b c"),
         ("name=", ""),
+        ("name=none", "none"),  # as remat's
         ("open=none", None),
         ("open=text", "text"),
         ("group.count=5", 5),
@@ -87,7 +88,6 @@ def test_overrides_from_python_keep_their_types(file) -> None:
         ("count=none", "config key count: 'none' is not a whole number"),
         ("rate=fast", "config key rate: 'fast' is not a number"),
         ("fast=1", "config key fast: '1' is not true or false"),
-        ("name=none", "config key name: 'none' is not a text"),
         ("sizes=3", "config key sizes: '3' is not a tuple, which only the file can set"),
         ("group.cuont=5", "config key group.cuont is unknown; did you mean group.count?"),
         ("learning_rat=5", "config key learning_rat is unknown; did you mean learning_rate?"),
