@@ -37,11 +37,11 @@ from echovlm_jax.storage import steps as keeping
 from echovlm_jax.storage.files import (
     as_path,
     below,
-    copy_folder,
     in_bucket,
     make_folder,
     remove,
     rename_folder,
+    write_bytes,
     write_text,
 )
 from echovlm_jax.storage.layout import CHUNKS, EXTRA, EXTRA_FILE, OWN_MODEL, STATE, steps
@@ -83,6 +83,7 @@ class Checkpoints:
         self._keep, self._keep_every = keep, keep_every
         self._first = jax.process_index() == 0
         self._saves, self._step = 0, -1
+        self._known: dict[str, str] = {}  # digests of files of the save in hand
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._lock: Lock | None = None
@@ -123,7 +124,7 @@ class Checkpoints:
         self.wait()
         if step in steps(self.folder):
             return
-        self._saves, self._step = self._saves + 1, step
+        self._saves, self._step, self._known = self._saves + 1, step, {}
         work = keeping.unfinished(self.folder, step)
         try:
             begin = self._begin_in_bucket if in_bucket(self.folder) else self._begin_with_orbax
@@ -141,8 +142,7 @@ class Checkpoints:
     def check(self) -> None:
         """Raises, as `wait` does, if the save in the background has failed, and InputError if
         another process has taken over; never waits."""
-        if self._lock is not None:
-            self._lock.check()
+        self._check(ask=False)
         if self._saving is not None and not self._saving.is_alive():
             self.wait()
 
@@ -200,8 +200,8 @@ class Checkpoints:
         """
         self.wait()
         path = self.folder / str(step)
-        if not path.is_dir():
-            raise InputError(f"{path}: no such checkpoint; there are {steps(self.folder)}")
+        if step not in (there := steps(self.folder)):
+            raise InputError(f"{path}: no such checkpoint; there are {there}")
 
         def read() -> tuple[Any, dict[str, Any]]:
             stored = self._open(step)
@@ -264,16 +264,18 @@ class Checkpoints:
 
     def _begin_in_bucket(self, work: Path, state: Any, extra: Any) -> Callable[[], Any]:
         copied = State(state)
+        check = functools.partial(self._check, ask=False)
 
         def write() -> dict[str, str]:
             if self._first:
+                self._check()
                 remove(work)  # what a killed run left, or a broken checkpoint of this step
             self._barrier("cleared")
-            found = copied.write(work / STATE, jax.process_index())
+            found = copied.write(work / STATE, jax.process_index(), check)
             self._barrier("written")
             if self._first:
                 copied.finish(work / STATE, jax.process_count())
-                write_text(work / EXTRA / EXTRA_FILE, json.dumps(extra))
+                self._write_small(work, f"{EXTRA}/{EXTRA_FILE}", json.dumps(extra).encode())
             return found
 
         return write
@@ -283,7 +285,8 @@ class Checkpoints:
         try:
             chunks = write()
             if model is not None and self._first:
-                copy_folder(model, work / OWN_MODEL)
+                for name in below(model):
+                    self._write_small(work, f"{OWN_MODEL}/{name}", (model / name).read_bytes())
             self._write_digests(work, chunks)
             if self._first:
                 if not in_bucket(work):
@@ -303,19 +306,28 @@ class Checkpoints:
             write_text(part, json.dumps([chunks, digests.of_files(work, names)]))
         self._barrier("hashed")
         if self._first:
-            known: dict[str, str] = {}
             for index in range(1, jax.process_count()):
                 part = work / keeping.PART.format(index)
                 others, files = json.loads(part.read_text())
                 chunks |= others
-                known |= files
+                self._known |= files
                 part.unlink()
             ordered = arrays.in_order(chunks)
             arrays.Reader(work / STATE, chunks=ordered)  # there is one for each chunk
-            write_text(work / CHUNKS, json.dumps(ordered))
-            if self._lock is not None:
-                self._lock.check()
-            digests.write(work, known=known)
+            self._write_small(work, CHUNKS, json.dumps(ordered).encode())
+            self._check()
+            digests.write(work, known=self._known)
+
+    def _write_small(self, work: Path, name: str, data: bytes) -> None:
+        """Writes a file, and notes the digest of what it is to hold: not of what a process that
+        lost the lock may write there later."""
+        make_folder((work / name).parent)
+        write_bytes(work / name, data)
+        self._known[name] = digests.of_bytes(data)
+
+    def _check(self, *, ask: bool = True) -> None:
+        if self._lock is not None:
+            self._lock.check(ask=ask)
 
     def _barrier(self, what: str) -> None:
         sync = ocp.multihost.get_barrier_sync_fn()
@@ -323,9 +335,9 @@ class Checkpoints:
 
     def _give_up(self) -> None:
         """Frees what a failed save took of a disk that may be full."""
-        if self._lock is not None:
+        if self._first:
             with contextlib.suppress(OSError, InputError):
-                self._lock.check()  # who took over may be saving there
+                self._check()  # who took over may be saving there
                 keeping.clear(self.folder)
 
     def _open(self, step: int) -> arrays.Reader:

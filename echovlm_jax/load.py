@@ -145,7 +145,7 @@ class Model:
     def fingerprint(self) -> str:
         """Hexadecimal; differs where an answer may: by any bit of a parameter, by a file that lies
         beside them, or by how images are read."""
-        beside = side_files(self._folder) if self._folder.is_dir() else []
+        beside = side_files(self._folder)
         own = {path.name: digests.of_file(path) for path in beside if path.suffix}
         how = [self._media, self._control_tokens]
         return digests.of_json([fingerprint(self.params), repr(self.config), own, how])

@@ -1,15 +1,22 @@
 """Servers that speak S3's and Google's protocols on 127.0.0.1, for tests of buckets."""
 
 import contextlib
+import dataclasses
 import http.client
 import http.server
 import json
+import logging
 import re
 import socketserver
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from echovlm_jax.storage import bucket as buckets
 
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -18,20 +25,72 @@ S3_ENVIRONMENT = {
 }
 
 
+@dataclasses.dataclass
+class Request:
+    """What a client asked for: of `name`, an object or "", the bytes [start, stop) or all."""
+
+    method: str
+    name: str
+    query: dict[str, list[str]]
+    start: int
+    stop: int | None
+
+
+class Server:
+    """moto's server with one bucket, and what stands before it.
+
+    Attributes:
+      address: of the server.
+      seen: all requests, in order.
+      answer: told of each request; the status of an answer in the server's place, or None.
+    """
+
+    def __init__(self, app: Any, bucket: str) -> None:
+        self.address, self.seen = "", list[Request]()
+        self.answer: Callable[[Request], int | None] = lambda request: None
+        self._app, self._root = app, f"/{bucket}"
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        path = environ["PATH_INFO"].encode("latin-1").decode()
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", environ.get("HTTP_RANGE", ""))
+        request = Request(
+            environ["REQUEST_METHOD"],
+            path.removeprefix(self._root).removeprefix("/"),
+            urllib.parse.parse_qs(environ["QUERY_STRING"]),
+            int(span[1]) if span else 0,
+            int(span[2]) + 1 if span and span[2] else None,
+        )
+        self.seen.append(request)
+        if (status := self.answer(request)) is None:
+            return self._app(environ, start_response)
+        start_response(f"{status} No", [("content-type", "application/xml")])
+        code = {403: "AccessDenied", 503: "SlowDown"}.get(status, "Other")
+        return [f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()]
+
+
 @contextlib.contextmanager
-def s3_server(bucket: str = "bucket") -> Iterator[str]:
-    """moto's server with one bucket; yields its address."""
+def s3_server(bucket: str = "bucket") -> Iterator[Server]:
+    """A server with one bucket, which the environment names."""
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    inner = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    inner.start()
+    assert inner._server is not None
+    server = inner._server.app = Server(inner._server.app, bucket)
+    host, port = inner.get_host_and_port()
+    server.address = f"http://{host}:{port}"
     try:
-        host, port = server.get_host_and_port()
-        address = f"http://{host}:{port}"
-        urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()
-        yield address
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": server.address}).items():
+                patch.setenv(name, value)
+            buckets._open.cache_clear()
+            made = urllib.request.Request(f"{server.address}/{bucket}", method="PUT")
+            urllib.request.urlopen(made).close()
+            yield server
     finally:
-        server.stop()
+        buckets._open.cache_clear()
+        inner.stop()
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from echovlm_jax.storage.files import Lines, as_path, below, new_folder, remove,
 from echovlm_jax.storage.layout import steps
 from echovlm_jax.storage.lock import Lock
 from echovlm_jax.storage.verify import verify
-from tests.buckets import S3_ENVIRONMENT, gcs_server, s3_server
+from tests.buckets import gcs_server, s3_server
 from tests.convert.checkpoints import digests, tensors, write
 from tests.train.test_loop import CONFIG, MODEL, SMALL, lines
 
@@ -40,12 +40,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module", autouse=True)
 def s3() -> Iterator[None]:
-    with s3_server() as address, pytest.MonkeyPatch.context() as patch:
-        for name, value in (S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": address}).items():
-            patch.setenv(name, value)
-        buckets._open.cache_clear()
+    with s3_server():
         yield
-    buckets._open.cache_clear()
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ HAVE_FILES = ("storage", "processing", "data", "phantom", "bench", "demo", "cli"
 DISK_ONLY = {
     ("convert.safetensors", "open"),  # a bucket's objects have a reader of their own
     ("convert.safetensors", "os.open"),
-    ("convert.journal", "path.rmdir"),
+    ("convert.journal", "self._folder.rmdir"),
 }
 
 # Another file of that name.

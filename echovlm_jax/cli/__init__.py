@@ -18,6 +18,7 @@ from echovlm_jax.cli.frame import (
     explain,
     look_for_no_tpu,
     quiet_libraries,
+    reach_buckets,
     stdout_for_json,
     version_text,
 )
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         look_for_no_tpu()
         with quiet_libraries(args.debug), stdout_for_json(args.json):
+            reach_buckets(args)
             result = args.run(args)
         print_json(result) if args.json else args.show(result, args)
         sys.stdout.flush()

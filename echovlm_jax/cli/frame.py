@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from echovlm_jax.cli.printing import show as show_lines
 from echovlm_jax.errors import InputError
-from echovlm_jax.storage.files import as_path, local_path
+from echovlm_jax.storage.bucket import SCHEMES
+from echovlm_jax.storage.files import as_path, in_bucket, local_path
 
 Result = dict[str, Any]
 OVERRIDE = "--config."  # begins a word that changes one key of a configuration
@@ -235,6 +236,21 @@ def no_native_stderr(debug: bool) -> Iterator[None]:
         own.flush()
         os.dup2(saved, 2)
         os.close(saved)
+
+
+def reach_buckets(args: argparse.Namespace) -> None:
+    """Asks each bucket that a command names once, so that one which does not answer, or refuses,
+    is told before any work. TensorStore's own log would tell of every place without credentials.
+
+    Raises:
+      OSError: a bucket does not answer or refuses.
+    """
+    words = [word.partition("=")[2] for word in getattr(args, "overrides", ())]
+    places = [as_path(word) for word in words if word.startswith(SCHEMES)]
+    places += filter(in_bucket, vars(args).values())
+    with no_native_stderr(args.debug or not places):
+        for place in places:
+            place.is_file()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ All give our parameters block by block, so that loading, exporting and inspectin
 which it was.
 """
 
+import fnmatch
 import functools
 import json
 import os
@@ -77,11 +78,11 @@ def open_model(path: str | os.PathLike[str]) -> StoredModel:
       InputError: it is neither form, or what it holds does not fit its config.json.
     """
     folder = as_path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give a model folder")
     if run := open_run(folder):
         return run
     if not (folder / CONFIG).is_file():
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; give a model folder")
         raise InputError(f"{folder}: has no {CONFIG}; give a checkpoint or a converted folder")
     if (folder / PARAMS / TREE).is_file():
         return _Converted(folder)
@@ -330,11 +331,13 @@ def copy_side_files(
 
 def side_files(folder: Path) -> list[Path]:
     """What lies beside a model's weights."""
-    found = {path for pattern in _SIDE_FILES for path in folder.glob(pattern)}
     return sorted(
         path
-        for path in found
-        if path.is_file() and path.name != REPORT and not path.name.endswith(".index.json")
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _SIDE_FILES)
+        and path.name != REPORT
+        and not path.name.endswith(".index.json")
+        and path.is_file()
     )
 
 
@@ -342,9 +345,7 @@ def check_new(path: Path) -> None:
     """Refuses to write over something. An empty folder counts as nothing, a link to one not."""
     if path.is_symlink():
         raise InputError(f"{path}: is a link; delete it, or name the place that it points to")
-    if path.exists():
-        if path.is_dir() and not any(path.iterdir()):
-            return
+    if any(path.iterdir()) if path.is_dir() else path.exists():
         mend = "" if path == path.parent else "delete it or "
         raise InputError(f"{path}: exists; {mend}choose another place")
 

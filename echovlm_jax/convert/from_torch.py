@@ -20,7 +20,7 @@ import numpy as np
 
 from echovlm_jax.convert import folder, table
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
+from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, make_folder, work_folder
 from echovlm_jax.convert.peft import Adapter, open_adapter
 from echovlm_jax.convert.store import DataFiles
 from echovlm_jax.errors import InputError
@@ -135,12 +135,12 @@ def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> di
             _check_left(job, partial, journal)
             resumed, known = _make_model(job, partial, model, journal)
         except store.LostChunksError:
-            discard(partial)  # the journal promises what is gone
+            journal.discard()  # the journal promises what is gone
             raise
         except InputError:
             # Finished tensors may be hours of work, and a source that failed once may be read yet.
             if made and not journal.done:
-                discard(partial)
+                journal.discard()
             raise
         report = _report(job, resumed, time.monotonic() - started)
         of_tensors = {name: journal.done[name].split(" ", 1)[0] for name in job.slots}
@@ -153,7 +153,7 @@ def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> di
         digests.write(model, known=known)
         if model != target:
             rename_folder(model, target)
-        discard(partial)
+        journal.discard()
     return report
 
 
@@ -279,8 +279,8 @@ def _other_weights(job: Conversion, report: dict[str, Any]) -> str | None:
 def _drop_leftover(partial: Path, identity: dict[str, Any]) -> None:
     """Removes what a kill between the last rename and the end of this conversion left."""
     if (partial / JOURNAL).is_file():
-        with contextlib.suppress(InputError), Journal(partial / JOURNAL, identity):
-            discard(partial)
+        with contextlib.suppress(InputError), Journal(partial / JOURNAL, identity) as journal:
+            journal.discard()
 
 
 def _report(job: Conversion, resumed: int, seconds: float) -> dict[str, Any]:

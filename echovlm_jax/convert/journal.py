@@ -53,17 +53,6 @@ def make_folder(path: Path) -> bool:
     return not there
 
 
-def discard(path: Path) -> None:
-    """Removes a work folder whose journal this process holds; the journal, which says so, last."""
-    files.remove(path / MODEL)
-    (path / JOURNAL).unlink(missing_ok=True)
-    if files.in_bucket(path):
-        return
-    # Whatever else came into it meanwhile is not ours.
-    with contextlib.suppress(OSError):
-        path.rmdir()
-
-
 class Journal:
     """A file of JSON lines: first what is converted to what, then a line a finished tensor.
 
@@ -96,6 +85,26 @@ class Journal:
     def check(self) -> None:
         """Raises InputError where another process has taken over since."""
         self._lock.check()
+
+    def _is_held(self) -> bool:
+        with contextlib.suppress(InputError, OSError):
+            self._lock.check()
+            return True
+        return False
+
+    def discard(self, made: Path | None = None) -> None:
+        """Removes the work folder, and `made` before it; the journal, which says so, last. Where
+        another process has taken over, they are its."""
+        if not self._is_held():
+            return
+        if made is not None:
+            files.remove(made)
+        files.remove(self._folder / MODEL)
+        self._path.unlink(missing_ok=True)
+        if not files.in_bucket(self._folder):
+            # Whatever else came into it meanwhile is not ours.
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
 
     def _read(self, identity: dict[str, Any]) -> dict[str, str]:
         """What is done. Changes nothing in a file that is not of this very conversion."""
@@ -160,6 +169,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None and self._path.is_file():  # it may have been discarded
+        # It may have been discarded.
+        if self._file is not None and self._is_held() and self._path.is_file():
             self._file.close()
         self._lock.close()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from echovlm_jax.convert import folder, safetensors, table
-from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
+from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, make_folder, work_folder
 from echovlm_jax.convert.source import INDEX, SINGLE
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
@@ -108,9 +108,7 @@ def make_folder_whole(
                 f"{target}: cannot be written ({error.strerror}); check the disk"
             ) from error
         finally:
-            if made == target and not done:
-                remove(made)
-            discard(work)
+            journal.discard(None if done else made)
 
 
 def parse_size(text: str | int) -> int:

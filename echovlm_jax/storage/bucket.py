@@ -11,7 +11,6 @@ name and a slash, and an object appears whole or not at all.
 from __future__ import annotations
 
 import errno
-import fnmatch
 import functools
 import os
 import re
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 SCHEMES = ("gs://", "s3://")
 # Of requests that fail for a while: no connection, a timeout, HTTP 429 and 5xx. A minute in all.
 _RETRIES = {"max_retries": 7, "initial_delay": "0.5s", "max_delay": "16s"}
+# Of a bucket's first request: a wrong address or network is told in seconds.
+_FIRST_RETRIES = {"max_retries": 3, "initial_delay": "0.5s", "max_delay": "2s"}
+_FIRST_SECONDS = 10.0
 _REASON_CHARS = 200
 
 
@@ -66,7 +68,7 @@ class BucketPath:
 
     @property
     def name(self) -> str:
-        return self._path.name
+        return self._path.name if self._key else ""
 
     @property
     def suffix(self) -> str:
@@ -100,19 +102,20 @@ class BucketPath:
         return bool(self._key) and self._read(0, 0).state == "value"
 
     def is_dir(self) -> bool:
-        return bool(self.below())
+        """Lists all that is below: where a folder's files are known, ask for one of these."""
+        return not self._key or bool(self.below())
 
     def iterdir(self) -> Iterator[BucketPath]:
         return (self / name for name in sorted({key.split("/")[0] for key in self.below()}))
-
-    def glob(self, pattern: str) -> Iterator[BucketPath]:
-        """Of its own entries alone, as a pattern without a slash asks."""
-        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def below(self) -> list[str]:
         """The names of all objects below a folder, from it on."""
         cut = len(f"{self._key}/".encode()) if self._key else 0
         found = self._done(self._store.list(self._span(), strip_prefix_length=cut))
+        if not found and self._scheme == "gs":
+            # TensorStore's list is empty where Google refuses it; a read is refused then too.
+            # until: tensorstore 0.2
+            self._done(self._store.read(f"{self._key}/"))
         # Consoles make objects that stand for a folder.
         return sorted(key.decode() for key in found if key and not key.endswith(b"/"))
 
@@ -202,16 +205,20 @@ _ABSENT = b"\x02"
 
 def refused(error: Exception, path: str) -> NoReturn:
     """Raises what TensorStore says as an OSError of one line."""
-    line = (str(error).splitlines() or [""])[0].split(" [")[0]
+    line = (str(error).splitlines() or [""])[0]
     # A code comes first. NOT_FOUND is the bucket: an object that is not there is no error of its.
-    line = re.sub(r"^[A-Z_]+: ", "", line)
-    raise OSError(errno.EIO, line[:_REASON_CHARS], path) from error
+    text = re.sub(r"^[A-Z_]+: |All \d+ retry attempts failed: ", "", line.split(" [")[0])
+    if found := re.search(r"\[http_response_code='(\d+)'\]", line):
+        text = text.replace("Unknown", f"HTTP {found[1]}")  # a request without a body for reasons
+        if found[1] in ("401", "403"):
+            text = f"{text}; check the credentials and what they permit"
+    raise OSError(errno.EIO, text[:_REASON_CHARS], path) from error
 
 
-def _spec(scheme: str, bucket: str) -> dict[str, Any]:
+def _spec(scheme: str, bucket: str, retries: dict[str, Any] = _RETRIES) -> dict[str, Any]:
     if scheme == "gs":  # credentials and TENSORSTORE_GCS_HTTP_URL are read by TensorStore
-        return {"driver": "gcs", "bucket": bucket, "gcs_request_retries": _RETRIES}
-    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "s3_request_retries": _RETRIES}
+        return {"driver": "gcs", "bucket": bucket, "gcs_request_retries": retries}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "s3_request_retries": retries}
     # TensorStore reads all that other clients of S3 read from the environment but the endpoint.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
@@ -223,9 +230,17 @@ def _spec(scheme: str, bucket: str) -> dict[str, Any]:
 
 @functools.cache
 def _open(scheme: str, bucket: str) -> ts.KvStore:
+    """A bucket that has answered once."""
     import tensorstore as ts  # here: `--help` need not wait for it
 
+    name = f"{scheme}://{bucket}"
     try:
-        return ts.KvStore.open(_spec(scheme, bucket)).result()
+        first = ts.KvStore.open(_spec(scheme, bucket, _FIRST_RETRIES)).result()
+        nothing = ts.KvStore.KeyRange("!echovlm/", "!echovlm0")
+        first.list(nothing).result(timeout=_FIRST_SECONDS)
+    except TimeoutError:
+        raise OSError(errno.ETIMEDOUT, f"no answer in {_FIRST_SECONDS:.0f} s", name) from None
     except ValueError as error:
-        refused(error, f"{scheme}://{bucket}")
+        if not str(error).startswith("PERMISSION_DENIED"):  # some may only list what is theirs
+            refused(error, name)
+    return ts.KvStore.open(_spec(scheme, bucket)).result()

@@ -77,17 +77,21 @@ def of_array(values: np.ndarray) -> str:
     return xxhash.xxh3_128(data.data).hexdigest()
 
 
+def of_bytes(data: bytes) -> str:
+    return xxhash.xxh3_128(data).hexdigest()
+
+
 def of_file(path: Path) -> str:
     """The digest of a file's bytes. Raises OSError."""
     if in_bucket(path):
-        return xxhash.xxh3_128(path.read_bytes()).hexdigest()
+        return of_bytes(path.read_bytes())
     with open(path, "rb", buffering=0) as file:
         return _hash(file)
 
 
 def of_json(value: object) -> str:
     """The digest of a value of JSON's types, whatever the order of its keys."""
-    return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return of_bytes(json.dumps(value, sort_keys=True).encode())
 
 
 def check(
@@ -124,7 +128,7 @@ def check(
                     return False
                 content = path.read_bytes()
                 tick(len(content))
-                return xxhash.xxh3_128(content).hexdigest() != wanted[name]
+                return of_bytes(content) != wanted[name]
             if not stat.S_ISREG(os.lstat(path).st_mode):
                 return True
             if not data and _DATA in name:
@@ -199,4 +203,4 @@ def _parse(line: bytes) -> tuple[str, str]:
 
 
 def _own_line(lines: bytes) -> bytes:
-    return _OWN + xxhash.xxh3_128(lines).hexdigest().encode() + b"\n"
+    return _OWN + of_bytes(lines).encode() + b"\n"

@@ -64,24 +64,25 @@ def run_step(path: Path) -> tuple[Path, int] | None:
     """
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
         return path.parent.parent, int(path.name)
-    if not (path / CHECKPOINTS).is_dir() or not (path / MODEL / CONFIG).is_file():
+    if not (path / MODEL / CONFIG).is_file():
         return None
-    if not (there := steps(path / CHECKPOINTS)):
+    if there := steps(path / CHECKPOINTS):
+        return path, there[-1]
+    if (path / CHECKPOINTS).is_dir():
         raise InputError(f"{path}: this run has no checkpoint yet; let it train on")
-    return path, there[-1]
+    return None
 
 
 def model_files(path: Path) -> Path:
     """Where a MODEL folder has config.json and its tokenizer: a checkpoint of a run in its own
     copy (RUN/model before there were these, or before the first step); any other folder itself.
     """
-    run = path.parent.parent if path.parent.name == CHECKPOINTS else path
-    if not (run / CHECKPOINTS).is_dir():
-        return path
-    there = [int(path.name)] if run != path and path.name.isdecimal() else steps(run / CHECKPOINTS)
-    own = run / CHECKPOINTS / str(there[-1]) / OWN_MODEL if there else run / MODEL
-    found = own if (own / CONFIG).is_file() else run / MODEL
-    return found if (found / CONFIG).is_file() else path
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal():
+        run, found = path.parent.parent, [path]
+    else:
+        run, found = path, [path / CHECKPOINTS / str(n) for n in steps(path / CHECKPOINTS)[-1:]]
+    places = (*(checkpoint / OWN_MODEL for checkpoint in found), run / MODEL)
+    return next((place for place in places if (place / CONFIG).is_file()), path)
 
 
 def run_files(run: Path) -> list[str]:

@@ -79,10 +79,14 @@ class Lock:
         if not same:
             raise busy
 
-    def check(self) -> None:
-        """Raises InputError where another process has taken over since: write nothing more."""
+    def check(self, *, ask: bool = True) -> None:
+        """Raises InputError where another process may have taken over: write nothing more.
+
+        Args:
+          ask: whether to read the lock's object, or only see that it was renewed in time.
+        """
         if self._lease is not None:
-            self._lease.check()
+            self._lease.check(ask)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -152,8 +156,12 @@ class _Lease:
                     version = found[1]
                 self._version, self._renewed = version, time.monotonic()
 
-    def check(self) -> None:
-        if time.monotonic() - self._renewed > EXPIRE - RENEW:
+    def check(self, ask: bool) -> None:
+        lost = time.monotonic() - self._renewed > EXPIRE - RENEW
+        if not lost and ask:  # this machine's clock may have stood still
+            found = self._path.read_stamped()
+            lost = found is None or self._id.encode() not in found[0]
+        if lost:
             raise InputError(
                 f"{self._path}: was not renewed in time, so that another process may be writing"
                 " there now; run the same command again"

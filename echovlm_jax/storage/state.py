@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,12 +55,24 @@ class State:
             for name, shape, shard in own
         ]
 
-    def write(self, folder: Path, process: int) -> dict[str, str]:
-        """Writes the shards. Returns the digest of every chunk by its key, made of what is in
-        memory. Raises ValueError, as TensorStore does."""
+    def write(self, folder: Path, process: int, check: Callable[[], object]) -> dict[str, str]:
+        """Writes the shards.
+
+        Args:
+          folder: of the database.
+          process: see `Writer`.
+          check: called before each chunk; what it raises ends this.
+
+        Returns:
+          the digest of every chunk by its key, made of what is in memory.
+
+        Raises:
+          ValueError: as TensorStore does.
+        """
         writer = Writer(folder, self._arrays, process)
         found, sent = {}, deque()
         for path, index, values in self._chunks():
+            check()
             chunk = self._arrays[path][2]
             place = [str(s.start // n) for s, n in zip(index, chunk, strict=True)] or ["0"]
             found[f"{array_key(path)}/{'.'.join(place)}"] = digests.of_array(values)

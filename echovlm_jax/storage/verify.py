@@ -11,6 +11,8 @@ from echovlm_jax.storage import digests
 from echovlm_jax.storage.files import as_path
 from echovlm_jax.storage.layout import (
     CHECKPOINTS,
+    CONFIG,
+    MODEL,
     OWN_MODEL,
     PARAMS,
     STATE,
@@ -38,14 +40,16 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
       InputError: there is no such folder, or one without digests.
     """
     root = as_path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give a model's or a run's folder")
-    inside = root / CHECKPOINTS if (root / CHECKPOINTS).is_dir() else root
-    found = steps(inside)
-    if found:
+    is_run = (root / MODEL / CONFIG).is_file() or (root / CHECKPOINTS).is_dir()
+    inside = root / CHECKPOINTS if is_run else root
+    whole = (root / SUMS).is_file() or bool(_trees(root))
+    found = [] if whole and not is_run else steps(inside)
+    if found or (is_run and whole):
         parts = [inside / str(step) for step in found]
-    elif (root / SUMS).exists() or _trees(root):
-        parts = [] if inside != root else [root]
+    elif whole:
+        parts = [root]
+    elif not root.is_dir():
+        raise InputError(f"{root}: no such folder; give a model's or a run's folder")
     else:
         raise InputError(
             f"{root}: holds no digests; `convert` and `train` store them, other folders have none"
@@ -54,7 +58,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     sizes: list[int] = []
     corrupt: list[str] = []
     unchecked: list[str] = []
-    if inside != root:
+    if is_run:
         problems, unchecked = run_problems(root)
         corrupt += problems
     with progress(sum(map(digests.nbytes, parts)), "B", "verify") as tick:

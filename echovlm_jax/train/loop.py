@@ -271,10 +271,10 @@ def _review(config: Config, own: bool = False) -> dict[str, Any]:
     """
     settings, allowed = Settings.from_config(config), config.get("allow_dropped")
     plans = settings.cache or Path()
-    before = set(plans.glob("*")) if own else set()
+    before = set(files.below(plans)) if own else set()
     seen = review(settings, ALLOWED if allowed is None else allowed)
     _say(table(seen, settings))
-    if before and set(plans.glob("*")) - before:
+    if before and set(files.below(plans)) - before:
         _say(
             "the rows are planned anew: the data, the configuration or this program is another than"
             " when this run began; what it goes on with is not what it would have come to"
