@@ -184,7 +184,7 @@ def test_a_sandbox_goes_on_after_a_failure_and_ends_with_its_template(monkeypatc
     monkeypatch.setattr(chat, "MAX_SECONDS", 1)
     made, real = [], child.subprocess.Popen
     monkeypatch.setattr(
-        chat.subprocess, "Popen", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
+        child.subprocess, "Popen", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
     )
     render = compile_template(
         "{% if messages[0].content == 'slow' %}"
