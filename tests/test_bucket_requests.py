@@ -1,7 +1,5 @@
 """What is asked of a bucket: each byte once, no list where a name will do, and what a refusal says."""
 
-import errno
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,18 +10,16 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echovlm_jax.checkpoint import open_checkpoints
-from echovlm_jax.cli import main
 from echovlm_jax.config import to_hf
-from echovlm_jax.convert import inspect, load_params, table
+from echovlm_jax.convert import inspect, table
 from echovlm_jax.load import load_model
 from echovlm_jax.model import param_specs
 from echovlm_jax.storage import bucket as buckets
 from echovlm_jax.storage import digests, writer
 from echovlm_jax.storage.arrays import base_kvstore
-from echovlm_jax.storage.files import as_path, below, copy_folder, make_folder, write_json
+from echovlm_jax.storage.files import as_path, copy_folder, make_folder, write_json
 from echovlm_jax.storage.layout import run_files
-from echovlm_jax.storage.verify import verify
-from tests.buckets import Request, Server, gcs_server, s3_server
+from tests.buckets import Request, Server, s3_server
 from tests.convert.checkpoints import MINI
 
 

@@ -28,13 +28,16 @@ PACKAGE = "echovlm_jax"
 # and `errors`. `config` is where all data flows from: whatever is after it may read it.
 _CONVERT = {
     *("config", "model.abstract_params", "model.param_specs", "mesh"),
-    *("storage", "progress"),
+    *("storage", "progress", "patterns"),
 }
 _LOAD = {"chips", "config", "mesh", "model", "processing", "convert", "generate", "storage"}
 ANYTHING = {""}
 MAY_IMPORT = {
     "errors": set(),
     "progress": set(),
+    "child": set(),
+    "patterns": {"child", "pattern_child"},
+    "pattern_child": set(),
     "memory": set(),
     "config": set(),
     "ops": set(),
@@ -42,8 +45,8 @@ MAY_IMPORT = {
     "chips": set(),
     "mesh": {"config", "ops.layout"},
     "model": {"config", "ops"},
-    "processing": {"config", "storage"},
-    "data": {"config", "processing", "storage", "progress"},
+    "processing": {"config", "storage", "child"},
+    "data": {"config", "processing", "storage", "progress", "patterns"},
     "data.dataset": {"config", "data", "phantom", "processing", "storage"},
     "phantom": {"data", "processing", "progress"},
     "convert": _CONVERT,
@@ -55,7 +58,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "mesh", "storage", "progress"},
     "train": {
         *("config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint"),
-        *("memory", "storage", "progress"),
+        *("memory", "storage", "progress", "patterns"),
     },
     "train.start": {"config", "model", "convert", "data", "processing", "storage", "train"},
     "quantize": {"config", "mesh", "model", "processing", "progress"},

@@ -356,9 +356,7 @@ def check_space(path: Path, needed: int) -> None:
         return
     free = shutil.disk_usage(path).free
     if free < needed:
-        raise InputError(
-            f"{path}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; free some space"
-        )
+        raise InputError(f"{path}: {needed:,} bytes needed, {free:,} bytes free; free some space")
 
 
 def peak_rss_bytes() -> int:

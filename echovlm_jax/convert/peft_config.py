@@ -6,8 +6,6 @@ https://huggingface.co/docs/peft/package_reference/lora
 """
 
 import math
-import re
-import re._parser as sre  # type: ignore[import-not-found]
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
+from echovlm_jax.patterns import Pattern
 
 # Settings that are read below, with PEFT's defaults.
 APPLIED: dict[str, Any] = {
@@ -74,7 +73,15 @@ _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 # A model for one of the other tasks has another head in lm_head's place.
 _TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 ALL_LINEAR = "all-linear"
-_FEW = 16  # repeats that may be repeated
+# What PEFT makes of an expression before it matches a module's name.
+_INSIDE, _ENDING = r"(^|.*\.){}($|\..*)", r"(.*\.)?({})$"
+_LAYER, _ANY_LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r".*?\.[^.]*\.(?P<idx>\d+)\."
+_FORMS = {
+    "modules_to_save": _INSIDE,
+    "layers_pattern": _LAYER,
+    "rank_pattern": _ENDING,
+    "alpha_pattern": _ENDING,
+}
 
 
 @dataclass(frozen=True)
@@ -93,30 +100,37 @@ class Settings:
     modules_to_save: list[str]
     ensure_weight_tying: bool
     path: Path = field(compare=False)
+    # Each expression that the settings hold, as PEFT completes it.
+    patterns: dict[str, Pattern] = field(compare=False)
 
     def all_linear(self) -> bool:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
     def targets(self, module: str, *, linear: bool) -> bool:
         """Whether a module has an update; `linear` says that it is a linear layer."""
-        if _named(self.exclude_modules, module) or any(
-            re.match(rf"(^|.*\.){one}($|\..*)", module) for one in self.modules_to_save
+        if self._named(self.exclude_modules, module) or any(
+            self.patterns[_INSIDE.format(one)].find(module, "match") for one in self.modules_to_save
         ):
             return False
         if self.all_linear():
             return linear
-        return _named(self.target_modules, module) and self._in_layers(module)
+        return self._named(self.target_modules, module) and self._in_layers(module)
+
+    def _named(self, names: str | list[str], module: str) -> bool:
+        """A string is a pattern of whole names; of a list, each is a name or the end of one."""
+        if isinstance(names, str):
+            return bool(names) and self.patterns[names].find(module, "fullmatch") is not None
+        return module in names or any(module.endswith(f".{one}") for one in names)
 
     def _in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
         # The first number in a name is the layer's; an expert's comes after it.
-        patterns = [rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\." for one in self.layers_pattern]
         found = None
-        for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            if found := re.match(pattern, module):
+        for one in [_LAYER.format(one) for one in self.layers_pattern] or [_ANY_LAYER]:
+            if found := self.patterns[one].find(module, "match"):
                 break
-        index = found.groupdict().get("idx") if found else None
+        index = found.get("idx") if found else None
         return index is not None and int(index) in self.layers_to_transform
 
     def saves(self, module: str) -> bool:
@@ -126,11 +140,16 @@ class Settings:
         return any(one.endswith(end) for one in above for end in self.modules_to_save)
 
     def rank(self, module: str) -> int:
-        return self.rank_pattern.get(_pattern(self.rank_pattern, module), self.r)
+        return self.rank_pattern.get(self._first(self.rank_pattern, module), self.r)
+
+    def _first(self, endings: dict[str, Any], module: str) -> str:
+        """The first pattern that a module's name ends with; the name itself where none does."""
+        own = ((one, self.patterns[_ENDING.format(one)]) for one in endings)
+        return next((one for one, pattern in own if pattern.find(module, "match")), module)
 
     def scale(self, module: str) -> float:
         """What B A is multiplied with beside a module."""
-        alpha = self.alpha_pattern.get(_pattern(self.alpha_pattern, module), self.lora_alpha)
+        alpha = self.alpha_pattern.get(self._first(self.alpha_pattern, module), self.lora_alpha)
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -147,11 +166,10 @@ def read_settings(path: Path) -> Settings:
         raise InputError(f"{path}: is not a JSON object; save the adapter again")
     try:
         _refuse_other_kinds(told)
-        settings = _checked(told, path)
-        _try_patterns(settings)
+        checked = _checked(told)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return settings
+    return Settings(**checked, path=path, patterns=_patterns(checked, path))
 
 
 def _refuse_other_kinds(told: dict[str, Any]) -> None:
@@ -183,7 +201,7 @@ def _says_nothing(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
-def _checked(told: dict[str, Any], path: Path) -> Settings:
+def _checked(told: dict[str, Any]) -> dict[str, Any]:
     told = {**APPLIED, **told}
     targets = told["target_modules"]
     if targets is None:
@@ -208,20 +226,19 @@ def _checked(told: dict[str, Any], path: Path) -> Settings:
     for key in ("use_rslora", "ensure_weight_tying"):
         if not isinstance(told[key] or False, bool):
             raise InputError(f"{key} is {quoted(told[key])}; it must be true or false")
-    return Settings(
-        r=_rank(told["r"], "r"),
-        lora_alpha=_alpha(told["lora_alpha"], "lora_alpha"),
-        use_rslora=bool(told["use_rslora"]),
-        rank_pattern=_by_pattern(told, "rank_pattern", _rank),
-        alpha_pattern=_by_pattern(told, "alpha_pattern", _alpha),
-        target_modules=_names(told, "target_modules"),
-        exclude_modules=_names(told, "exclude_modules"),
-        layers_to_transform=layers,
-        layers_pattern=pattern,
-        modules_to_save=list(saved),
-        ensure_weight_tying=bool(told["ensure_weight_tying"]),
-        path=path,
-    )
+    return {
+        "r": _rank(told["r"], "r"),
+        "lora_alpha": _alpha(told["lora_alpha"], "lora_alpha"),
+        "use_rslora": bool(told["use_rslora"]),
+        "rank_pattern": _by_pattern(told, "rank_pattern", _rank),
+        "alpha_pattern": _by_pattern(told, "alpha_pattern", _alpha),
+        "target_modules": _names(told, "target_modules"),
+        "exclude_modules": _names(told, "exclude_modules"),
+        "layers_to_transform": layers,
+        "layers_pattern": pattern,
+        "modules_to_save": list(saved),
+        "ensure_weight_tying": bool(told["ensure_weight_tying"]),
+    }
 
 
 def _names(told: dict[str, Any], key: str) -> str | list[str]:
@@ -257,61 +274,11 @@ def _by_pattern(told: dict[str, Any], key: str, check: Any) -> dict[str, Any]:
     return {pattern: check(own, f"{key} {quoted(pattern)}") for pattern, own in value.items()}
 
 
-def _try_patterns(settings: Settings) -> None:
-    """Refuses what is no regular expression, by the setting that holds it."""
+def _patterns(checked: dict[str, Any], path: Path) -> dict[str, Pattern]:
+    """The expressions of `_checked` settings, by what PEFT makes of them."""
+    found = [(_ANY_LAYER, "layers_to_transform")]
     for key in ("target_modules", "exclude_modules"):
-        if isinstance(value := getattr(settings, key), str):
-            _compile(key, value)
-    for one in settings.modules_to_save:
-        _compile("modules_to_save", rf"(^|.*\.){one}($|\..*)")
-    for one in settings.layers_pattern:
-        _compile("layers_pattern", rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\.")
-    for key in ("rank_pattern", "alpha_pattern"):
-        for one in getattr(settings, key):
-            _compile(key, rf"(.*\.)?({one})$")
-
-
-def _compile(key: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-        if _nests(sre.parse(pattern)):
-            raise InputError(
-                f"{key} has {quoted(pattern)}, a repeat of repeats: matching may take for ever;"
-                " write it without"
-            )
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(
-            f"{key} has {quoted(pattern)}, which is no regular expression ({error})"
-        ) from None
-
-
-def _nests(tree: Any, repeats: int = 0) -> bool:
-    """Whether an expression's parts are repeated inside of what is repeated, which can take a time
-    that grows exponentially with the text's length."""
-    for kind, argument in tree:
-        inner = repeats + (str(kind).endswith("_REPEAT") and argument[1] > _FEW)
-        if inner > 1 and str(kind).endswith("_REPEAT"):
-            return True
-        if any(_nests(part, inner) for part in _parts(argument)):
-            return True
-    return False
-
-
-def _parts(argument: Any) -> list[Any]:
-    """The expressions inside one that is parsed."""
-    if isinstance(argument, sre.SubPattern):
-        return [argument]
-    found = argument if isinstance(argument, list | tuple) else ()
-    return [part for one in found for part in _parts(one)]
-
-
-def _named(names: str | list[str], module: str) -> bool:
-    """A string is a pattern of whole names; of a list, each is a name or the end of one."""
-    if isinstance(names, str):
-        return bool(names) and re.fullmatch(names, module) is not None
-    return module in names or any(module.endswith(f".{one}") for one in names)
-
-
-def _pattern(patterns: dict[str, Any], module: str) -> str:
-    """The first pattern that a module's name ends with; the module's own name where none does."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), module)
+        found += [(checked[key], key)] if isinstance(checked[key], str) else []
+    for key, form in _FORMS.items():
+        found += [(form.format(one), key) for one in checked[key]]
+    return {text: Pattern(text, f"{path}: {key}, {quoted(text)}") for text, key in found}

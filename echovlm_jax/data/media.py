@@ -3,8 +3,8 @@
 A plain PNG or JPEG keeps its compressed bytes, less every part that is not needed to draw the
 picture (EXIF, comments, text, profiles, thumbnails, whatever follows the end). All else becomes
 PNG: frames of loops, other kinds of files, values of more than eight bits, and kinds of PNG and
-JPEG with room for more than the picture (palettes, several scans). What is burnt into the pixels
-stays there.
+JPEG with room for more than the picture (palettes, several scans, tables that few files have). What
+is burnt into the pixels stays there.
 """
 
 import io

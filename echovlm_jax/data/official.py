@@ -26,6 +26,7 @@ from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.record import LANGUAGES, Question, Record, Report, Turn, language_of
 from echovlm_jax.data.sections import split_report
 from echovlm_jax.errors import InputError
+from echovlm_jax.patterns import Pattern
 from echovlm_jax.processing.files import Outside, locate, shown
 
 GROUPS = ("patient_id", "study_id", "exam_id")
@@ -117,7 +118,7 @@ def group_ids(raw: Any) -> list[tuple[str, str]]:
     return [(key, value) for key, value in stated if value]
 
 
-def pattern_groups(raw: Any, pattern: re.Pattern[str]) -> list[str]:
+def pattern_groups(raw: Any, pattern: Pattern) -> list[str]:
     """What the pattern's first group finds in an entry's id; where it finds nothing, in the paths
     of its images, each of which may name another patient."""
     if not isinstance(raw, dict):
@@ -132,10 +133,11 @@ def pattern_groups(raw: Any, pattern: re.Pattern[str]) -> list[str]:
     return sorted({found for path in paths if (found := _first_group(pattern, path))})
 
 
-def _first_group(pattern: re.Pattern[str], text: str) -> str:
+def _first_group(pattern: Pattern, text: str) -> str:
     """Of `text` as a path that "/" separates, as of one file's two names; else of it as written."""
-    match = pattern.search(text.replace("\\", "/").removeprefix("./")) or pattern.search(text)
-    return (match[1] or "").strip() if match else ""
+    plain = text.replace("\\", "/").removeprefix("./")
+    match = pattern.find(plain, "search") or pattern.find(text, "search")
+    return (match["1"] or "").strip() if match else ""
 
 
 def inside(root: Path, path: str, *links: Path) -> Path:

@@ -6,7 +6,6 @@ by record, when the dataset is written.
 
 import contextlib
 import hashlib
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from echovlm_jax.data.json_list import parse_entry, read_entries
 from echovlm_jax.data.keys import text_key
 from echovlm_jax.data.official import group_ids, pattern_groups, record_id
 from echovlm_jax.errors import InputError
+from echovlm_jax.patterns import Pattern
 from echovlm_jax.processing.files import open_file, shown
 from echovlm_jax.progress import progress
 
@@ -52,7 +52,7 @@ class Sources(NamedTuple):
 
 
 def read_sources(
-    files: Sequence[Path], *, pattern: re.Pattern[str] | None = None, salt: bytes = b""
+    files: Sequence[Path], *, pattern: Pattern | None = None, salt: bytes = b""
 ) -> Sources:
     """Reads every file once.
 
@@ -118,17 +118,12 @@ def read_sources(
     return Sources(files, stems, tuple(digests), rows, own, ties, (unmatched, example), shown_keys)
 
 
-def compile_pattern(text: str) -> re.Pattern[str]:
+def compile_pattern(text: str) -> Pattern:
     """A --group-pattern. Raises InputError where it is no regular expression, or has no group."""
-    try:
-        pattern = re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(
-            f"--group-pattern {shown(text)}: is no regular expression ({error}); mend it"
-        ) from None
+    pattern = Pattern(text, f"--group-pattern {shown(text)}")
     if not pattern.groups:
         raise InputError(
-            f"--group-pattern {shown(text)}: has no group; put what names the patient into"
+            f"--group-pattern {shown(text)} has no group; put what names the patient into"
             r" parentheses, as in 'bus_(\d+)'"
         )
     return pattern

@@ -6,9 +6,14 @@ encoded anew.
 
 from __future__ import annotations
 
+import functools
+import io
 import re
 import struct
 import zlib
+from collections.abc import Iterator
+
+from PIL import Image
 
 from echovlm_jax.processing.stills import png_chunks
 
@@ -16,6 +21,9 @@ _IEND = b"\0\0\0\0IEND\xaeB`\x82"
 _CHANNELS = {b"\x08\0\0\0\0": 1, b"\x08\2\0\0\0": 3}  # 8 bits, grey or RGB, rows in order
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _SOF, _DHT, _SOS, _DQT = (0xC0, 0xC1), 0xC4, 0xDA, 0xDB
+_COMPONENTS = (  # the names of a picture's planes
+    *(b"\0", b"\1", b"\0\1\2", b"\1\2\3", b"RGB", b"\0\1\2\3", b"\1\2\3\4", b"CMYK"),
+)
 _APP = range(0xE0, 0xF0)
 _COM = 0xFE
 _IN_A_SCAN = re.compile(rb"\xff[^\x00]", re.DOTALL)  # what ends one: no stuffing
@@ -47,18 +55,14 @@ def strip_png(data: bytes) -> bytes | None:
 
 def strip_jpeg(data: bytes) -> bytes | None:
     """Only what a baseline picture of one scan is decoded from: how its colours are stored, its
-    frame, the tables that it uses, its scan. None for another kind, or what is irregular."""
-    parts, at = [_SOI], 2
+    frame, the tables that it uses, its scan. None for another kind, what is irregular, and tables
+    that are not libjpeg's: the numbers of a table can spell a name, whatever they draw."""
+    parts = [_SOI]
     frame: bytes | None = None
     tables: dict[tuple[int, int], bytes] = {}
-    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
-        marker, size = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        body, at = data[at + 4 : at + 2 + size], at + 2 + size
+    for marker, body, at in _segments(data):
         if marker in _SOF and frame is None:
-            frame = data[at - len(body) - 4 : at]
+            frame = _segment(marker, body)
         elif marker in (_DQT, _DHT):
             if not _read_tables(marker, body, tables):
                 return None
@@ -80,6 +84,34 @@ def strip_jpeg(data: bytes) -> bytes | None:
 def jpeg_without_its_end(data: bytes) -> bytes:
     """Of what `strip_jpeg` gave: without the scan's last four bytes, which a picture needs."""
     return data[: -4 - len(_EOI)] + _EOI
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """A JPEG's segments: marker, content, and where the next one begins."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker, size = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        body, at = data[at + 4 : at + 2 + size], at + 2 + size
+        yield marker, body, at
+
+
+@functools.cache
+def _usual_tables() -> frozenset[bytes]:
+    """What libjpeg, and most that write JPEG, have for tables: quantization of each quality, and
+    Huffman codes that no picture was counted for (T.81, annex K); without their numbers."""
+    found: set[bytes] = set()
+    for quality in range(1, 101):
+        out = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(out, "JPEG", quality=quality)
+        tables: dict[tuple[int, int], bytes] = {}
+        for marker, body, _ in _segments(out.getvalue()):
+            if marker in (_DQT, _DHT):
+                _read_tables(marker, body, tables)
+        found |= {table[1:] for table in tables.values()}
+    return frozenset(found)
 
 
 def _segment(marker: int, body: bytes) -> bytes:
@@ -113,13 +145,15 @@ def _used(
         or frame[9:10] != bytes([count])
         or len(frame) != 10 + 3 * count
         or len(scan) != 4 + 2 * count
+        or frame[10::3] not in _COMPONENTS
+        or scan[1 : 2 * count : 2] != frame[10::3]
         or scan[-3:] != b"\0\x3f\0"
     ):
         return None
     coders = scan[2 : 2 + 2 * count : 2]
     wanted = {(_DQT, n) for n in frame[12::3]}
     wanted |= {(_DHT, n) for both in coders for n in (both >> 4, 16 | both & 15)}
-    if not wanted <= tables.keys():
+    if not all(tables.get(key, b"")[1:] in _usual_tables() for key in wanted):
         return None
     used = [
         (marker, _segment(marker, tables[marker, n]))

@@ -4,20 +4,13 @@ A checkpoint's template is a program by a stranger. It runs in a process of its 
 (`chat_sandbox`), under limits of time and memory.
 """
 
-import contextlib
-import json
-import os
 import re
-import select
-import subprocess
 import sys
-import threading
-import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from echovlm_jax.child import Child
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing import chat_sandbox
 from echovlm_jax.processing.files import read_json, read_json_if_there, read_text, shown
@@ -32,7 +25,6 @@ MAX_TEMPLATE_BYTES = 128 * 2**10
 MAX_TEXT = 2 * 2**20  # characters of a rendered prompt, or of any text the template makes
 MAX_SECONDS = 5  # of the processor's time, to render one conversation
 MAX_MEMORY = 2**30  # bytes of address space, Python's own 50 MB among them
-_MAX_WAIT = 300  # seconds by the clock; a machine may be busy
 _MAX_REPLY = 12 * MAX_TEXT + 1000  # bytes: JSON writes a character in at most twelve
 
 _LOOKS_CONTROL = re.compile(r"<(?=\|\w{1,40}\|>)")
@@ -156,100 +148,29 @@ def compile_template(
     """
     if len(source) > MAX_TEMPLATE_BYTES:
         raise InputError(f"{name}: is larger than {MAX_TEMPLATE_BYTES} bytes")
-    sandbox = _Sandbox(source, name)
-    sandbox.ask(None)
+    told = {"paths": sys.path, "source": source, "seconds": MAX_SECONDS}
+    told |= {"bytes": MAX_MEMORY, "characters": MAX_TEXT}
+    sandbox = Child(chat_sandbox.__file__, told, _MAX_REPLY)
+    _check(name, sandbox.ask(None))
 
     def render(messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        return sandbox.ask(dict(special or {}, **given))
+        return _check(name, sandbox.ask(dict(special or {}, **given)))
 
     return render
 
 
-class _Sandbox:
-    """The process that renders one template: started when first needed, and anew when it ended."""
-
-    def __init__(self, source: str, name: str) -> None:
-        self._source, self._name = source, name
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
-
-    def ask(self, variables: Mapping[str, Any] | None) -> str:
-        """A rendered text; without variables only whether the template compiles."""
-        with self._lock:
-            if (
-                self._owner != os.getpid()
-                or self._process is None
-                or self._process.poll() is not None
-            ):
-                self._check(self._start())
-            if variables is None:
-                return ""
-            return self._check(self._request(variables))
-
-    def _start(self) -> dict[str, Any] | None:
-        # No thread of ours and nothing of JAX is copied: the process starts from a program file.
-        process = subprocess.Popen(
-            [sys.executable, "-S", "-P", "-X", "utf8", chat_sandbox.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+def _check(name: str, reply: dict[str, Any] | None) -> str:
+    """The text of the sandbox's reply."""
+    if reply is None:
+        raise InputError(
+            f"{name}: fails on the conversation (it takes more than {MAX_SECONDS} seconds or more"
+            " memory than a template may)"
         )
-        self._process, self._owner = process, os.getpid()
-        weakref.finalize(self, _end, process, self._owner)
-        told = {"paths": sys.path, "source": self._source, "seconds": MAX_SECONDS}
-        return self._request(told | {"bytes": MAX_MEMORY, "characters": MAX_TEXT})
-
-    def _request(self, content: Mapping[str, Any]) -> dict[str, Any] | None:
-        """A reply, or None from a process that has ended or doesn't answer, which is ended."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        # Of a picture a template can only see that it is there.
-        line = json.dumps(content, default=lambda value: f"<{type(value).__name__}>")
-        until, held = time.monotonic() + _MAX_WAIT, bytearray()
-        try:
-            process.stdin.write(line.encode() + b"\n")
-            process.stdin.flush()
-            while not held.endswith(b"\n") and len(held) <= _MAX_REPLY:
-                left = until - time.monotonic()
-                if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-                    break
-                if not (more := os.read(process.stdout.fileno(), 2**20)):
-                    break
-                held += more
-            else:
-                return json.loads(held)
-        except (OSError, ValueError):
-            pass
-        except BaseException:  # Ctrl-C: its reply would be taken for the next one's
-            _end(process, self._owner)
-            raise
-        _end(process, self._owner)
-        return None
-
-    def _check(self, reply: dict[str, Any] | None) -> str:
-        if reply is None:
-            raise InputError(
-                f"{self._name}: fails on the conversation (it takes more than {MAX_SECONDS} seconds"
-                " or more memory than a template may)"
-            )
-        if "invalid" in reply:
-            raise InputError(f"{self._name}: is not a valid jinja2 template ({reply['invalid']})")
-        if "refuses" in reply:
-            raise InputError(f"{self._name}: refuses the conversation ({reply['refuses']})")
-        if "fails" in reply:
-            raise InputError(f"{self._name}: fails on the conversation ({reply['fails']})")
-        return str(reply.get("text", ""))
-
-
-def _end(process: subprocess.Popen[bytes], owner: int) -> None:
-    """Ends a process and closes its pipes; after a fork only the one that started it does."""
-    if owner != os.getpid():
-        return
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()
+    if "invalid" in reply:
+        raise InputError(f"{name}: is not a valid jinja2 template ({reply['invalid']})")
+    if "refuses" in reply:
+        raise InputError(f"{name}: refuses the conversation ({reply['refuses']})")
+    if "fails" in reply:
+        raise InputError(f"{name}: fails on the conversation ({reply['fails']})")
+    return str(reply.get("text", ""))

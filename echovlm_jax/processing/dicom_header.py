@@ -108,7 +108,7 @@ def read_header(file: BinaryIO) -> Opened:
         dataset = read_dataset(found.file, False, True, stop_when=found, specific_tags=_TAGS)  # type: ignore[arg-type]
         syntax, little = str(uid.ExplicitVRLittleEndian), True
     if found.start is None:
-        raise InputError("holds no pixel data")
+        raise InputError(found.strange or "holds no pixel data")
     if not syntax:
         if found.length == UNDEFINED:
             raise InputError("its pixels are compressed and it names no transfer syntax")
@@ -132,16 +132,27 @@ class _PixelElement:
         self.explicit = False  # whether elements state their VR
         self.start: int | None = None
         self.length, self.vr = 0, None
-        self._raw = file
+        self.strange, self._last = "", 0  # why no pixels are found, it may be; the last tag
+        self._raw, here = file, file.tell()
+        self._end = file.seek(0, os.SEEK_END)
+        file.seek(here)
         self._wanted = set(_TAGS)
 
     def __call__(self, tag: int, vr: str | None, length: int) -> bool:
         stated = vr is not None and len(vr) == 2 and "AA" <= vr <= "ZZ"
-        self.explicit = self.explicit or stated
+        if self.strange and tag <= self._last:  # they ascend
+            raise InputError(self.strange)
+        if self.explicit and not stated and not self.strange:
+            # pydicom takes its VR and length for one length, as an implicit element's.
+            name = f"its element ({tag >> 16:04X},{tag & 0xFFFF:04X})"
+            self.strange = f"{name} has no valid VR, so that what follows it can't be found"
+        self.explicit, self._last = self.explicit or stated, tag
         if tag >= 0x7FE00008:
             if tag == 0x7FE00010:
                 self.start, self.length, self.vr = self._raw.tell(), length, vr
             return tag in (0x7FE00008, 0x7FE00009, 0x7FE00010)
+        if length != UNDEFINED and length > self._end - self._raw.tell():
+            raise InputError(self.strange or "is truncated within its header")
         if length == UNDEFINED and tag not in self._wanted:
             _skip_items(self._raw, implicit=not self.explicit)
         return False

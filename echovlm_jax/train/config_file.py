@@ -235,8 +235,10 @@ def _override(config: ConfigDict, key: str, value: Any) -> None:
             with place.unlocked(), place.ignore_type():
                 place[group] = ConfigDict()
         place = place[group]
+    # One of the key's own words, as remat's "none" is, is no None.
+    own = must is not None and wanted is str and not optional and _allowed(value, must)
     with place.unlocked(), place.ignore_type():
-        place[last] = _parse(key, value, wanted, optional)
+        place[last] = value if own else _parse(key, value, wanted, optional)
 
 
 def _parse(key: str, value: Any, wanted: type, optional: bool) -> Any:

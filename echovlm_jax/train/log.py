@@ -48,9 +48,13 @@ class Log:
     Attributes:
       last_loss: of the last step that was read; None before.
       skipped: steps whose update was left out.
+      counts: float64 [L, O, M, E], `mixture_sums`' expert_counts since the last evaluation, without
+        axes where nothing was counted; of a run that goes on, first what a checkpoint has of them.
     """
 
-    def __init__(self, folder: Path, config: Config, program: Program, first: int) -> None:
+    def __init__(
+        self, folder: Path, config: Config, program: Program, first: int, counts: Any = 0.0
+    ) -> None:
         self.last_loss: float | None = None
         self.skipped = 0
         self._config, self._program = config, program
@@ -62,11 +66,12 @@ class Log:
         self._steps, self._used = 0, np.zeros(2)  # of tokens and patches, since the last line
         self._since = time.perf_counter()
         self._folder = folder
-        self._counts: np.ndarray | float = 0.0  # expert_counts since the last evaluation
+        self.counts = np.asarray(counts, np.float64)
         self._file = self._board = None
         if jax.process_index() == 0:
             self._file = _reopen(folder / METRICS_LOG, first)
             _reopen(folder / ROUTING, first).close()
+            self._routed = _last_step(folder / ROUTING)
             # Events for TensorBoard are appended to, which a bucket can't: they are sent whole.
             self._events = Path(tempfile.mkdtemp()) if in_bucket(folder) else folder
             self._board = SummaryWriter(str(self._events), purge_step=first + 1)
@@ -121,9 +126,9 @@ class Log:
             self.write(step, values)
         if "eval_error" in values:
             self._tell(f"step {step} · NOT EVALUATED: {values['eval_error']}")
-        if self._board is None or np.ndim(self._counts) == 0:
-            return
-        counts, self._counts = np.asarray(self._counts), 0.0
+        counts, self.counts = self.counts, np.zeros(())
+        if self._board is None or counts.ndim == 0 or step == self._routed:
+            return  # the last: a kill came after this line
         shares = _shares(counts)
         organs = (*ORGANS, "others")
         line = {
@@ -184,7 +189,7 @@ class Log:
         if "expert_counts" not in found:
             return found
         counts, tokens = found.pop("expert_counts"), max(float(found["tokens"]), 1.0)
-        self._counts = self._counts + counts
+        self.counts = self.counts + counts
         choices = max(float(counts.sum()), 1.0)
         entropy, weight = (found.pop(name) / tokens for name in ("router_entropy", "coefficient"))
         return {
@@ -260,6 +265,12 @@ def _reopen(path: Path, first: int) -> Any:
         return Lines(path)
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror})") from error
+
+
+def _last_step(path: Path) -> int | None:
+    """The step of a log's last line."""
+    lines = path.read_text("utf-8").splitlines()
+    return json.loads(lines[-1])["step"] if lines else None
 
 
 def was_evaluated(folder: Path, step: int) -> bool:

@@ -45,6 +45,7 @@ from echovlm_jax.train.stages import training_table
 from echovlm_jax.train.start import Start, frozen_start, starting_point
 from echovlm_jax.train.step import TrainState
 
+COUNTS = "expert_counts"  # beside the configuration in a checkpoint: `Log.counts`
 EVALUATING = ".evaluating"  # the step whose evaluation is being made up for
 PROFILE, PLANS = "profile", "plans"
 VALIDATION = "validation"
@@ -115,9 +116,9 @@ def train(
             stack.enter_context(_frozen_files(start, folder, config))
         settings = _data_settings(config, folder, own=True)
         if found := checkpoints.restore_latest(program.state):
-            first, state, _ = found
+            first, state, kept = found
         else:
-            first = 0
+            first, kept = 0, {}
             state = init_state(program, jax.random.key(config.seed), start.params(program))
         batches = make_batches(
             settings,
@@ -128,7 +129,7 @@ def train(
         stack.callback(batches.close)  # type: ignore[attr-defined]
         stop = stack.enter_context(_asked_to_stop())
         profiled = stack.enter_context(_profiler(folder, profile))
-        log = stack.enter_context(Log(folder, config, program, first))
+        log = stack.enter_context(Log(folder, config, program, first, kept.get(COUNTS, 0.0)))
         tick = stack.enter_context(progress(config.steps - first, "step", "train"))
         evaluate = _evaluation(settings, program)  # planned before minutes go into compiling
         _say(f"compiling for {program.mesh.size} devices")
@@ -141,7 +142,7 @@ def train(
         _say(f"training from step {first} to {config.steps} in {folder}")
 
         step, saved = first, first
-        if first and (first % config.eval_every == 0 or first == config.steps):
+        if first and _due(config, first):
             with log.aside():
                 log.evaluated(first, _catch_up(folder, first, functools.partial(evaluate, state)))
         while step < config.steps:
@@ -155,10 +156,10 @@ def train(
             ending = step == config.steps or stop(step)
             if ending or step % config.checkpoint_every == 0:
                 with log.aside():
-                    extra = {"config": json.loads(config.to_json())}
+                    extra = {"config": json.loads(config.to_json()), COUNTS: log.counts.tolist()}
                     checkpoints.save(step, state, extra, model=folder / MODEL)
                 saved = step
-            if ending or step % config.eval_every == 0:  # after saving: it may take the run down
+            if _due(config, step):  # after saving: it may take the run down
                 with log.aside():
                     log.evaluated(step, evaluate(state))
             if ending:
@@ -312,6 +313,11 @@ def _asked_to_stop() -> Iterator[Any]:
         yield lambda step: asked.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _due(config: Config, step: int) -> bool:
+    """Whether there is an evaluation after so many steps: wherever the run stops, the same ones."""
+    return step % config.eval_every == 0 or step == config.steps
 
 
 def _evaluation(config: Config, program: Program) -> Callable[[TrainState], dict[str, Any]]:

@@ -1,7 +1,6 @@
 """What trains in which stage: ordered lists of (regular expression, how)."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.ops.product.weight import Quantized
+from echovlm_jax.patterns import Pattern
 from echovlm_jax.train.lora import takes_update
 
 HOW = ("full", "lora", "frozen")
@@ -91,10 +91,7 @@ def _rule(number: int, given: Any) -> Rule:
     if not isinstance(given, list | tuple) or not 2 <= len(given) <= 4:
         raise refuse("write (pattern, how), (pattern, how, rate) or (pattern, how, rate, decay)")
     rule = Rule(*given)
-    try:
-        re.compile(rule.pattern)
-    except (re.error, TypeError) as error:
-        raise refuse(f"the pattern is no regular expression ({error})") from None
+    Pattern(rule.pattern, str(refuse("the pattern")))
     if rule.how not in HOW:
         raise refuse(f"how must be one of {', '.join(HOW)}")
     if rule.how == "frozen" and len(given) > 2:
@@ -123,8 +120,9 @@ def match_rules(params: Any, rules: Rules, name: str) -> dict[str, Rule]:
         beside a parameter that can't have one.
     """
     used, found = set(), {}
+    patterns = [Pattern(rule.pattern, f"stage {name}: rule {rule.pattern}") for rule in rules]
     for path in flatten_dict(params, sep="/"):
-        number = next((i for i, r in enumerate(rules) if re.fullmatch(r.pattern, path)), None)
+        number = next((i for i, one in enumerate(patterns) if one.find(path, "fullmatch")), None)
         if number is None:
             raise InputError(f"stage {name}: no rule says how {path} trains")
         if rules[number].how == "lora" and not takes_update(path):
@@ -152,11 +150,11 @@ def how_it_trains(params: Any, stage: str) -> dict[str, str]:
 def by_leaf(trainable: Any, rules: Mapping[str, Rule]) -> Any:
     """A tree like `trainable` of each array's rule; an update's is its kernel's."""
 
-    def rule(path: tuple[str, ...]) -> Rule:
-        part, *names = path
+    def rule(path: Any, _: Any) -> Rule:
+        part, *names = (key.key for key in path)
         return rules["/".join(names if part == "params" else (*names[:-1], "kernel"))]
 
-    return unflatten_dict({path: rule(path) for path in flatten_dict(trainable)})
+    return jax.tree_util.tree_map_with_path(rule, trainable)
 
 
 def training_table(

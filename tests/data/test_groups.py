@@ -1,7 +1,5 @@
 """Grouping: whatever ties records keeps them in one split, whatever order they come in."""
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -92,7 +90,7 @@ def test_a_patient_is_one_however_records_name_it():
 
 
 def test_what_a_pattern_finds():
-    pattern = re.compile(r"(p\d+)|other")
+    pattern = compile_pattern(r"(p\d+)|other")
     paths = {"image": ["x/p2.png", "x/p3.png", "x/4.png"]}
     assert pattern_groups({"id": "p1-l", **paths}, pattern) == ["p1"]
     assert pattern_groups({"id": "1-l", **paths}, pattern) == ["p2", "p3"]
@@ -100,9 +98,9 @@ def test_what_a_pattern_finds():
     for nothing in ("text", {}, {"id": None}, {"id": ["p1"]}, {"image": 7}, {"id": "q"}):
         assert pattern_groups(nothing, pattern) == []
     for one_file in ("p4/a.png", r"p4\a.png", "./p4/a.png", r".\p4\a.png"):
-        assert pattern_groups({"image": one_file}, re.compile("^([^/]+)")) == ["p4"]
-    assert pattern_groups({"image": r"p4\a.png"}, re.compile(r"(p\d)\\")) == ["p4"]
-    assert pattern_groups({"id": 31}, re.compile(r"(\d)\d")) == ["3"]
+        assert pattern_groups({"image": one_file}, compile_pattern("^([^/]+)")) == ["p4"]
+    assert pattern_groups({"image": r"p4\a.png"}, compile_pattern(r"(p\d)\\")) == ["p4"]
+    assert pattern_groups({"id": 31}, compile_pattern(r"(\d)\d")) == ["3"]
     assert group_ids({"patient_id": " p1 ", "study_id": " "}) == [("patient_id", "p1")]
 
 

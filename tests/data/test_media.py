@@ -108,7 +108,12 @@ def _hidden(name):
             "png spare palette": _palette_png(),
         }[name]
     scan, table = jpeg.index(b"\xff\xda"), b"\x03" + (secret * 9)[:64]
+    first, last = jpeg.index(b"\xff\xdb"), jpeg.rindex(b"\xff\xc4")  # tables that are used
+    frame, size = jpeg.index(b"\xff\xc0"), int.from_bytes(jpeg[last + 2 : last + 4], "big")
     return {
+        "jpeg quantization": jpeg[: first + 61] + secret + jpeg[first + 69 :],
+        "jpeg Huffman": jpeg[: last + 2 + size - 8] + secret + jpeg[last + 2 + size :],
+        "jpeg names of components": _renamed(jpeg, frame, scan, secret),
         "jpeg comment": jpeg[:2] + _segment(0xFE, secret) + jpeg[2:],
         "jpeg before the scan": jpeg[:scan] + _segment(0xEE, secret) + jpeg[scan:],
         "jpeg end of the scan": jpeg[:-2] + secret + jpeg[-2:],
@@ -122,6 +127,14 @@ def _hidden(name):
         + jpeg[20:],
         "jpeg trailing": jpeg + secret,
     }[name]
+
+
+def _renamed(jpeg, frame, scan, secret):
+    """A JPEG with other names of its three components, in the frame and in the scan."""
+    made = bytearray(jpeg)
+    for n in range(3):
+        made[frame + 10 + 3 * n] = made[scan + 5 + 2 * n] = secret[n]
+    return bytes(made)
 
 
 def _palette_png():
@@ -138,7 +151,7 @@ def _palette_png():
         *("png second header", "png behind the rows", "png spare palette"),
         *("jpeg comment", "jpeg before the scan", "jpeg end of the scan"),
         *("jpeg spare quantization", "jpeg spare Huffman", "jpeg arithmetic coding"),
-        *("jpeg thumbnail", "jpeg trailing"),
+        *("jpeg thumbnail", "jpeg trailing", "jpeg quantization", "jpeg Huffman"),
     ],
 )
 def test_nothing_hides_in_a_container(tmp_path, name):
@@ -156,6 +169,26 @@ def test_nothing_hides_in_a_container(tmp_path, name):
     if image.startswith(b"\x89PNG"):
         shown += zlib.decompress(image[image.index(b"IDAT") + 4 : -16])
     assert SECRET.encode()[:6] not in shown
+
+
+def test_names_of_components_are_the_usual_ones():
+    data = _hidden("jpeg names of components")
+    assert strip_jpeg(encoded(1, "JPEG")) and strip_jpeg(data) is None
+    assert decode_image(data, "").shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("quality", [1, 49, 50, 75, 90, 100])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_pictures_of_every_quality_keep_their_bytes(quality, mode):
+    jpeg = _jpeg(mode, quality=quality)
+    kept = strip_jpeg(jpeg)
+    assert kept and kept.endswith(jpeg[jpeg.index(b"\xff\xda") : -len(SECRET)])
+    np.testing.assert_array_equal(decode_image(kept, ""), decode_image(jpeg, ""))
+
+
+def test_a_picture_with_codes_of_its_own_is_encoded_anew():
+    """Nobody can tell what an unusual table is for."""
+    assert strip_jpeg(_jpeg(optimize=True)) is None
 
 
 def _dicom(path, frames):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from echovlm_jax import child
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing import chat
 from echovlm_jax.processing.chat import (
@@ -181,9 +182,9 @@ def test_broken_and_hostile_templates_are_one_line(template, monkeypatch):
 
 def test_a_sandbox_goes_on_after_a_failure_and_ends_with_its_template(monkeypatch):
     monkeypatch.setattr(chat, "MAX_SECONDS", 1)
-    made, real = [], chat.subprocess.Popen
+    made, real = [], child.subprocess.Popen
     monkeypatch.setattr(
-        chat.subprocess, "Popen", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
+        child.subprocess, "Popen", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
     )
     render = compile_template(
         "{% if messages[0].content == 'slow' %}"
@@ -207,9 +208,9 @@ def test_a_sandbox_goes_on_after_a_failure_and_ends_with_its_template(monkeypatc
 def test_a_sandbox_ends_with_its_parent():
     code = (
         "from echovlm_jax.processing import chat; import os\n"
-        "render = chat.compile_template('x'); real = chat.subprocess.Popen\n"
+        "render = chat.compile_template('x')\n"
         "cell = [c.cell_contents for c in render.__closure__]\n"
-        "print([c._process.pid for c in cell if isinstance(c, chat._Sandbox)][0], flush=True)\n"
+        "print([c._process.pid for c in cell if isinstance(c, chat.Child)][0], flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -314,6 +314,17 @@ def test_more_than_the_header_says_is_refused(grey, tmp_path):
     refused(save(jpeg, tmp_path / "b.dcm"), "don't make the 29 frames")
 
 
+@pytest.mark.parametrize("size", [60, 700])  # shorter and longer than the length that "??" makes
+def test_an_element_without_a_valid_vr_is_named(size, tmp_path):
+    pixels = np.zeros((size, size, 3), np.uint8)
+    data = Path(save(new_dicom(pixels, "RGB"), tmp_path / "a.dcm")).read_bytes()
+    at = data.rindex(b"\xe0\x7f\x10\x00")
+    element = struct.pack("<HH2sH", 0x7FDF, 0x1010, b"??", 4) + b"DOE^"
+    (tmp_path / "b.dcm").write_bytes(data[:at] + element + data[at:])
+    message = refused(tmp_path / "b.dcm", "(7FDF,1010) has no valid VR")
+    assert "DOE" not in message and "?" not in message
+
+
 def test_a_deflated_data_set_is_bounded(grey, tmp_path, monkeypatch):
     dataset = new_dicom(grey, "MONOCHROME2")
     dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian

@@ -66,6 +66,13 @@ def test_an_override_takes_the_type_of_the_value(file, word, value) -> None:
     assert all(config[name] == other[name] for name in untouched)
 
 
+def test_a_word_of_the_keys_own_may_be_none() -> None:
+    """remat's "none" is a choice; of a key that may be missing, none is None."""
+    config = load_config(CONFIG, ["remat=none", "tokenizer=none"])
+    assert config.remat == "none" and config.get("tokenizer") is None
+    check_config(config)
+
+
 def test_overrides_are_together_and_reach_what_is_derived(file) -> None:
     config = load_config(file, ["count=5", "group.count=6", "count=8"])
     assert (config.count, config.twice, config.group.count) == (8, 16, 6)

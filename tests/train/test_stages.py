@@ -186,6 +186,20 @@ def test_a_configuration_may_have_rules_of_its_own():
     assert frozen.split()[3:] == ["frozen", "0", ".*"]
 
 
+def test_updates_may_be_all_that_trains():
+    config = load_config(CONFIGS / "alignment.py", {"model": "tiny"})
+    config.stage_rules = ((r"text/layers/attn/q/kernel", "lora", 2.0), (".*", "frozen"))
+    made = make_program(config, jax.devices()[:1])
+    layers, width = made.model.text.num_layers, made.model.text.hidden_size
+    heads = made.model.text.num_heads * made.model.text.head_dim
+    assert count(made.state.trainable) == layers * config.lora.rank * (width + heads)
+    moments = [leaf for leaf in jax.tree.leaves(made.state.opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * count(made.state.trainable)
+    assert jax.tree.structure(made.optimizer.init(made.state.trainable)) == jax.tree.structure(
+        made.state.opt_state
+    )
+
+
 def test_rates_and_decays_reach_what_they_are_for():
     made = own_program(weight_decay=0.01, adam_eps=1e-30, warmup_fraction=0.0, clip_norm=1e9)
     rng = np.random.default_rng(0)
