@@ -203,5 +203,9 @@ def _needed(one: tuple[int, Asked], new: int) -> int:
 
 def _columns(waiting: Iterable[tuple[int, Asked]], rows: int, new: int) -> int:
     """Columns of a cache for the first `rows` of those that wait, in whole pieces of attention."""
-    most = max(_needed(one, new) for one in itertools.islice(waiting, rows))
-    return -(-bucket(most) // COLUMNS) * COLUMNS
+    return columns_for(max(_needed(one, new) for one in itertools.islice(waiting, rows)))
+
+
+def columns_for(tokens: int) -> int:
+    """Columns of a cache that holds so many tokens a row."""
+    return -(-bucket(tokens) // COLUMNS) * COLUMNS
