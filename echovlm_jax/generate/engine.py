@@ -180,7 +180,8 @@ def _in_pieces(
 def first_token(logits: jax.Array, seen: jax.Array, own: Request) -> jax.Array:
     """The first new token [B] of prompts as `prefill` returns them. It is a program of its own, so
     that all buckets share it."""
-    return choose(logits, seen, own.sampling, jnp.zeros(logits.shape[0], jnp.int32))
+    none = jnp.zeros(logits.shape[0], jnp.int32)
+    return jnp.asarray(choose(logits, seen, own.sampling, none))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("state",))

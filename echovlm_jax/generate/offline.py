@@ -136,7 +136,8 @@ class Run:
         """
         coming, waiting = iter(enumerate(asked)), deque[tuple[int, Asked]]()
         running: dict[int, int] = {}  # row -> number
-        state, columns = None, 0
+        state: Any = None
+        columns = 0
         while True:
             while len(waiting) <= rows - len(running) and (one := next(coming, None)):
                 waiting.append(one)
@@ -202,10 +203,11 @@ def _needed(one: tuple[int, Asked], new: int) -> int:
 
 
 def _columns(waiting: Iterable[tuple[int, Asked]], rows: int, new: int) -> int:
-    """Columns of a cache for the first `rows` of those that wait, in whole pieces of attention."""
+    """Columns of a cache for the first `rows` of those that wait."""
     return columns_for(max(_needed(one, new) for one in itertools.islice(waiting, rows)))
 
 
 def columns_for(tokens: int) -> int:
-    """Columns of a cache that holds so many tokens a row."""
-    return -(-bucket(tokens) // COLUMNS) * COLUMNS
+    """Columns of a cache that holds so many tokens a row: whole pieces of attention, two at least,
+    since a single one is rounded in another way."""
+    return max(-(-bucket(tokens) // COLUMNS), 2) * COLUMNS

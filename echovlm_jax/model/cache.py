@@ -62,7 +62,7 @@ def extend_cache(
     ) -> tuple[Stored, Array]:
         def write(row: Array, held: tuple[Stored, Array]) -> tuple[Stored, Array]:
             def put(old: Array, new: Array, axis: int, columns: int) -> jax.Array:
-                start = [0] * old.ndim
+                start: list[Any] = [0] * old.ndim
                 start[axis], start[columns] = row, length[row]
                 new = jax.lax.dynamic_slice_in_dim(new, row, 1, axis)
                 return jax.lax.dynamic_update_slice(old, new, start)

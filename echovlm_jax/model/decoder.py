@@ -116,21 +116,17 @@ class Attention(nn.Module):
         q = layout.constrain(q, "batch", None, "attn_heads", None)
         k, v = (layout.constrain(x, "batch", None, "attn_kv_heads", None) for x in (k, v))
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-        segments = context.q_segments, context.kv_segments
+        segments: dict[str, Any] = {
+            "q_segments": context.q_segments,
+            "kv_segments": context.kv_segments,
+            "layout": layout,
+        }
         if cached is None:
-            out = attention(
-                q,
-                k,
-                v,
-                q_segments=segments[0],
-                kv_segments=segments[1],
-                causal_offset=0,
-                implementation=self.compute.attention,
-                layout=layout,
-            )
+            implementation = self.compute.attention
+            out = attention(q, k, v, causal_offset=0, implementation=implementation, **segments)
         else:
-            segments = (*segments, context.cached_segments)
-            out = cached_attention(q, k, v, cached, segments=segments, layout=layout)
+            segments["cached_segments"] = context.cached_segments
+            out = cached_attention(q, k, v, cached, **segments)
         shape, axes = (shape[2], *shape[:2]), (axes[2], *axes[:2])
         out = Linear("BTNH,DNH->BTD", shape, axes, layout=layout, name="o")(out)
         return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))  # as a cache has them

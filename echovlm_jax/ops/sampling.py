@@ -95,7 +95,7 @@ def choose(
       step: the number of each row's draw.
       idle: rows whose token doesn't matter.
     """
-    logits = penalise_repetition(logits, seen, settings.repetition_penalty)
+    logits = jnp.asarray(penalise_repetition(logits, seen, settings.repetition_penalty))
     greedy = settings.temperature == 0
     heat = jnp.where(greedy, 1, settings.temperature)
     whole = (settings.top_k <= 0) | (settings.top_k >= logits.shape[-1])
@@ -106,7 +106,7 @@ def choose(
 
     def drawn(logits: Array) -> jax.Array:
         key = jax.vmap(jax.random.key)(settings.seed)
-        return draw(logits, key, settings.rows, step).astype(jnp.int32)
+        return jnp.asarray(draw(logits, key, settings.rows, step), jnp.int32)
 
     def top(logits: Array) -> jax.Array:
         warm = logits / heat[:, None]

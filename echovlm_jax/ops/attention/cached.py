@@ -59,7 +59,9 @@ def cached_attention(
     v: Float[Array, "B T K H"],
     cached: Stored,
     *,
-    segments: tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B S"]],
+    q_segments: Int[Array, "B T"],
+    kv_segments: Int[Array, "B T"],
+    cached_segments: Int[Array, "B S"],
     layout: Layout = Layout(),
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention over cached keys and, causally, over the new tokens' own.
@@ -71,12 +73,13 @@ def cached_attention(
     Args:
       q, k, v: of the new tokens; N is a multiple of K.
       cached: one layer's keys and values.
-      segments: of the queries, of the new keys, and of the cached ones (0 where nothing is).
+      q_segments, kv_segments: of the new tokens, as queries and as keys.
+      cached_segments: of the cached keys, 0 where nothing is.
       layout: splits rows over "cache_rows" and heads over "cache_heads".
     """
     new, tokens, stored = (ROWS, None, HEADS, None), (ROWS, None), (ROWS, HEADS)
     split = layout.shard_map(_local, [new, new, new, stored, tokens, tokens, tokens], new)
-    return split(q, k, v, cached, *segments)
+    return split(q, k, v, cached, q_segments, kv_segments, cached_segments)
 
 
 def _local(
