@@ -6,8 +6,18 @@ from echovlm_jax.quantize.recipes import (
     abstract,
     placed,
     quantize,
+    quantize_params,
     recipe,
     takes,
 )
 
-__all__ = ["KINDS", "Recipe", "abstract", "placed", "quantize", "recipe", "takes"]
+__all__ = [
+    "KINDS",
+    "Recipe",
+    "abstract",
+    "placed",
+    "quantize",
+    "quantize_params",
+    "recipe",
+    "takes",
+]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.product.einsum import einsum
-from echovlm_jax.ops.product.weight import Quantized, as_operand, lookup
+from echovlm_jax.ops.product.weight import Quantized, as_operand, lookup, one_of
 from echovlm_jax.train.loss import token_losses
 
 FORMS = [
@@ -89,6 +89,14 @@ def test_in_a_loop_over_stacked_weights(group):
     found, ours = jax.vjp(lambda x: run(x, weight), x)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     np.testing.assert_allclose(ours(x)[0], pull(x)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_one_of_the_stacked_weights(group):
+    weight = random_weight((3, 5, 8), 1, 1, group)
+    for number in range(3):
+        found = as_operand(one_of(weight, jnp.int32(number)), jnp.float32)
+        np.testing.assert_allclose(found, meant(weight)[number], rtol=1e-6)
 
 
 def test_a_gradient_of_the_weight_is_none_at_all():
