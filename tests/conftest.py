@@ -27,6 +27,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [_GIVEN, *(f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _GIVEN)]
 ).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # commands keep nothing in the user's home
 
 import hypothesis
 import jax

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from echovlm_jax.cli import checkpoints, data, demo, evaluate, generate, measure, train
+from echovlm_jax.cli.compiled import keep_programs
 from echovlm_jax.cli.frame import (
     Parser,
     explain,
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         look_for_no_tpu()
+        if args.keeps_programs:
+            keep_programs(args.debug)
         with quiet_libraries(args.debug), stdout_for_json(args.json):
             reach_buckets(args)
             result = args.run(args)

@@ -23,6 +23,7 @@ def add_demo(commands: Any) -> None:
         "two stages and evaluates it on others. It takes about ten minutes on two cores",
         "echovlm demo --out demo_out",
         show=_show,
+        keeps_programs=True,
     )
     command.add_argument(
         "--out", type=LOCAL, default=Path("demo_out"), metavar="DIR", help="default: %(default)s"

@@ -35,6 +35,7 @@ def add_eval(commands: Any) -> None:
         "echovlm eval echovlm-orbax/ --data exams/ --out results/\n"
         "  echovlm eval run/ --data phantom --limit 100 --images blind --out blind/",
         show=_show_eval,
+        keeps_programs=True,
     )
     command.add_argument("model", type=PLACE, metavar="MODEL", help=f"{MODEL}; or a training run's")
     command.add_argument("--data", type=NAMED, required=True, metavar="DIR", help=DATA)

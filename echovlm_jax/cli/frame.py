@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from echovlm_jax.cli.compiled import KEPT
 from echovlm_jax.cli.printing import show as show_lines
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage.bucket import SCHEMES
@@ -48,6 +49,7 @@ def add_command(
     what: str,
     example: str,
     show: Callable[[Result, argparse.Namespace], None] | None = None,
+    keeps_programs: bool = False,
 ) -> argparse.ArgumentParser:
     """Declares a command.
 
@@ -58,6 +60,7 @@ def add_command(
       what: its help; what is before the first semicolon stands in the list of commands.
       example: a line that works, or several.
       show: prints a result for people; all its keys by default.
+      keeps_programs: whether what it compiles is kept for the next run (`compiled.keep_programs`).
 
     Returns:
       Its parser, to add arguments to.
@@ -66,13 +69,13 @@ def add_command(
         name,
         help=what.split(";")[0],
         description=what[0].upper() + what[1:] + ".",
-        epilog=f"example:\n  {example}",
+        epilog=f"example:\n  {example}" + (f"\n\n{KEPT}" if keeps_programs else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # a promise is a whole name; abbreviations break when options are added
     )
     command.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     command.add_argument("--debug", action="store_true", help="show tracebacks and libraries' logs")
-    command.set_defaults(run=run, show=show or show_lines)
+    command.set_defaults(run=run, show=show or show_lines, keeps_programs=keeps_programs)
     return command
 
 

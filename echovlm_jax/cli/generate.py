@@ -34,19 +34,30 @@ def _run(args: argparse.Namespace) -> Result:
         )
     if args.allow_links and not args.batch:
         raise InputError("--allow-links goes with --batch; links given to --image are followed")
-    if not args.batch and (args.prompt is None or args.out):
+    if args.warm_up and (args.batch or args.image or args.stream):
+        raise InputError("--warm-up goes with --prompt, --system and --max-new-tokens alone")
+    if not args.batch and not args.warm_up and (args.prompt is None or args.out):
         raise InputError("give --prompt (and --image), or --batch with --out")
     from echovlm_jax.load import load_model
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     sampling = {name: given[name] for name in SAMPLING if name in given}
     model = load_model(args.model, **{name: given[name] for name in LOADING if name in given})
+    if args.warm_up:
+        return _warm_up(model, given)
     if args.batch:
         links = {"allow_links": args.allow_links} if args.allow_links else {}
         return _batch(model, args, {**links, **sampling})
     if args.stream:
         sampling["stream"] = lambda piece: print(piece, end="", flush=True)
     return model.generate(args.image, args.prompt, system=args.system, **sampling)
+
+
+def _warm_up(model: Any, given: dict[str, Any]) -> Result:
+    from echovlm_jax.generate.warm_up import warm_up
+
+    names = ("prompt", "system", "max_new_tokens")
+    return warm_up(model, **{name: given[name] for name in names if name in given})
 
 
 def _batch(model: Any, args: argparse.Namespace, options: dict[str, Any]) -> Result:
@@ -69,8 +80,10 @@ def add_generate(commands: Any) -> None:
         "answer a prompt about images; several images are one exam, a file of several "
         "frames is a video",
         "echovlm generate echovlm-orbax/ --image liver1.png liver2.dcm --prompt 'Write the report.'"
-        "\n  echovlm generate echovlm-orbax/ --batch exams.jsonl --out answers.jsonl",
+        "\n  echovlm generate echovlm-orbax/ --batch exams.jsonl --out answers.jsonl"
+        "\n  echovlm generate echovlm-orbax/ --prompt 'Write the report.' --warm-up",
         show=_show_answer,
+        keeps_programs=True,
     )
     command.add_argument("model", type=PLACE, metavar="MODEL", help=MODEL)
     command.add_argument(
@@ -84,6 +97,12 @@ def add_generate(commands: Any) -> None:
     )
     command.add_argument("--prompt", metavar="T", help="what to ask")
     command.add_argument("--system", metavar="T", help="the system prompt")
+    command.add_argument(
+        "--warm-up",
+        action="store_true",
+        help="answer nothing, but compile what answers to this prompt about an image of any size "
+        "will need; later runs find it",
+    )
     command.add_argument("--stream", action="store_true", help="print the answer as it comes")
     _add_options(command)
 

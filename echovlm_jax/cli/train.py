@@ -36,6 +36,7 @@ def add_train(commands: Any) -> None:
         "  echovlm train --config configs/full_finetune.py --workdir run/ --config.model=tiny "
         "--config.steps=20 --config.global_batch_size=1",
         show=_show_train,
+        keeps_programs=True,
     )
     command.add_argument(
         "--config", type=LOCAL, required=True, metavar="F.py", help="a file as in configs/"

@@ -203,7 +203,11 @@ def _needed(one: tuple[int, Asked], new: int) -> int:
 
 
 def _columns(waiting: Iterable[tuple[int, Asked]], rows: int, new: int) -> int:
-    """Columns of a cache for the first `rows` of those that wait: two pieces of attention at least,
+    """Columns of a cache for the first `rows` of those that wait."""
+    return columns_for(max(_needed(one, new) for one in itertools.islice(waiting, rows)))
+
+
+def columns_for(tokens: int) -> int:
+    """Columns of a cache that holds so many tokens a row: whole pieces of attention, two at least,
     since a single one is rounded in another way."""
-    most = max(_needed(one, new) for one in itertools.islice(waiting, rows))
-    return max(-(-bucket(most) // COLUMNS), 2) * COLUMNS
+    return max(-(-bucket(tokens) // COLUMNS), 2) * COLUMNS

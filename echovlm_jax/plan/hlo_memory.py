@@ -109,7 +109,7 @@ def _read(inner: Computation, name: str, full: float, module: Text) -> float:
         elif user.opcode == "fusion":
             called = module.computations[user.names("calls")[0]]
             for k, operand in enumerate(user.operands):
-                if operand == name and _is_view(called, called.parameters[k]):
+                if operand == name and _is_view(called, called.parameters[k], module):
                     total += _read(inner, user.name, full, module)
                 elif operand == name:
                     total += _read(called, called.parameters[k], full, module)
@@ -118,12 +118,17 @@ def _read(inner: Computation, name: str, full: float, module: Text) -> float:
     return min(total, full)
 
 
-def _is_view(inner: Computation, name: str) -> bool:
+def _is_view(inner: Computation, name: str, module: Text) -> bool:
     """Whether a fusion inside another only hands on a parameter, in another layout or shape."""
     i = inner.root
-    while i.opcode in ("bitcast", "copy"):
+    while i.name != name:
+        called = module.computations[i.names("calls")[0]] if i.opcode == "fusion" else None
+        if called is not None and not _is_view(called, called.parameters[0], module):
+            return False
+        if called is None and i.opcode not in ("bitcast", "copy"):
+            return False
         i = inner.body[i.operands[0]]
-    return i.name == name and i is not inner.root
+    return True
 
 
 def _written(inner: Computation, name: str, full: float, module: Text) -> float:

@@ -334,6 +334,40 @@ def test_memory_traffic_counts_slices_and_what_is_on_chip():
     ]  # fmt: skip
 
 
+def test_memory_traffic_of_what_is_reordered_inside_a_fusion():
+    """A slice of a weight in another layout is read, as XLA:TPU writes it; the whole one where the
+    copy is all that the fusion does."""
+    module = written(
+        """
+        %p = s8[64,1024]{1,0} parameter(0)
+        %i = s32[] parameter(1)
+        %a = s8[1,1024]{1,0:S(1)} fusion(%p, %i), kind=kLoop, calls=%slice
+        ROOT %c = s8[64,1024]{1,0} fusion(%p), kind=kLoop, calls=%order
+        """,
+        rest="""
+        %order (x: s8[64,1024]) -> s8[64,1024] {
+          %x = s8[64,1024]{1,0} parameter(0)
+          ROOT %y = s8[64,1024]{1,0} copy(%x)
+        }
+
+        %view (x: s8[64,1024]) -> s8[64,1024] {
+          %x = s8[64,1024]{1,0} parameter(0)
+          %f = s8[64,1024]{1,0} fusion(%x), kind=kLoop, calls=%order
+          ROOT %y = s8[64,1024]{1,0} bitcast(%f)
+        }
+
+        %slice (x: s8[64,1024], i: s32[]) -> s8[1,1024] {
+          %x = s8[64,1024]{1,0} parameter(0)
+          %v = s8[64,1024]{1,0} fusion(%x), kind=kLoop, calls=%view
+          %j = s32[] parameter(1)
+          ROOT %s = s8[1,1024]{1,0} dynamic-slice(%v, %j, %j), dynamic_slice_sizes={1,1024}
+        }
+        """,
+    )
+    reads = {t.read for t in module.transfers}
+    assert reads == {64 * 1024, 1024 + 4}
+
+
 def test_memory_traffic_of_copies_between_chip_and_memory():
     module = written(
         """
