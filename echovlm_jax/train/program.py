@@ -89,7 +89,7 @@ class Program(NamedTuple):
     ) -> jax.stages.Compiled:
         options = dict(options or {})
         if self.mesh.devices.flat[0].platform == "cpu":
-            options = _known(_ON_CPU) | options
+            return _on_cpu(lowered.compile(compiler_options=_known(_ON_CPU) | options))
         return lowered.compile(compiler_options=options)
 
     def lower(self) -> jax.stages.Lowered:
@@ -201,6 +201,17 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _on_cpu(compiled: jax.stages.Compiled) -> jax.stages.Compiled:
+    """The program, which takes arrays as `jit` does: it compares no layouts.
+
+    On a CPU arrays of int4 say that they are not packed, and programs ask for packed ones. Both
+    mean the same, and only a program that was compiled ahead minds.
+    """
+    executable: Any = compiled._executable
+    executable._xla_in_layouts = [None] * len(executable._xla_in_layouts)  # until: jax 0.13
+    return compiled
+
+
 def config_mesh(config: Config, devices: Sequence[Any]) -> Mesh:
     """The mesh of a configuration on these devices.
 
@@ -245,9 +256,9 @@ def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainSta
     shardings = jax.tree.map(lambda s: s.sharding, program.state)
     lowered = jax.jit(init, out_shardings=shardings, donate_argnums=1).lower(key, params)
     # It runs once: on a CPU, compiling it well takes four times as long as this.
-    on_cpu = program.mesh.devices.flat[0].platform == "cpu"
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0} if on_cpu else {}
-    return lowered.compile(options)(key, params)
+    if program.mesh.devices.flat[0].platform == "cpu":
+        return _on_cpu(lowered.compile({"xla_backend_optimization_level": 0}))(key, params)
+    return lowered.compile()(key, params)
 
 
 def _in_few_bits(frozen: Any, specs: Mapping[str, ParamSpec], kind: str | None) -> Any:

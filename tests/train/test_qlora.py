@@ -31,7 +31,7 @@ MODEL = preset("tiny").replace(
 def qlora(kind: str | None, devices: int = 1, **changes) -> Program:
     """Without images: the vision tower is not quantized."""
     own = {"stage_rules": RULES, "lora.dropout": 0.0, "quantize": kind, "remat": "none"}
-    return program(devices, MODEL, **own, **{"max_patches": 0, **changes})
+    return program(devices, MODEL, **{"max_patches": 0, **own, **changes})
 
 
 def started(made: Program, weights: dict):
@@ -85,7 +85,7 @@ FORMS = {
 MESHES = {
     "one": {"devices": 1},
     "all": {"devices": 8, "mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2},
-    "fsdp": {"devices": 8, "mesh.data": 1, "mesh.fsdp": 8},
+    "fsdp": {"devices": 8, "mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2},
 }
 FAST = {("int4", "dense, remat", "one"), ("int4", "ragged", "all")}
 CASES = [
