@@ -94,9 +94,10 @@ def s3_server(bucket: str = "bucket") -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def gcs_server(bucket: str = "bucket") -> Iterator[str]:
+def gcs_server(bucket: str = "bucket") -> Iterator["_Front"]:
     """gcp-storage-emulator with one bucket, and what its answers lack: the header with an object's
-    generation, and refusals where that is another than asked for. Yields the address."""
+    generation, and refusals where that is another than asked for. Where it `refuses`, all is
+    refused, as Google's does it."""
     from gcp_storage_emulator.server import create_server
 
     emulator = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
@@ -107,7 +108,8 @@ def gcs_server(bucket: str = "bucket") -> Iterator[str]:
     thread = threading.Thread(target=front.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{front.server_address[1]}"
+        front.address = f"http://127.0.0.1:{front.server_address[1]}"
+        yield front
     finally:
         front.shutdown()
         front.server_close()
@@ -116,6 +118,8 @@ def gcs_server(bucket: str = "bucket") -> Iterator[str]:
 
 class _Front(socketserver.ThreadingMixIn, http.server.HTTPServer):
     port: int
+    address: str
+    refuses = False
     daemon_threads = True
 
     def __init__(self, *args: object) -> None:
@@ -148,6 +152,8 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = _handle
 
     def _answer(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        if self.server.refuses:
+            return 403, {}, b'{"error": {"code": 403, "message": "no access"}}'
         name = self._object()
         generation = self.server.generations.get(name, 0)
         wanted = re.search(r"ifGenerationMatch=(\d+)", self.path)

@@ -1,5 +1,9 @@
-"""What is asked of a bucket: each byte once, no list where a name will do, and what a refusal says."""
+"""What is asked of a bucket: each byte once, no list where a name will do; what refusals say."""
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,17 +14,22 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echovlm_jax.checkpoint import open_checkpoints
+from echovlm_jax.cli import main
 from echovlm_jax.config import to_hf
-from echovlm_jax.convert import inspect, table
+from echovlm_jax.convert import convert, export, inspect, load_params, table
+from echovlm_jax.errors import InputError
 from echovlm_jax.load import load_model
 from echovlm_jax.model import param_specs
 from echovlm_jax.storage import bucket as buckets
 from echovlm_jax.storage import digests, writer
 from echovlm_jax.storage.arrays import base_kvstore
-from echovlm_jax.storage.files import as_path, copy_folder, make_folder, write_json
+from echovlm_jax.storage.files import as_path, below, copy_folder, make_folder, write_json
 from echovlm_jax.storage.layout import run_files
-from tests.buckets import Request, Server, s3_server
-from tests.convert.checkpoints import MINI
+from echovlm_jax.storage.verify import verify
+from tests.buckets import Request, Server, gcs_server, s3_server
+from tests.convert.checkpoints import MINI, tensors, write
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +165,135 @@ def test_a_run_that_resumes_reads_each_byte_once(server, run):
 def test_inspect_reads_no_array(server, run):
     requests = asked(server, lambda: inspect(run))
     assert set(times_read(requests, run).values()) == {0}
+
+
+# --- Lists ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_known_by_its_files(server, run, capsys):
+    """What lies beside a run, or in the rest of a bucket, may be millions of objects."""
+    for words in (["inspect", str(run)], ["inspect", "s3://bucket"], ["inspect", "s3://bucket/no"]):
+        requests = asked(server, lambda words=words: main(words))
+        prefixes = [request.query["prefix"][0] for request in requests if request.query]
+        assert len(prefixes) <= 6 and all(p.startswith((run.name, "no/", "!")) for p in prefixes)
+    assert "s3://bucket: has no config.json" in capsys.readouterr().err
+
+
+def test_a_whole_bucket_is_no_place_for_a_model(server, tmp_path, capsys):
+    write(tmp_path / "model", tensors())
+    requests = asked(server, lambda: main(["convert", str(tmp_path / "model"), "s3://bucket/"]))
+    assert "s3://bucket: exists; choose another place" in capsys.readouterr().err
+    assert not [r for r in requests if r.method != "GET" or "prefix" not in r.query][1:]
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+def told(words: list[str], capfd) -> str:
+    """A command's one line, of what C++ prints too."""
+    assert main(words) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    return line
+
+
+_NOBODY = """
+import os
+from echovlm_jax.cli import main
+from echovlm_jax.storage import bucket
+bucket._FIRST_RETRIES = {"max_retries": 1, "initial_delay": "0.1s"}
+os.environ["AWS_ENDPOINT_URL"] = os.environ["TENSORSTORE_GCS_HTTP_URL"] = "http://127.0.0.1:9"
+assert main(["inspect", "s3://bucket/x"]) == 2
+bucket._open.cache_clear()
+del os.environ["AWS_ACCESS_KEY_ID"]  # TensorStore then tells where it looks for it
+assert main(["inspect", "s3://bucket/x"]) == main(["inspect", "gs://bucket/x"]) == 2
+"""
+
+
+def test_nobody_answers(server):
+    """In a process of its own, which shows what C++ prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-c", _NOBODY], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    for line, scheme in zip(ran.stderr.splitlines(), ("s3", "s3", "gs"), strict=True):
+        assert line.startswith(f"echovlm: error: {scheme}://bucket: CURL error"), line
+
+
+def test_an_answer_that_does_not_come(server, monkeypatch, capfd):
+    monkeypatch.setattr(buckets, "_FIRST_SECONDS", 0.5)
+    buckets._open.cache_clear()
+    server.answer = lambda request: time.sleep(1)
+    assert "s3://bucket: no answer in 0 s" in told(["inspect", "s3://bucket/x"], capfd)
+
+
+def test_a_model_that_is_named_in_a_configuration_is_asked_for_first(server, tmp_path, capfd):
+    server.answer = lambda request: 403
+    config = ROOT / "configs/phantom.py"
+    words = ["train", "--config", str(config), "--workdir", str(tmp_path / "run")]
+    assert "s3://bucket/m: HTTP 403" in told([*words, "--config.model=s3://bucket/m"], capfd)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_credentials_and_a_bucket_that_is_not_there(server, capfd):
+    server.answer = lambda request: 403
+    line = told(["inspect", "s3://bucket/x"], capfd)
+    assert line.endswith("s3://bucket/x: HTTP 403; check the credentials and what they permit")
+    server.answer = lambda request: None
+    for name in ("nobucket/x", "b/x", "Bücket/x"):
+        assert f"error: s3://{name[:-2]}: " in told(["inspect", f"s3://{name}"], capfd)
+    for name in ("", "/x", "bucket/../x"):
+        assert f"s3://{name}: names no bucket" in told(["inspect", f"s3://{name}"], capfd)
+
+
+def test_what_fails_for_a_moment_is_asked_again(server):
+    place, failed = as_path("s3://bucket/moment"), []
+    place.write_bytes(b"1")
+    for name in ("moment", ""):  # an object, a list
+
+        def once(request: Request, name: str = name) -> int | None:
+            if request.name == name and (name or "prefix" in request.query) and name not in failed:
+                failed.append(name)
+                return 503
+            return None
+
+        server.answer = once
+        assert place.read_bytes() == b"1" and as_path("s3://bucket/moment0").below() == []
+    assert failed == ["moment", ""]
+
+
+def test_google_may_refuse_a_list_without_a_word(monkeypatch):
+    """TensorStore then lists nothing: a run would be begun anew."""
+    with gcs_server() as server:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.address)
+        place = as_path("gs://bucket/run")
+        place.write_bytes(b"1")
+        assert as_path("gs://bucket").below() == ["run"] and place.below() == []
+        server.refuses = True
+        with pytest.raises(OSError, match="check the credentials"):
+            as_path("gs://bucket/other").below()
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a b/名ü", "50%25+1?y=1&z#t", "(a)[b]{c}//~/"])
+def test_a_folder_may_have_any_name(server, tmp_path, name):
+    place, source = as_path(f"s3://bucket/{name}"), write(tmp_path / "model", tensors())
+    convert(source, place / "ours")
+    assert verify(place / "ours")["ok"] and inspect(place / "ours") == inspect(source)
+    export(place / "ours", place / "hf")
+    assert inspect(place / "hf") == inspect(source)
+    assert {name.split("/")[0] for name in below(place)} == {"ours", "hf"}
+    load_params(place / "hf")
+
+
+def test_an_object_may_have_a_folders_name(server, tmp_path):
+    place, source = as_path("s3://bucket/both"), write(tmp_path / "model", tensors())
+    convert(source, place)
+    place.write_bytes(b"an object")
+    as_path("s3://bucket")._store.write("both/", b"").result()  # as consoles make folders
+    load_params(place)
+    assert verify(place)["ok"]
+    with pytest.raises(InputError, match="exists"):
+        export(source, place)

@@ -24,15 +24,16 @@ from echovlm_jax.cli import build_parser, frame, main
 from echovlm_jax.convert import convert, export, inspect, load_params
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage import bucket as buckets
-from echovlm_jax.storage import lock
+from echovlm_jax.storage import digests, lock
 from echovlm_jax.storage import writer as store
 from echovlm_jax.storage.arrays import Reader
 from echovlm_jax.storage.files import Lines, as_path, below, new_folder, remove, write_bytes
 from echovlm_jax.storage.layout import steps
 from echovlm_jax.storage.lock import Lock
-from echovlm_jax.storage.verify import verify
+from echovlm_jax.storage.verify import DamagedError, verify
 from tests.buckets import gcs_server, s3_server
-from tests.convert.checkpoints import digests, tensors, write
+from tests.convert.checkpoints import digests as digests_of
+from tests.convert.checkpoints import tensors, write
 from tests.train.test_loop import CONFIG, MODEL, SMALL, lines
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +239,53 @@ def test_who_lost_the_lock_stops_and_deletes_nothing(folder, monkeypatch):
         assert (folder / "5/state/d/x").is_file() and steps(folder) == []
 
 
+def objects(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in below(folder)}
+
+
+def test_a_mix_of_two_writers_is_never_believed(folder):
+    """One that lost the lock, and had requests on their way, and the next: whatever becomes of
+    their objects under one name, what is restored is what one of them wrote, or nothing."""
+    both = []
+    for number in (1, 2):
+        with open_checkpoints(folder, keep=9) as checkpoints:
+            checkpoints.save(5, state(number, layouts()[0]), {"n": number}, wait=True)
+        both.append(objects(folder / "5"))
+        remove(folder / "5")
+    names, rng = sorted({*both[0], *both[1]}), random.Random(0)
+    assert {"XXH128SUMS", "extra/metadata", "state/manifest.ocdbt"} < both[0].keys() & both[
+        1
+    ].keys()
+    for _ in range(12):
+        for name in names:
+            found = rng.choice([each[name] for each in both if name in each] + [None])
+            remove(folder / "5" / name)
+            if found is not None:
+                write_bytes(folder / "5" / name, found)
+        if objects(folder / "5") not in both and (folder / "5/XXH128SUMS").is_file():
+            with open_checkpoints(folder, keep=9) as checkpoints, pytest.raises(DamagedError):
+                checkpoints.restore(5, like(state(1, layouts()[0])))
+    for name in names:  # all of both: the data files of the first belong to nobody
+        write_bytes(folder / "5" / name, (both[1] | both[0] if name in both[0] else both[1])[name])
+    with open_checkpoints(folder, keep=9) as checkpoints, pytest.raises(DamagedError):
+        checkpoints.restore(5, like(state(1, layouts()[0])))
+
+
+@pytest.mark.parametrize("name", ["extra/metadata", "chunks.json", "state/manifest.ocdbt"])
+def test_what_another_writer_puts_there_before_the_digests(name, folder, monkeypatch):
+    """The digests are of what this one wrote."""
+    saved(folder, 1)
+    late, write = (folder / "1" / name).read_bytes(), digests.write
+
+    def after(work: Path, **options) -> None:
+        write_bytes(work / name, late)
+        write(work, **options)
+
+    monkeypatch.setattr(digests, "write", after)
+    saved(folder, 2)
+    assert_restores(folder, 1)
+
+
 def test_a_changed_byte_is_named_and_never_loaded(folder):
     saved(folder, 1, 2)
     names = [n for n in below(folder / "2") if n != "XXH128SUMS"]
@@ -256,8 +304,8 @@ def test_a_changed_byte_is_named_and_never_loaded(folder):
 
 
 def test_the_emulator_of_google_saves_lists_restores_and_verifies(monkeypatch):
-    with gcs_server() as address:
-        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+    with gcs_server() as server:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.address)
         root = as_path("gs://bucket/run")
         with Lock(root), pytest.raises(InputError, match="another process"):
             Lock(root)
@@ -287,7 +335,7 @@ def test_a_model_goes_there_and_back(folder, tmp_path, monkeypatch):
     assert inspect(folder / "ours") == inspect(tmp_path / "ours")
     export(folder / "ours", folder / "hf", max_shard_size="20KB")
     export(folder / "hf", tmp_path / "back")
-    assert digests(tmp_path / "back") == digests(source)
+    assert digests_of(tmp_path / "back") == digests_of(source)
     convert(folder / "hf", tmp_path / "again")
     a, b = (load_params(path)[1] for path in (folder / "ours", tmp_path / "again"))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -336,7 +384,7 @@ def test_a_conversion_that_is_killed_resumes(kills, folder, tmp_path, monkeypatc
     report = convert(source, folder / "ours")
     assert report["resumed"] > 0
     export(folder / "ours", tmp_path / "back")
-    assert digests(tmp_path / "back") == digests(source) and verify(folder / "ours")["ok"]
+    assert digests_of(tmp_path / "back") == digests_of(source) and verify(folder / "ours")["ok"]
     assert {name.split("/")[0] for name in below(folder)} == {"ours"}
 
 

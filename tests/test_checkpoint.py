@@ -26,8 +26,10 @@ from echovlm_jax.checkpoint import Checkpoints, open_checkpoints
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage import digests
 from echovlm_jax.storage import steps as keeping
+from echovlm_jax.storage.files import as_path
 from echovlm_jax.storage.layout import steps
 from echovlm_jax.storage.verify import DamagedError, verify
+from tests.buckets import s3_server
 
 ROOT = Path(__file__).parents[1]
 
@@ -470,19 +472,35 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert whole > 20
 
 
-@pytest.mark.slow
-def test_another_number_of_processes(tmp_path: Path) -> None:
-    """Two processes save what one restores, and one saves what two restore."""
+def jobs(folder: Path, *modes: tuple[int, str]) -> None:
+    """Runs checkpoints.py as so many processes, one mode after another."""
     launcher = str(ROOT / "launch/local_processes.py")
     program = str(Path(__file__).parent / "distributed/checkpoints.py")
-    for processes, mode in ((2, "save 1"), (1, "save 2"), (2, "save 3"), (2, "damage")):
+    for processes, mode in modes:
         devices = str(4 // processes)
         options = ["--processes", str(processes), "--devices", devices, "--", program]
         done = subprocess.run(
-            [sys.executable, launcher, *options, str(tmp_path / "run"), *mode.split()],
+            [sys.executable, launcher, *options, str(folder), *mode.split()],
             capture_output=True, text=True, timeout=300,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr + done.stdout
+
+
+ANOTHER = ((2, "save 1"), (1, "save 2"), (4, "save 3"), (2, "damage"))
+
+
+@pytest.mark.slow
+def test_another_number_of_processes(tmp_path: Path) -> None:
+    """Several processes save what one restores, and one saves what several restore."""
+    jobs(tmp_path / "run", *ANOTHER)
     assert steps(tmp_path / "run") == [2] and (tmp_path / "run/3.broken").is_dir()
     assert verify(tmp_path / "run")["ok"]
+
+
+@pytest.mark.parametrize("modes", [ANOTHER[:1], pytest.param(ANOTHER, marks=pytest.mark.slow)])
+def test_several_processes_and_a_bucket(modes: tuple) -> None:
+    with s3_server():
+        run = as_path(f"s3://bucket/run{len(modes)}")
+        jobs(run, *modes)
+        assert steps(run) == [1 if modes == ANOTHER[:1] else 2] and verify(run)["ok"]

@@ -4,7 +4,6 @@ checkpoints.py FOLDER save STEP | FOLDER damage
 """
 
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echovlm_jax.checkpoint import open_checkpoints
+from echovlm_jax.storage.files import as_path, below, write_bytes
 
 
 def state(step: int, *spec: str | None) -> dict[str, jax.Array]:
@@ -43,7 +43,7 @@ def check(checkpoints, step: int) -> None:
 
 
 if __name__ == "__main__":
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    folder, mode = as_path(sys.argv[1]), sys.argv[2]
     with open_checkpoints(folder, keep=2) as checkpoints:
         if mode == "save":
             step = int(sys.argv[3])
@@ -54,16 +54,16 @@ if __name__ == "__main__":
             checkpoints.save(step, state(step, "x"), {"step": step})
             checkpoints.wait()
             check(checkpoints, step)
-            assert len(list((folder / str(step) / "state").glob("ocdbt.process_*"))) == (
-                jax.process_count()
-            )
+            parts = {name.split("/")[0] for name in below(folder / str(step) / "state")}
+            assert sum(p.startswith("ocdbt.process_") for p in parts) == jax.process_count()
         else:
             if jax.process_index() == 0:
-                files = (folder / "3/state").rglob("ocdbt.process_1/d/*")
-                path = max(files, key=lambda file: file.stat().st_size)
+                stored = folder / "3/state"
+                names = [name for name in below(stored) if name.startswith("ocdbt.process_1/d/")]
+                path = max((stored / name for name in names), key=lambda p: len(p.read_bytes()))
                 data = bytearray(path.read_bytes())
                 data[len(data) // 2] ^= 4
-                path.write_bytes(data)
+                write_bytes(path, data)
             multihost_utils.sync_global_devices("damaged")
             step, *_ = checkpoints.restore_latest(like(state(3, None, "x")))
             assert step == 2

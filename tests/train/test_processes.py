@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from echovlm_jax import demo
 from echovlm_jax.config import preset
 from echovlm_jax.storage import digests
 from echovlm_jax.storage.arrays import Reader
+from echovlm_jax.storage.files import as_path
+from tests.buckets import s3_server
 
 ROOT = Path(__file__).parents[2]
 MODEL = preset("tiny").replace(
@@ -53,7 +56,7 @@ def run(
     command += ["-m", "echovlm_jax.cli", "train", "--workdir", str(folder)]
     command += ["--config", str(ROOT / "configs" / "instruction.py"), f"--config.model={model}"]
     command += [f"--config.{key}={value}" for key, value in KEYS.items()]
-    with (folder.parent / f"{folder.name}.txt").open("w+") as said:
+    with tempfile.TemporaryFile("w+") as said:
         job = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
         while kill_at is not None and job.poll() is None and not kill_at.exists():
             time.sleep(0.005)
@@ -97,4 +100,20 @@ def test_the_number_of_processes_changes_no_bit_also_on_the_way(tmp_path):
     for other in (two, changed):
         assert losses(other) == losses(one)
         for name, (found, right) in states(other, one).items():
+            np.testing.assert_array_equal(found, right, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_bucket_changes_no_bit(tmp_path):
+    """Four processes are killed and two resume; on a disk it is one process."""
+    model = demo.make_checkpoint(tmp_path / "torch", MODEL)
+    run(tmp_path / "one", model, processes=1, devices=4)
+    with s3_server():
+        there = as_path("s3://bucket/run")
+        kill_at = there / "checkpoints" / "10" / digests.SUMS
+        run(there, model, processes=4, devices=1, kill_at=kill_at)
+        assert not (there / "checkpoints" / "30" / digests.SUMS).exists()
+        run(there, model, processes=2, devices=2)
+        assert losses(there) == losses(tmp_path / "one")
+        for name, (found, right) in states(there, tmp_path / "one").items():
             np.testing.assert_array_equal(found, right, err_msg=name)
