@@ -100,6 +100,7 @@ class Run:
         self.base, self.lora = str(self.settings.get("model")), _lora(self.settings, checkpoint)
         self._scale = self.lora["alpha"] / self.lora["rank"]
         self.dtypes = {name: self._reader.dtypes[at] for name, at in self._stored.items()}
+        self.few_bits = None
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}
 
