@@ -6,7 +6,8 @@ states the recipe under `quantize`; nothing is told from names or sizes.
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from echovlm_jax.convert.source import WEIGHT_DTYPES
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import ParamSpec
@@ -79,7 +81,7 @@ class FewBits:
         }
 
     def cuts(self, spec: ParamSpec) -> list[slice]:
-        """The chunks of one place of a parameter's stacked axes: slices of the first output axis."""
+        """The chunks of one place of the stacked axes: slices of the first output axis."""
         values, _, chunk = self.arrays("", spec)[f"/{VALUES}"]
         size, step = values[spec.stacked], chunk[spec.stacked]
         return [slice(start, min(start + step, size)) for start in range(0, size, step)]
@@ -120,16 +122,17 @@ def read(report: Mapping[str, Any], path: Path) -> FewBits | None:
         known = False
     if not known:
         raise InputError(
-            f"{path}: quantize is {quoted(json.dumps(said))}, which this version can't read; {AGAIN}"
+            f"{path}: quantize is {quoted(json.dumps(said))}, which this version can't read;"
+            f" {AGAIN}"
         )
     return found
 
 
 def _is_known(found: FewBits) -> bool:
     how = found.how
-    whole = type(how.bits) is int and (how.group is None or type(how.group) is int)
-    few = how.group is None or how.group > 0
-    return whole and few and isinstance(found.kind, str) and found.dtype in WEIGHT_DTYPES
+    grouped = type(how.group) is int and how.group > 0
+    whole = type(how.bits) is int and (grouped or (how.group is None and how.bits == 8))
+    return whole and isinstance(found.kind, str) and found.dtype in WEIGHT_DTYPES
 
 
 def rounded(
@@ -147,31 +150,38 @@ def rounded(
     Raises:
       InputError: a value is not finite.
     """
-    step = max(1, _ROUNDED_BYTES // max(1, rows[:1].nbytes))
-    made = []
+    outputs, inputs = spec.shape[spec.stacked + 1 : -spec.inputs], spec.shape[-spec.inputs :]
+    # As a matrix: parameters of many shapes then share a compiled program.
+    inner = inputs[:-1] if how.group else ()
+    matrix = rows.reshape(-1, math.prod(inputs[len(inner) :]))
+    step = max(1, _ROUNDED_BYTES // matrix[:1].nbytes)
     with jax.default_device(_host()):
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            shape = (len(part), *spec.shape[spec.stacked + 1 :])
-            own = replace(spec, shape=shape, axes=spec.axes[spec.stacked :], stacked=0)
-            made.append(_round(part, own, how, packed))
-    values = np.concatenate([np.asarray(each[0]) for each in made])
-    scale = np.concatenate([np.asarray(each[1]) for each in made], scale_axis(spec, how))
+        made = [
+            _round(matrix[start : start + step], how, packed)
+            for start in range(0, len(matrix), step)
+        ]
+        values = np.concatenate([np.asarray(one) for one, _ in made])
+        scale = np.concatenate([np.asarray(one) for _, one in made], -1)
     if not np.isfinite(scale).all():
         raise InputError(f"{name} holds a value that is not finite; mend the checkpoint")
-    return values, scale
+    # [groups?, rows, *outputs, *inner] → [*inner, groups?, rows, *outputs]
+    scale = scale.reshape(*scale.shape[:-1], len(rows), *outputs, *inner)
+    scale = np.moveaxis(scale, range(-len(inner), 0), range(len(inner)))
+    last = (*inner, *values.shape[1:]) if how.group else inputs
+    return values.reshape(len(rows), *outputs, *last), scale
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "how", "packed"))
-def _round(rows: Any, spec: ParamSpec, how: Recipe, packed: bool) -> Any:
-    made = quantize(rows, spec, how)
+@functools.partial(jax.jit, static_argnames=("how", "packed"))
+def _round(matrix: Any, how: Recipe, packed: bool) -> Any:
+    spec = ParamSpec(matrix.shape, matrix.dtype, jax.nn.initializers.zeros, ("", ""), inputs=1)
+    made = quantize(matrix, spec, how)
     values = made.values.astype(jnp.int8)
     return (pack(values) if packed and how.bits == 4 else values), made.scale
 
 
 def scale_axis(spec: ParamSpec, how: Recipe) -> int:
     """Where the scales of one place have the first output axis."""
-    return spec.inputs if abstract(spec, how).grouped else 0
+    return spec.inputs if how.group else 0
 
 
 @functools.cache
@@ -184,13 +194,15 @@ def _host() -> Any:
 
 
 def read_unpacked(
-    read_blocks: Any, path: str, size: int, indices: Sequence[Index], take: Take
+    read: Callable[[Sequence[Index], Take], object],
+    size: int,
+    indices: Sequence[Index],
+    take: Take,
 ) -> None:
-    """`Reader.read_blocks` of values of 4 bits: int8, in place of the bytes that are stored.
+    """`Reader.read_blocks` of values of 4 bits: int4, in place of the bytes that are stored.
 
     Args:
-      read_blocks: of a Reader.
-      path: of the stored values.
+      read: of the stored values.
       size: of the values' last axis.
       indices: blocks of the values.
       take: as there.
@@ -200,6 +212,6 @@ def read_unpacked(
     def spread(number: int, where: Index, packed: np.ndarray) -> None:
         last = indices[number][-1]
         inside = (*where[:-1], slice(0, last.stop - last.start))
-        take(number, inside, unpack(packed)[..., last])
+        take(number, inside, unpack(packed)[..., last].view(jnp.int4))
 
-    read_blocks(path, whole, spread)
+    read(whole, spread)

@@ -22,6 +22,7 @@ from echovlm_jax.convert import few_bits, table
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert.quantized import refuse_quantized, refuse_quantized_tensors
 from echovlm_jax.convert.run import open_run
+from echovlm_jax.convert.source import WEIGHT_DTYPES
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import param_specs
@@ -33,7 +34,6 @@ from echovlm_jax.storage.files import as_path, in_bucket, write_bytes, write_jso
 from echovlm_jax.storage.layout import CONFIG, PARAMS, REPORT, SUMS, TREE
 from echovlm_jax.storage.verify import check_files
 
-WEIGHT_DTYPES = ("bfloat16", "float32", "float16")
 # Beside the weights: tokenizer, processor, chat template, licence.
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
@@ -45,7 +45,7 @@ class StoredModel(Protocol):
       folder: where its configuration and tokenizer files are.
       config: its configuration.
       dtypes: every parameter's stored dtype, by path; of a quantized one the dtype that it had.
-      few_bits: in what form quantized parameters are stored; None where there are none.
+      quantized: in what form quantized parameters are stored; None where there are none.
       duplicates: a tied checkpoint's stored lm_head → the tensor that it repeats.
       digests: SHA-256 of every tensor's stored bytes by released name, where they were recorded.
     """
@@ -55,7 +55,7 @@ class StoredModel(Protocol):
     dtypes: dict[str, np.dtype]
     duplicates: dict[str, str]
     digests: dict[str, str]
-    few_bits: few_bits.FewBits | None
+    quantized: few_bits.FewBits | None
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """One block of one parameter, or of a stored array of a quantized one."""
@@ -77,10 +77,10 @@ def open_model(path: str | os.PathLike[str], *, quantized: bool = False) -> Stor
       InputError: it is neither form, or what it holds does not fit its config.json.
     """
     opened = _open(as_path(path))
-    if opened.few_bits and not quantized:
+    if opened.quantized and not quantized:
         raise InputError(
-            f"{path}: its weights are quantized ({opened.few_bits.kind}), for `generate` and `eval`"
-            " alone; give the checkpoint that it was converted from"
+            f"{path}: its weights are quantized ({opened.quantized.kind}), for `generate` and"
+            " `eval` alone; give the checkpoint that it was converted from"
         )
     return opened
 
@@ -138,8 +138,8 @@ class _Converted:
         whole = functools.partial(check_files, folder, AGAIN, added=True)
         check = whole if sums and chunks is None else None
         self._reader = Reader(folder / PARAMS, chunks=chunks, check=check)
-        self.few_bits = few_bits.read(report, folder / REPORT)
-        self.dtypes = _dtypes(folder, self.config, self._reader, self.few_bits)
+        self.quantized = few_bits.read(report, folder / REPORT)
+        self.dtypes = _dtypes(folder, self.config, self._reader, self.quantized)
         self.read, self.read_blocks = self._reader.read, self._reader.read_blocks
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}
@@ -222,7 +222,7 @@ def _say(line: str) -> None:
 
 
 class _HuggingFace:
-    few_bits = None  # another's quantized weights are refused
+    quantized: few_bits.FewBits | None = None  # another's quantized weights are refused
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

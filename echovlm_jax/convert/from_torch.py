@@ -196,7 +196,7 @@ def _prepare(
         form = few_bits.FewBits.of(quantize, dtypes[few_bits.EMBEDDING].name)
         identity["quantize"] = form.identity
     specs = param_specs(model)
-    return Conversion(source, slots, match, dtypes, specs, identity, adapter=added, few_bits=form)
+    return Conversion(source, slots, match, dtypes, specs, identity, adapter=added, quantized=form)
 
 
 def identity_of(source: sources.Source, dtype: np.dtype | None) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def _drop_leftover(partial: Path, identity: dict[str, Any]) -> None:
 
 
 def _report(job: Conversion, resumed: int, seconds: float) -> dict[str, Any]:
-    form = job.few_bits
+    form = job.quantized
     few = {path for path in job.dtypes if job.form(path)}
     names = {dtype.name for path, dtype in job.dtypes.items() if path not in few}
     in_few = sum(job.nbytes(slot.name) for slot in job.slots.values() if slot.path in few)

@@ -40,7 +40,7 @@ class Conversion:
       identity: in JSON's types; work that was begun is gone on with only where it is equal.
       config: the content of config.json; the source's own by default.
       adapter: what is merged into the tensors.
-      few_bits: the form of the parameters that are quantized.
+      quantized: the form of the parameters that are quantized.
     """
 
     source: sources.Source
@@ -51,7 +51,7 @@ class Conversion:
     identity: dict[str, Any]
     config: Mapping[str, Any] | None = None
     adapter: Adapter | None = None
-    few_bits: few_bits.FewBits | None = None
+    quantized: few_bits.FewBits | None = None
 
     def arrays(self) -> dict[str, few_bits.Stored]:
         """What is stored, by name."""
@@ -70,7 +70,7 @@ class Conversion:
 
     def form(self, path: str) -> few_bits.FewBits | None:
         """The form of a parameter that is quantized."""
-        return self.few_bits if takes(path, self.specs[path]) else None
+        return self.quantized if takes(path, self.specs[path]) else None
 
     def parts(self, name: str) -> list[few_bits.Part]:
         """The chunks of a tensor, in order: each one's array and place."""

@@ -19,6 +19,7 @@ import numpy as np
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import table
+from echovlm_jax.convert.few_bits import FewBits
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import param_specs
 from echovlm_jax.storage import digests
@@ -100,7 +101,7 @@ class Run:
         self.base, self.lora = str(self.settings.get("model")), _lora(self.settings, checkpoint)
         self._scale = self.lora["alpha"] / self.lora["rank"]
         self.dtypes = {name: self._reader.dtypes[at] for name, at in self._stored.items()}
-        self.few_bits = None
+        self.quantized: FewBits | None = None
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}
 

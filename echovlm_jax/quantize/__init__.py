@@ -12,5 +12,13 @@ from echovlm_jax.quantize.recipes import (
 )
 
 __all__ = [
-    *("KINDS", "Recipe", "abstract", "pack", "placed", "quantize", "recipe", "takes", "unpack")
+    "KINDS",
+    "Recipe",
+    "abstract",
+    "pack",
+    "placed",
+    "quantize",
+    "recipe",
+    "takes",
+    "unpack",
 ]
