@@ -28,9 +28,10 @@ PACKAGE = "echovlm_jax"
 # and `errors`. `config` is where all data flows from: whatever is after it may read it.
 _CONVERT = {
     *("config", "model.abstract_params", "model.param_specs", "mesh"),
-    *("storage", "progress", "patterns"),
+    *("ops.product.weight", "quantize", "storage", "progress", "patterns"),
 }
 _LOAD = {"chips", "config", "mesh", "model", "processing", "convert", "generate", "storage"}
+_LOAD |= {"ops.product.weight"}
 ANYTHING = {""}
 MAY_IMPORT = {
     "errors": set(),
@@ -61,7 +62,7 @@ MAY_IMPORT = {
         *("memory", "storage", "progress", "patterns"),
     },
     "train.start": {"config", "model", "convert", "data", "processing", "storage", "train"},
-    "quantize": {"config", "mesh", "model", "processing", "progress"},
+    "quantize": {"config", "model", "ops"},
     "generate": {"chips", "config", "mesh", "model", "ops", "processing", "storage", "progress"},
     "load": _LOAD,
     "evaluate": {"config", "data", "generate", "load", "processing", "storage", "progress"},

@@ -1,6 +1,7 @@
 """Weights in few bits: which ones, how wide, and in what groups."""
 
 from echovlm_jax.quantize.blocks import read_block
+from echovlm_jax.quantize.packing import pack, unpack
 from echovlm_jax.quantize.recipes import (
     KINDS,
     Recipe,
@@ -16,10 +17,12 @@ __all__ = [
     "KINDS",
     "Recipe",
     "abstract",
+    "pack",
     "placed",
     "quantize",
     "quantize_params",
     "read_block",
     "recipe",
     "takes",
+    "unpack",
 ]
