@@ -217,6 +217,20 @@ PLANS = [
 ]
 
 
+def test_warm_up_takes_the_prompt_and_its_limit(fake, capsys) -> None:
+    calls: list = []
+    fake("echovlm_jax.load", load_model=lambda path, **options: (path, options))
+    fake("echovlm_jax.generate.warm_up", warm_up=_recorder(calls, {"prompts": 3}))
+    line = "generate m --warm-up --prompt Hm --max-new-tokens 9 --max-pixels 784"
+    assert main(line.split()) == 0
+    model = (Path("m"), {"max_pixels": 784})
+    assert calls == [((model,), {"prompt": "Hm", "max_new_tokens": 9})]
+    assert "prompts" in capsys.readouterr().out
+    for option in ("--image a.png", "--batch f.jsonl --out g.jsonl", "--out g", "--stream"):
+        assert main(["generate", "m", "--warm-up", *option.split()]) == 2
+    assert len(calls) == 1 and "--warm-up goes with" in capsys.readouterr().err
+
+
 @pytest.fixture
 def fake_plan(fake, monkeypatch):
     """`fake_plan(result)` → the calls of load_config and plan."""

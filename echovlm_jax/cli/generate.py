@@ -35,8 +35,10 @@ def _run(args: argparse.Namespace) -> Result:
         )
     if args.allow_links and not args.batch:
         raise InputError("--allow-links goes with --batch; links given to --image are followed")
-    if args.warm_up and (args.batch or args.image or args.stream):
-        raise InputError("--warm-up goes with --prompt, --system and --max-new-tokens alone")
+    if args.warm_up and (args.batch or args.out or args.image or args.stream):
+        raise InputError(
+            "--warm-up goes with --prompt, --system and --max-new-tokens, no image or batch"
+        )
     if not args.batch and not args.warm_up and (args.prompt is None or args.out):
         raise InputError("give --prompt (and --image), or --batch with --out")
     from echovlm_jax.load import load_model
@@ -102,7 +104,7 @@ def add_generate(commands: Any) -> None:
         "--warm-up",
         action="store_true",
         help="answer nothing, but compile what answers to this prompt about an image of any size "
-        "will need; later runs find it",
+        "will need, sampled or not; later runs find it",
     )
     command.add_argument("--stream", action="store_true", help="print the answer as it comes")
     _add_options(command)
