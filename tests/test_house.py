@@ -27,7 +27,7 @@ PACKAGE = "echovlm_jax"
 # Who may import whom of ours; the longest matching name rules. A part may always import itself
 # and `errors`. `config` is where all data flows from: whatever is after it may read it.
 _CONVERT = {
-    *("config", "model.abstract_params", "model.param_specs", "mesh"),
+    *("config", "model.abstract_params", "model.param_specs", "mesh", "model.ParamSpec"),
     *("ops.product.weight", "quantize", "storage", "progress", "patterns"),
 }
 _LOAD = {"chips", "config", "mesh", "model", "processing", "convert", "generate", "storage"}
@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "mesh", "storage", "progress"},
     "train": {
         *("config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint"),
-        *("memory", "storage", "progress", "patterns"),
+        *("memory", "quantize", "storage", "progress", "patterns"),
     },
     "train.start": {"config", "model", "convert", "data", "processing", "storage", "train"},
     "quantize": {"config", "model", "ops"},

@@ -57,9 +57,7 @@ def add_eval(commands: Any) -> None:
         "another exam of the organ; default: given",
     )
     command.add_argument("--language", metavar="L", help="ask in zh or en alone; default: both")
-    command.add_argument(
-        "--seed", type=int, metavar="S", help="seed of wordings, swaps and resamples; default: 0"
-    )
+    command.add_argument("--seed", type=int, metavar="S", help="of wordings and draws; default: 0")
     command.add_argument("--batch-size", type=int, metavar="N", help="exams at a time; default: 16")
     command.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="maximum length of a report; default: 512"

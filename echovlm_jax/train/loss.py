@@ -1,6 +1,6 @@
 """The training loss: cross-entropy whose logits never exist whole."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def token_losses(
         start = _Running(
             jnp.full(labels.shape, -jnp.inf, jnp.float32), jnp.zeros(labels.shape, jnp.float32)
         )
-        pieces = in_chunks(head, chunks)
+        pieces: Any = in_chunks(head, chunks)
         # One chunk's logits are as many as may be held: they wait for the backward pass.
         kept = step if chunks == 1 else jax.checkpoint(step, prevent_cse=False)
         numbers = jnp.arange(chunks)

@@ -12,6 +12,7 @@ from echovlm_jax.ops.activations import swiglu
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.moe.routing import Experts, Routing
 from echovlm_jax.ops.product.einsum import einsum
+from echovlm_jax.ops.product.weight import Weight
 
 # Axes of this file beside the common ones: Z the pieces that "batch" is cut into, J the groups of
 # one piece, I the tokens of a group, C an expert's places in a group.
@@ -60,7 +61,7 @@ def moe(
     by_token = ("batch", "length", None, None, None)
     by_expert = ("batch", "length", "expert", None, None)
 
-    def product(spec: str, x: Array, weight: Array, *axes: str, result: str | None):
+    def product(spec: str, x: Array, weight: Weight, *axes: str, result: str | None):
         y = einsum(spec, x, weight, axes=("expert", *axes), layout=inner)
         return inner.constrain(y, *by_expert[:-1], result)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from echovlm_jax.ops import Array
+from echovlm_jax.ops.product.weight import Weight
 
 
 class Routing(NamedTuple):
@@ -23,9 +24,9 @@ class Routing(NamedTuple):
 class Experts(NamedTuple):
     """Weights of the routed experts, in torch's [out, in] order."""
 
-    gate: Array  # [E, F, D]
-    up: Array  # [E, F, D]
-    down: Array  # [E, D, F]
+    gate: Weight  # [E, F, D]
+    up: Weight  # [E, F, D]
+    down: Weight  # [E, D, F]
 
 
 def route(logits: Float[Array, "B T E"], *, top_k: int, normalize: bool) -> Routing:
