@@ -142,7 +142,7 @@ def test_only_top_p_and_a_large_top_k_sort_the_vocabulary():
     program = jax.make_jaxpr(choose)(logits, seen, settings(), np.zeros(4, np.int32))
     [switch] = [eqn for eqn in program.eqns if eqn.primitive.name == "cond"]
     likeliest, top, full = map(str, switch.params["branches"])
-    assert [("sort" in text, "top_k" in text) for text in (likeliest, top, full)] == [
+    assert [(" sort[" in text, " top_k[" in text) for text in (likeliest, top, full)] == [
         (False, False), (False, True), (True, False)
     ]  # fmt: skip
     assert "random_bits" not in likeliest and "random_bits" in top
