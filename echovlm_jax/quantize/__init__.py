@@ -1,14 +1,28 @@
 """Weights in few bits: which ones, how wide, and in what groups."""
 
 from echovlm_jax.quantize.blocks import read_block
+from echovlm_jax.quantize.packing import pack, unpack
 from echovlm_jax.quantize.recipes import (
     KINDS,
     Recipe,
     abstract,
     placed,
     quantize,
+    quantize_params,
     recipe,
     takes,
 )
 
-__all__ = ["KINDS", "Recipe", "abstract", "placed", "quantize", "read_block", "recipe", "takes"]
+__all__ = [
+    "KINDS",
+    "Recipe",
+    "abstract",
+    "pack",
+    "placed",
+    "quantize",
+    "quantize_params",
+    "read_block",
+    "recipe",
+    "takes",
+    "unpack",
+]

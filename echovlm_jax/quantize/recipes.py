@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
+from echovlm_jax.config import ModelConfig
 from echovlm_jax.errors import InputError
-from echovlm_jax.model import ParamSpec
+from echovlm_jax.model import ParamSpec, param_specs
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.product.weight import Quantized
 
@@ -23,6 +25,12 @@ from echovlm_jax.ops.product.weight import Quantized
 _TAKEN = re.compile(
     r"text/(embed/embedding|lm_head/kernel|layers/(attn|mlp|moe/shared|moe/experts)/\w+/kernel)"
 )
+
+
+_GROUP = 128
+# A table's rows are always in groups: XLA:TPU has no way to take one row of an int8 matrix, whose
+# tiles are of 32 rows, and copies all of it for every token.
+_TABLE = ("vocab", "embed")
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Recipe:
 
 KINDS: Mapping[str, Recipe] = {
     "int8": Recipe(8),
-    "int4": Recipe(4, group=128),
+    "int4": Recipe(4, group=_GROUP),
     "w8a8": Recipe(8, int8_products=True),
 }
 
@@ -63,7 +71,8 @@ def abstract(spec: ParamSpec, how: Recipe) -> Quantized:
     """The quantized form of a weight, of jax.ShapeDtypeStruct."""
     _, outputs, inputs = spec.cut(spec.shape)
     lead = spec.shape[: spec.stacked]
-    group = how.group and _group(inputs[-1], how.group)
+    group = _GROUP if spec.axes == _TABLE else how.group
+    group = group and _group(inputs[-1], group)
     values, scale = spec.shape, (*lead, *outputs)
     if group:
         groups = inputs[-1] // group
@@ -75,7 +84,7 @@ def abstract(spec: ParamSpec, how: Recipe) -> Quantized:
         outputs=len(outputs),
         inputs=len(inputs),
         grouped=bool(group),
-        int8_products=how.int8_products,
+        int8_products=how.int8_products and not group,
     )
 
 
@@ -109,6 +118,19 @@ def quantize(weight: Array, spec: ParamSpec, how: Recipe) -> Quantized:
         made = range(spec.stacked, spec.stacked + form.outputs)
         scale = jnp.moveaxis(scale, made, range(-form.outputs, 0))
     return replace(form, values=values, scale=scale)
+
+
+def quantize_params(params: Any, config: ModelConfig, kind: str) -> Any:
+    """The tree of parameters with those that `takes` names quantized. Raises InputError."""
+    how, specs = recipe(kind), param_specs(config)
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict(
+        {
+            path: quantize(leaf, specs[path], how) if takes(path, specs[path]) else leaf
+            for path, leaf in flat.items()
+        },
+        sep="/",
+    )
 
 
 def placed(form: Quantized, sharding: NamedSharding) -> Quantized:

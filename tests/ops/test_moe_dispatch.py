@@ -136,6 +136,18 @@ def test_each_form_equals_a_loop_and_the_dense_gradients(dispatch, kind):
     assert not np.any(np.asarray(ours[0])[~valid])
 
 
+@pytest.mark.parametrize(("b", "t", "e", "k"), [(1, 1, 4, 2), (2, 1, 5, 2), (1, 3, 8, 2)])
+def test_few_tokens_read_their_own_experts_alone(b, t, e, k):
+    x, experts = normal(20, b, t, 16), make_experts(e)
+    routing = make_routing("even", b, t, e, k)
+    valid = np.ones((b, t), bool)
+    valid[-1, -1] = b * t == 1
+    found, _ = moe(jnp.asarray(x), routing, experts, valid=jnp.asarray(valid))
+    text = jax.jit(lambda *a: moe(*a)[0]).lower(x, routing, experts).as_text()
+    assert f"tensor<{b}x{t}x{e}x8xf32>" not in text  # what all experts would make of them
+    np.testing.assert_allclose(found, by_loop(x, routing, experts, valid), atol=1e-5)
+
+
 @pytest.mark.parametrize("dispatch", ["ragged", "einsum"])
 @pytest.mark.parametrize(("count", "top_k"), [(3, 2), (5, 1), (1, 1)])
 def test_any_number_of_experts_and_choices(dispatch, count, top_k):

@@ -106,6 +106,18 @@ def no_gradient(weight: Quantized) -> Quantized:
     return dataclasses.replace(weight, values=values, scale=jnp.zeros_like(weight.scale))
 
 
+def one_of(weight: Weight, number: Int[Array, ""]) -> Weight:
+    """One of the weights that are stacked along the first axis."""
+    if not isinstance(weight, Quantized):
+        return jax.lax.dynamic_index_in_dim(weight, number, keepdims=False)
+    values = jax.lax.dynamic_index_in_dim(weight.values, number, keepdims=False)
+    # Scales are few. Sliced by layer and by number, XLA:TPU fetches those of all layers each time.
+    here = jnp.arange(weight.scale.shape[0]) == number
+    here = here.reshape(-1, *[1] * (weight.scale.ndim - 1))
+    scale = jnp.sum(jnp.where(here, weight.scale, 0), axis=0)
+    return dataclasses.replace(weight, values=values, scale=scale)
+
+
 def in_chunks(weight: Weight, chunks: int) -> Weight:
     """A head [V, D] as [chunks, V / chunks, D], for a loop over the first axis."""
     if not isinstance(weight, Quantized):
