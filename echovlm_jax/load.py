@@ -22,6 +22,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.generate import Generated, SamplingOptions, check_room, generate
 from echovlm_jax.mesh import param_shardings
 from echovlm_jax.model import EchoVLM, abstract_params, logical_axes
+from echovlm_jax.ops.product.weight import Quantized
 from echovlm_jax.processing.batch import make_batch, pad_batch
 from echovlm_jax.processing.chat import neutral
 from echovlm_jax.processing.files import read_json_if_there
@@ -54,7 +55,8 @@ def load_model(
         one device.
       dtype: of parameters and computation: bfloat16, float32 or float16. By default as stored, but
         float32 on a CPU, where bfloat16 products take longer.
-      quantize: None; nothing else is available yet.
+      quantize: "int8", "int4" or "w8a8": the decoder's products, embedding and head in few bits
+        (see `quantize.KINDS`), rounded while they are read. By default as stored.
       num_frames: frames to take of a cine loop, evenly spaced; by default as
         preprocessor_config.json says, or 16.
       max_pixels: larger images are made this small; by default as preprocessor_config.json says.
@@ -69,11 +71,10 @@ def load_model(
       print(model.generate(["liver.png"], "Write the report.")["text"])
 
     Raises:
-      InputError: no model there, damaged data, or a mesh that the parameters can't be split over.
+      InputError: no model there, damaged data, one that is quantized in another way, or a mesh that
+        the parameters can't be split over.
     """
-    if quantize is not None:
-        raise InputError(f"quantize {quantize}: is not available in this version; leave it out")
-    opened = open_model(path)
+    opened = open_model(path, quantized=True)
     config, stored = opened.config, set(opened.dtypes.values())
     wanted = as_dtype(dtype)
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -86,11 +87,12 @@ def load_model(
     shardings = None
     if mesh is not None:
         shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
-    config, params = load_params(opened, dtype=wanted, shardings=shardings)
+    config, params = load_params(opened, dtype=wanted, shardings=shardings, quantize=quantize)
     return Model(
         config,
         params,
         opened.folder,
+        dtype=wanted or opened.dtypes["text/embed/embedding"],
         control_tokens=control_tokens,
         num_frames=num_frames,
         crop=crop,
@@ -104,7 +106,7 @@ class Model:
     Attributes:
       config: sizes.
       params: nested dict of arrays.
-      dtype: what it computes in: the embedding's.
+      dtype: what it computes in; the embedding's by default.
     """
 
     def __init__(
@@ -113,13 +115,14 @@ class Model:
         params: dict[str, Any],
         path: str | os.PathLike[str],
         *,
+        dtype: Any = None,
         control_tokens: bool = False,
         **media: Any,
     ) -> None:
         self.config, self.params, self._folder = config, params, as_path(path)
         self._media = media
         self._control_tokens = control_tokens
-        self.dtype = params["text"]["embed"]["embedding"].dtype
+        self.dtype = jnp.dtype(dtype or params["text"]["embed"]["embedding"].dtype)
 
     @functools.cached_property
     def processor(self) -> Processor:
@@ -344,12 +347,14 @@ def fingerprint(params: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     with ThreadPoolExecutor(2) as pool:  # each holds one parameter that may come from a device
         found = list(pool.map(digest, (leaf for _, leaf in leaves)))
-    return digests.of_json(
-        [
-            [jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape), one]
-            for (path, leaf), one in zip(leaves, found, strict=True)
-        ]
-    )
+    described: list[Any] = [
+        [jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape), one]
+        for (path, leaf), one in zip(leaves, found, strict=True)
+    ]
+    weights = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    if any(isinstance(weight, Quantized) and weight.int8_products for weight in weights):
+        described.append("int8 products")
+    return digests.of_json(described)
 
 
 def _rate(made: Generated) -> float:

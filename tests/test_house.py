@@ -28,9 +28,10 @@ PACKAGE = "echovlm_jax"
 # and `errors`. `config` is where all data flows from: whatever is after it may read it.
 _CONVERT = {
     *("config", "model.abstract_params", "model.param_specs", "mesh"),
-    *("storage", "progress"),
+    *("ops.product.weight", "quantize", "storage", "progress"),
 }
 _LOAD = {"config", "mesh", "model", "processing", "convert", "generate", "storage"}
+_LOAD |= {"ops.product.weight"}
 ANYTHING = {""}
 MAY_IMPORT = {
     "errors": set(),
@@ -55,10 +56,10 @@ MAY_IMPORT = {
     "checkpoint": {"config", "mesh", "storage", "progress"},
     "train": {
         *("config", "chips", "flops", "mesh", "model", "ops", "data", "checkpoint"),
-        *("memory", "storage", "progress"),
+        *("memory", "quantize", "storage", "progress"),
     },
     "train.start": {"config", "model", "convert", "data", "processing", "storage", "train"},
-    "quantize": {"config", "mesh", "model", "processing", "progress"},
+    "quantize": {"model", "ops"},
     "generate": {"config", "mesh", "model", "ops", "processing", "storage", "progress"},
     "load": _LOAD,
     "evaluate": {"config", "data", "generate", "load", "processing", "storage", "progress"},

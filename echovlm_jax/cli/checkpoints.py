@@ -18,7 +18,9 @@ def add_convert(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         from echovlm_jax.convert.from_torch import convert
 
-        return convert(args.src, args.dst, dtype=args.dtype, adapter=args.adapter)
+        return convert(
+            args.src, args.dst, dtype=args.dtype, adapter=args.adapter, quantize=args.quantize
+        )
 
     command = add_command(
         commands,
@@ -26,7 +28,8 @@ def add_convert(commands: Any) -> None:
         run,
         "convert a Hugging Face folder to an Orbax checkpoint, streaming; re-run the command to "
         "resume",
-        "echovlm convert EchoVLM-hf/ echovlm-orbax/ --dtype bfloat16",
+        "echovlm convert EchoVLM-hf/ echovlm-orbax/ --dtype bfloat16\n"
+        "  echovlm convert EchoVLM-hf/ echovlm-int4/ --quantize int4",
     )
     command.add_argument("src", type=PLACE, metavar="SRC", help="a Hugging Face folder")
     command.add_argument("dst", type=PLACE, metavar="DST", help="the folder to make")
@@ -36,6 +39,12 @@ def add_convert(commands: Any) -> None:
         type=PLACE,
         metavar="PEFT",
         help="merge a PEFT adapter's folder into the weights",
+    )
+    command.add_argument(
+        "--quantize",
+        metavar="KIND",
+        help="store the decoder's products, embedding and head in int8 or int4; for generate and "
+        "eval alone",
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from echovlm_jax.cli.data import DATA
-from echovlm_jax.cli.frame import LOCAL, MODEL, NAMED, PLACE, Result, add_command
+from echovlm_jax.cli.frame import LOCAL, MODEL, NAMED, PLACE, Result, add_command, add_quantize
 from echovlm_jax.cli.printing import lines, table
 
 _FEW = 10  # ids that `score` names; --json has them all
@@ -69,6 +69,7 @@ def add_eval(commands: Any) -> None:
         metavar="N",
         help="shrink larger images to N patches; default: as the model was trained",
     )
+    add_quantize(command)
     command.add_argument(
         "--bertscore", type=LOCAL, metavar="DIR", help="a local BERT-like model, for BERTScore"
     )

@@ -103,6 +103,15 @@ def add_crop(command: argparse.ArgumentParser, require: str) -> None:
     )
 
 
+def add_quantize(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--quantize",
+        metavar="KIND",
+        help="hold the decoder's products, embedding and head in int8 or int4, rounded while they "
+        "are read; w8a8: int8, and activations too; default: as stored",
+    )
+
+
 class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's, and `--config.KEY=VALUE` where a command takes overrides."""

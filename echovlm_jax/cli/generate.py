@@ -12,11 +12,12 @@ from echovlm_jax.cli.frame import (
     add_allow_links,
     add_command,
     add_crop,
+    add_quantize,
 )
 from echovlm_jax.cli.printing import lines, show
 from echovlm_jax.errors import InputError
 
-LOADING = ("dtype", "num_frames", "crop", "max_pixels", "control_tokens")
+LOADING = ("dtype", "quantize", "num_frames", "crop", "max_pixels", "control_tokens")
 SAMPLING = {
     "max_new_tokens": (int, "N", "stop after N tokens at the latest"),
     "temperature": (float, "X", "0 takes the likeliest token; higher is more varied"),
@@ -115,6 +116,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         metavar="D",
         help="compute in float32, bfloat16 or float16; default: as stored, on a CPU float32",
     )
+    add_quantize(command)
     command.add_argument(
         "--batch",
         type=LOCAL,

@@ -18,12 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from echovlm_jax.config import ModelConfig, from_hf
+from echovlm_jax.convert import few_bits, table
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert import table
 from echovlm_jax.convert.quantized import refuse_quantized, refuse_quantized_tensors
 from echovlm_jax.convert.run import open_run
+from echovlm_jax.convert.source import WEIGHT_DTYPES
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
+from echovlm_jax.model import param_specs
+from echovlm_jax.quantize import takes
 from echovlm_jax.storage import digests
 from echovlm_jax.storage import writer as store
 from echovlm_jax.storage.arrays import (
@@ -39,7 +42,6 @@ from echovlm_jax.storage.files import as_path, in_bucket, write_bytes, write_jso
 from echovlm_jax.storage.layout import CONFIG, PARAMS, REPORT, SUMS, TREE
 from echovlm_jax.storage.verify import check_files
 
-WEIGHT_DTYPES = ("bfloat16", "float32", "float16")
 # Beside the weights: tokenizer, processor, chat template, licence.
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
@@ -50,7 +52,8 @@ class StoredModel(Protocol):
     Attributes:
       folder: where its configuration and tokenizer files are.
       config: its configuration.
-      dtypes: every parameter's stored dtype, by path.
+      dtypes: every parameter's stored dtype, by path; of a quantized one the dtype that it had.
+      quantized: in what form quantized parameters are stored; None where there are none.
       duplicates: a tied checkpoint's stored lm_head → the tensor that it repeats.
       digests: SHA-256 of every tensor's stored bytes by released name, where they were recorded.
     """
@@ -60,9 +63,10 @@ class StoredModel(Protocol):
     dtypes: dict[str, np.dtype]
     duplicates: dict[str, str]
     digests: dict[str, str]
+    quantized: few_bits.FewBits | None
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        """One block of one parameter."""
+        """One block of one parameter, or of a stored array of a quantized one."""
         ...
 
     def read_blocks(self, path: str, indices: Sequence[Index], take: Take) -> None:
@@ -70,13 +74,26 @@ class StoredModel(Protocol):
         ...
 
 
-def open_model(path: str | os.PathLike[str]) -> StoredModel:
+def open_model(path: str | os.PathLike[str], *, quantized: bool = False) -> StoredModel:
     """Opens a MODEL folder without reading its weights.
+
+    Args:
+      path: the folder.
+      quantized: whether its parameters may be stored in few bits.
 
     Raises:
       InputError: it is neither form, or what it holds does not fit its config.json.
     """
-    folder = as_path(path)
+    opened = _open(as_path(path))
+    if opened.quantized and not quantized:
+        raise InputError(
+            f"{path}: its weights are quantized ({opened.quantized.kind}), for `generate` and"
+            " `eval` alone; give the checkpoint that it was converted from"
+        )
+    return opened
+
+
+def _open(folder: Path) -> StoredModel:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a model folder")
     if run := open_run(folder):
@@ -129,15 +146,8 @@ class _Converted:
         whole = functools.partial(check_files, folder, AGAIN, added=True)
         check = whole if sums and chunks is None else None
         self._reader = Reader(folder / PARAMS, chunks=chunks, check=check)
-        expected = table.leaf_shapes(self.config)
-        for path in sorted(expected.keys() | self._reader.shapes.keys()):
-            wanted, found = expected.get(path), self._reader.shapes.get(path)
-            if wanted != found:
-                raise InputError(
-                    f"{folder}: parameter {path} has shape {found and list(found)}, expected"
-                    f" {wanted and list(wanted)} by {CONFIG}; convert again"
-                )
-        self.dtypes = self._reader.dtypes
+        self.quantized = few_bits.read(report, folder / REPORT)
+        self.dtypes = _dtypes(folder, self.config, self._reader, self.quantized)
         self.read, self.read_blocks = self._reader.read, self._reader.read_blocks
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}
@@ -150,6 +160,31 @@ class _Converted:
                     f" {quoted(original)}, which does not fit {CONFIG}; convert again"
                 )
         self.digests = _names(report, "sha256", folder / REPORT)
+
+
+def _dtypes(
+    folder: Path, config: ModelConfig, reader: Reader, form: few_bits.FewBits | None
+) -> dict[str, np.dtype]:
+    """Every parameter's dtype. Raises InputError where the arrays are not the configuration's."""
+    specs, out = param_specs(config), dict(reader.dtypes)
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, spec in specs.items():
+        if not form or not takes(path, spec):
+            expected[path] = spec.shape
+            continue
+        for array, (shape, dtype, _) in form.arrays(path, spec).items():
+            expected[array] = shape
+            if (found := out.pop(array, dtype)) != dtype:
+                raise InputError(f"{folder}: {array} is {found}, expected {dtype}; {AGAIN}")
+        out[path] = np.dtype(jnp.dtype(form.dtype))
+    for path in sorted(expected.keys() | reader.shapes.keys()):
+        wanted, found = expected.get(path), reader.shapes.get(path)
+        if wanted != found:
+            raise InputError(
+                f"{folder}: parameter {path} has shape {found and list(found)}, expected"
+                f" {wanted and list(wanted)} by {CONFIG}; {AGAIN}"
+            )
+    return out
 
 
 def _names(report: dict[str, Any], key: str, path: Path) -> dict[str, str]:
@@ -195,6 +230,8 @@ def _say(line: str) -> None:
 
 
 class _HuggingFace:
+    quantized: few_bits.FewBits | None = None  # another's quantized weights are refused
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._source, self.config = open_checkpoint(folder)

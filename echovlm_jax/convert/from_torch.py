@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from echovlm_jax.convert import folder, table
+from echovlm_jax.convert import few_bits, folder, table
 from echovlm_jax.convert import source as sources
+from echovlm_jax.convert.job import Conversion
 from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
-from echovlm_jax.convert.peft import Adapter, open_adapter
+from echovlm_jax.convert.peft import open_adapter
 from echovlm_jax.convert.store import DataFiles
 from echovlm_jax.errors import InputError
+from echovlm_jax.model import param_specs
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import digests
 from echovlm_jax.storage import writer as store
-from echovlm_jax.storage.arrays import piece_shape, reason
+from echovlm_jax.storage.arrays import reason
 from echovlm_jax.storage.files import as_path, in_bucket, remove, rename_folder, write_json
 from echovlm_jax.storage.verify import without_added
 
@@ -38,49 +40,13 @@ _IN_FLIGHT_BYTES = 256 * 2**20
 _CHECKERS = 4
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What a folder of ours is made of.
-
-    Attributes:
-      source: the tensors.
-      slots: the table of the model to make, by released name.
-      match: the source's tensor for each slot.
-      dtypes: of each parameter, by path.
-      identity: in JSON's types; work that was begun is gone on with only where it is equal.
-      config: the content of config.json; the source's own by default.
-      adapter: what is merged into the tensors.
-    """
-
-    source: sources.Source
-    slots: dict[str, table.Slot]
-    match: table.Match
-    dtypes: dict[str, np.dtype]
-    identity: dict[str, Any]
-    config: Mapping[str, Any] | None = None
-    adapter: Adapter | None = None
-
-    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype, tuple[int, ...]]]:
-        """Each parameter's shape, dtype and shape of a chunk."""
-        out = {}
-        for slot in self.slots.values():
-            size = tuple(i + 1 for i in slot.index)  # the last slot of a path has the largest
-            dtype = self.dtypes[slot.path]
-            chunk = (1,) * len(size) + store.chunk_shape(slot.part, dtype.itemsize)
-            out[slot.path] = size + slot.part, dtype, chunk
-        return out
-
-    def nbytes(self, name: str) -> int:
-        slot = self.slots[name]
-        return slot.size * self.dtypes[slot.path].itemsize
-
-
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
     dtype: Any = None,
     adapter: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Converts a Hugging Face-form checkpoint to DST/{config.json, …, params/, conversion.json,
     XXH128SUMS}.
@@ -96,10 +62,13 @@ def convert(
       dtype: bfloat16, float32 or float16 to cast to; by default every bit stays.
       adapter: the folder of a PEFT adapter to merge in: updates are added, in float32, and what it
         has in full takes the source's place.
+      quantize: "int8" or "int4": what `quantize.takes` says is rounded to few bits, from the values
+        that the source has, or the merged ones. `dtype` is then of the rest.
 
     Returns:
       The report: tensors, bytes, seconds, peak_rss_bytes, missing, unexpected (both empty: either
-      is refused), ignored, duplicates, dtype, resumed (tensors that an earlier run had finished).
+      is refused), ignored, duplicates, dtype, resumed (tensors that an earlier run had finished);
+      with `quantize`, quantized {kind: bytes} and quantize, the recipe in full.
       conversion.json has in addition sha256, by released tensor name, of the stored bytes, and
       chunks, XXH128 of each parameter's chunks; both are computed before these are written.
 
@@ -107,7 +76,8 @@ def convert(
       InputError: the source is incomplete, damaged or not of its config.json; DST exists; no space.
     """
     wanted = folder.as_dtype(dtype)
-    return carry_out(lambda: _prepare(src, wanted, adapter), dst)
+    few_bits.check_kind(quantize)
+    return carry_out(lambda: _prepare(src, wanted, adapter, quantize), dst)
 
 
 def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> dict[str, Any]:
@@ -169,10 +139,12 @@ def _check_left(job: Conversion, partial: Path, journal: Journal) -> None:
 
 
 def _by_parameter(job: Conversion, journal: Journal) -> dict[str, list[str]]:
-    """The digests of each parameter's chunks, in row-major order."""
+    """The digests of each stored array's chunks, in row-major order."""
     out: dict[str, list[str]] = {}
     for slot in sorted(job.slots.values(), key=lambda slot: slot.index):
-        out.setdefault(slot.path, []).extend(journal.done[slot.name].split(" ")[1:])
+        chunks = journal.done[slot.name].split(" ")[1:]
+        for (array, _), chunk in zip(job.parts(slot.name), chunks, strict=True):
+            out.setdefault(array, []).append(chunk)
     return out
 
 
@@ -207,6 +179,7 @@ def _prepare(
     src: str | os.PathLike[str],
     dtype: np.dtype | None,
     adapter: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
 ) -> Conversion:
     source, model = folder.open_checkpoint(src, once=True)
     slots = table.slots(model)
@@ -218,7 +191,12 @@ def _prepare(
     added = None if adapter is None else open_adapter(adapter, model)
     if added:
         identity["adapter"] = added.fingerprint
-    return Conversion(source, slots, match, dtypes, identity, adapter=added)
+    form = None
+    if quantize:
+        form = few_bits.FewBits.of(quantize, dtypes[few_bits.EMBEDDING].name)
+        identity["quantize"] = form.identity
+    specs = param_specs(model)
+    return Conversion(source, slots, match, dtypes, specs, identity, adapter=added, quantized=form)
 
 
 def identity_of(source: sources.Source, dtype: np.dtype | None) -> dict[str, Any]:
@@ -246,7 +224,8 @@ def _finished(target: Path, job: Conversion) -> dict[str, Any] | None:
     mend = "delete it or choose another place"
     if not isinstance(there, dict) or "files" not in there:
         raise InputError(f"{target}: exists; {mend}: it doesn't say what it was made of")
-    for key, wanted in job.identity.items():
+    for key in job.identity | there:
+        wanted = job.identity.get(key)
         if there.get(key) != wanted and key not in _STAMPS:
             what = key
             if isinstance(wanted, dict):
@@ -266,12 +245,12 @@ def _other_weights(job: Conversion, report: dict[str, Any]) -> str | None:
     """A tensor that would be converted to other bytes than a report tells of; all are read."""
     with progress(sum(map(job.nbytes, job.slots)), "B", "compare") as tick:
         digest = hashlib.sha256()
-        for name, _, _, values, last in _values(job, set()):
-            digest.update(values.reshape(-1).view(np.uint8).data)
-            tick(values.nbytes)
-            if last:
-                if report["sha256"].get(name) != digest.hexdigest():
-                    return name
+        for piece in job.pieces(set()):
+            digest.update(piece.values.reshape(-1).view(np.uint8).data)
+            tick(piece.values.nbytes)
+            if piece.last:
+                if report["sha256"].get(piece.name) != digest.hexdigest():
+                    return piece.name
                 digest = hashlib.sha256()
     return None
 
@@ -284,7 +263,11 @@ def _drop_leftover(partial: Path, identity: dict[str, Any]) -> None:
 
 
 def _report(job: Conversion, resumed: int, seconds: float) -> dict[str, Any]:
-    names = sorted({dtype.name for dtype in job.dtypes.values()})
+    form = job.quantized
+    few = {path for path in job.dtypes if job.form(path)}
+    names = {dtype.name for path, dtype in job.dtypes.items() if path not in few}
+    in_few = sum(job.nbytes(slot.name) for slot in job.slots.values() if slot.path in few)
+    quantized = {"quantized": {form.kind: in_few}, "quantize": form.stated} if form else {}
     return {
         "tensors": len(job.slots),
         "bytes": sum(map(job.nbytes, job.slots)),
@@ -294,8 +277,9 @@ def _report(job: Conversion, resumed: int, seconds: float) -> dict[str, Any]:
         "unexpected": [],
         "ignored": job.match.ignored,
         "duplicates": job.match.duplicates,
-        "dtype": "+".join(names),
+        "dtype": "+".join(sorted(names | ({form.kind} if form else set()))),
         "resumed": resumed,
+        **quantized,
     }
 
 
@@ -358,9 +342,7 @@ def _forget_damaged(job: Conversion, writer: store.Writer, journal: Journal) -> 
     """
 
     def damaged(name: str) -> bool:
-        slot = job.slots[name]
-        cuts = list(store.pieces(slot.part, job.dtypes[slot.path].itemsize))
-        found = [digests.of_array(writer.read(slot.path, (*slot.index, *cut))) for cut in cuts]
+        found = [digests.of_array(writer.read(*part)) for part in job.parts(name)]
         tick(job.nbytes(name))
         return found != journal.done[name].split(" ")[1:]
 
@@ -399,34 +381,10 @@ def _chunks(
     done: set[str],
 ) -> Iterator[_Chunk]:
     digest = hashlib.sha256()
-    for name, slot, cut, values, last in _values(job, done):
+    for name, array, index, values, last in job.pieces(done):
         hashed = hasher.submit(digest.update, values.reshape(-1).view(np.uint8).data)
         own = other.submit(digests.of_array, values)
-        written = writer.write(slot.path, (*slot.index, *cut), values)
+        written = writer.write(array, index, values)
         yield _Chunk(name, values.nbytes, written, hashed, own, digest, last)
         if last:
             digest = hashlib.sha256()
-
-
-def _values(
-    job: Conversion, done: set[str]
-) -> Iterator[tuple[str, table.Slot, tuple[slice, ...], np.ndarray, bool]]:
-    """What is to be stored, chunk by chunk, in the order of the source's files: each one's tensor,
-    its place in it, the values, and whether it is the tensor's last."""
-    tensors = job.source.tensors
-    names = [name for name in job.slots if name not in done]
-    for name in sorted(names, key=lambda name: tensors[job.match.found[name]].order):
-        slot, tensor = job.slots[name], tensors[job.match.found[name]]
-        dtype = job.dtypes[slot.path]
-        cuts = list(store.pieces(slot.part, dtype.itemsize))
-        start = 0
-        for cut in cuts:
-            shape = piece_shape(cut)
-            stop = start + int(np.prod(shape))
-            values = tensor.read(start, stop)
-            if job.adapter:
-                row = slot.size // slot.shape[0]
-                values = job.adapter.merged(name, values, start, row)
-            values = folder.cast(values, dtype, name).reshape(shape)
-            start = stop
-            yield name, slot, cut, values, cut is cuts[-1]

@@ -21,6 +21,7 @@ import numpy as np
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert import table
+from echovlm_jax.convert.few_bits import FewBits
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import param_specs
 from echovlm_jax.ops.product.weight import Quantized
@@ -115,6 +116,7 @@ class Run:
             else self._reader.dtypes[at]
             for name, at in self._stored.items()
         }
+        self.quantized: FewBits | None = None
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}
 

@@ -21,6 +21,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.storage.bucket import BucketPath
 from echovlm_jax.storage.files import as_path, in_bucket, read_bytes
 
+WEIGHT_DTYPES = ("bfloat16", "float32", "float16")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WEIGHT_FILES = (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX)  # in this order

@@ -1,12 +1,31 @@
-"""Digests of what a conversion writes, made while it is written."""
+"""What goes on beside reading and writing: digests of what is written, the next values read."""
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from echovlm_jax.storage import digests
 from echovlm_jax.storage.arrays import Reader as Reader  # of what was written
 from echovlm_jax.storage.files import in_bucket
 from echovlm_jax.storage.writer import PROCESS
+
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
+
+
+def ahead(
+    pool: ThreadPoolExecutor, make: Callable[[_Item], _Made], items: Iterable[_Item], count: int
+) -> Iterator[_Made]:
+    """What `make` gives of each item, in order; `count` are being made while one is used."""
+    futures: deque[Future[_Made]] = deque()
+    for item in items:
+        futures.append(pool.submit(make, item))
+        if len(futures) > count:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 class DataFiles:

@@ -1,12 +1,12 @@
 """A folder of ours back into a Hugging Face-form checkpoint, under the released tensor names."""
 
+import functools
 import hashlib
 import os
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from echovlm_jax.convert import folder, safetensors, table
 from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, discard, make_folder, work_folder
 from echovlm_jax.convert.source import INDEX, SINGLE
+from echovlm_jax.convert.store import ahead
 from echovlm_jax.errors import InputError
 from echovlm_jax.progress import progress
 from echovlm_jax.storage import writer as store
@@ -195,10 +196,4 @@ def _read_ahead(
     """A tensor's pieces in order, a few of them being read while one is used."""
     lead = tuple(slice(i, i + 1) for i in slot.index)
     cuts = [(*lead, *cut) for cut in store.pieces(slot.part, model.dtypes[slot.path].itemsize)]
-    futures: deque[Future[np.ndarray]] = deque()
-    for cut in cuts:
-        futures.append(pool.submit(model.read, slot.path, cut))
-        if len(futures) > _READ_AHEAD:
-            yield futures.popleft().result()
-    while futures:
-        yield futures.popleft().result()
+    return ahead(pool, functools.partial(model.read, slot.path), cuts, _READ_AHEAD)

@@ -28,8 +28,10 @@ import numpy as np
 from echovlm_jax.config import PRESETS, ModelConfig, MoEConfig, from_hf, preset, to_hf
 from echovlm_jax.convert import folder, layerwise, table
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert.from_torch import Conversion, carry_out, identity_of
+from echovlm_jax.convert.from_torch import carry_out, identity_of
+from echovlm_jax.convert.job import Conversion
 from echovlm_jax.errors import InputError
+from echovlm_jax.model import param_specs
 from echovlm_jax.processing.batch import make_batch
 from echovlm_jax.storage.files import as_path
 from echovlm_jax.storage.layout import TREE
@@ -227,7 +229,7 @@ def _prepare(
         "upcycle": {"init": init, "seed": seed, "std": std, **dataclasses.asdict(after.moe)},
     }
     dtypes = folder.leaf_dtypes(made, slots, own, dtype)
-    return Conversion(made, slots, own, dtypes, identity, config)
+    return Conversion(made, slots, own, dtypes, param_specs(after), identity, config)
 
 
 def _new_tensors(

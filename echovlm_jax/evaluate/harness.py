@@ -57,6 +57,7 @@ class EvalOptions:
       max_new_tokens: limit of a report; other answers end at SHORT tokens at the latest.
       max_image_patches: limit of an image, in place of the model's own; None = as its files say:
         of a training run, as in training.
+      quantize: "int8", "int4" or "w8a8", see `load_model`; None = as stored.
 
     Raises:
       InputError: a number is below 1. The others are checked where they are used.
@@ -71,6 +72,7 @@ class EvalOptions:
     batch_size: int = 16
     max_new_tokens: int = 512
     max_image_patches: int | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_image_patches"):
@@ -127,7 +129,7 @@ def evaluate(
     if not any(exams):
         tasks = ", ".join(options.tasks)
         raise InputError(f"{shown(data)}: split {options.split!r} has no text for {tasks}")
-    loaded = load_model(model)
+    loaded = load_model(model, quantize=options.quantize)
     settings: dict[str, Any] = {
         **{"model": str(model), "model_fingerprint": loaded.fingerprint},
         **{"data": str(data), "data_fingerprint": dataset.fingerprint},

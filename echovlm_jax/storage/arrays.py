@@ -256,7 +256,7 @@ def to_devices(
       sharding: where it goes; by default whole to the default device.
     """
     if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(_default_device())
+        sharding = default_sharding()
     # Devices that hold the same block share one read.
     blocks: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -276,9 +276,11 @@ def to_devices(
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _default_device() -> Any:
+def default_sharding() -> jax.sharding.Sharding:
+    """Whole on the default device."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return device if isinstance(device, jax.Device) else jax.devices()[0]
+    device = device if isinstance(device, jax.Device) else jax.devices()[0]
+    return jax.sharding.SingleDeviceSharding(device)
 
 
 @functools.cache
