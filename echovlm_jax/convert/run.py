@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from echovlm_jax.config import ModelConfig, from_hf
@@ -111,7 +110,7 @@ class Run:
         self._scale = self.lora["alpha"] / self.lora["rank"]
         self.dtypes = {
             # A quantized one's is what it would have without, as all that is frozen.
-            name: np.dtype(jnp.dtype(self.settings.get("dtype")))
+            name: np.dtype(str(self.settings.get("dtype")))
             if name in self._forms
             else self._reader.dtypes[at]
             for name, at in self._stored.items()
