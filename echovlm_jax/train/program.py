@@ -253,7 +253,8 @@ def init_state(program: Program, key: jax.Array, params: Any = None) -> TrainSta
     lowered = jax.jit(init, out_shardings=shardings, donate_argnums=1).lower(key, params)
     # It runs once: on a CPU, compiling it well takes four times as long as this.
     if program.mesh.devices.flat[0].platform == "cpu":
-        return _on_cpu(lowered.compile({"xla_backend_optimization_level": 0}))(key, params)
+        options: dict[str, Any] = {"xla_backend_optimization_level": 0}
+        return _on_cpu(lowered.compile(options))(key, params)
     return lowered.compile()(key, params)
 
 
