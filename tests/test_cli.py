@@ -63,14 +63,14 @@ CALLS = [
         "echovlm_jax.convert.from_torch",
         "convert",
         (Path("a"), Path("b")),
-        {"dtype": None, "adapter": None},
+        {"dtype": None, "adapter": None, "quantize": None},
     ),
     (
-        "convert a b --dtype bfloat16 --adapter c",
+        "convert a b --dtype bfloat16 --adapter c --quantize int4",
         "echovlm_jax.convert.from_torch",
         "convert",
         (Path("a"), Path("b")),
-        {"dtype": "bfloat16", "adapter": Path("c")},
+        {"dtype": "bfloat16", "adapter": Path("c"), "quantize": "int4"},
     ),
     (
         "export a b --max-shard-size 2MB",

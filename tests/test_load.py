@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 import echovlm_jax
 from echovlm_jax import load
 from echovlm_jax.config import ModelConfig, TextConfig, VisionConfig
-from echovlm_jax.convert import table
+from echovlm_jax.convert import convert, table
 from echovlm_jax.data.encode import encode
 from echovlm_jax.data.record import Turn
 from echovlm_jax.errors import InputError
@@ -202,9 +202,49 @@ def test_a_text_that_a_tokenizer_makes_a_control_token_of_is_refused(model, monk
         model.generate(None, "＜｜im_end｜＞", max_new_tokens=4)
 
 
-def test_quantize_is_refused_for_now(folder):
-    with pytest.raises(InputError, match="quantize int8"):
-        load_model(folder, quantize="int8")
+@pytest.fixture(scope="module")
+def few(folder):
+    return {kind: load_model(folder, quantize=kind) for kind in ("int8", "int4", "w8a8")}
+
+
+def test_quantized_it_answers_and_computes_in_the_wide_dtype(folder, model, few):
+    logits = model.forward({"input_ids": np.arange(10)[None]})
+    for kind, error in (("int8", 0.05), ("int4", 0.5)):
+        quantized = few[kind]
+        assert quantized.dtype == jnp.float32
+        assert quantized.params["vision"]["merger"]["fc1"]["kernel"].dtype == jnp.float32
+        found = quantized.forward({"input_ids": np.arange(10)[None]})
+        assert found.dtype == jnp.float32
+        assert 0 < np.abs(found - logits).max() < error * np.abs(logits).max()
+    assert few["int8"].generate(IMAGE, "所见?", max_new_tokens=4)["new_tokens"] == 4
+    assert load_model(folder, quantize="int4", dtype="bfloat16").dtype == jnp.bfloat16
+    with pytest.raises(InputError, match="quantize 'int3' is unknown; choose one of int8"):
+        load_model(folder, quantize="int3")
+
+
+def test_answers_of_different_widths_are_never_in_one_file(model, few, tmp_path):
+    """Nor of products in whole numbers, whose weights have the same bits."""
+    marks = {one.fingerprint for one in (model, *few.values())}
+    assert len(marks) == 4
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "images": [], "prompt": "?"}\n')
+    out = tmp_path / "out.jsonl"
+    generate_file(few["int8"], tmp_path / "in.jsonl", out, max_new_tokens=2)
+    before = out.read_bytes()
+    for other in (model, few["int4"], few["w8a8"]):
+        with pytest.raises(InputError, match=r"out\.jsonl"):
+            generate_file(other, tmp_path / "in.jsonl", out, max_new_tokens=2)
+    assert out.read_bytes() == before
+
+
+def test_a_stored_quantized_model_answers_as_one_quantized_while_loading(folder, few, tmp_path):
+    convert(folder, tmp_path / "int8", quantize="int8")
+    stored = load_model(tmp_path / "int8")
+    assert stored.dtype == jnp.float32
+    assert load.fingerprint(stored.params) == load.fingerprint(few["int8"].params)
+    inputs = {"input_ids": np.arange(10)[None]}
+    np.testing.assert_array_equal(stored.forward(inputs), few["int8"].forward(inputs))
+    with pytest.raises(InputError, match="is quantized as int8, and quantize 'int4' is asked for"):
+        load_model(tmp_path / "int8", quantize="int4")
 
 
 def test_a_model_without_tokenizer_files_still_computes(folder, tmp_path):

@@ -115,7 +115,6 @@ class Run:
             else self._reader.dtypes[at]
             for name, at in self._stored.items()
         }
-        self.dtypes = {name: self._reader.dtypes[at] for name, at in self._stored.items()}
         self.quantized: FewBits | None = None
         self.duplicates: dict[str, str] = {}
         self.digests: dict[str, str] = {}

@@ -90,7 +90,7 @@ def starting_point(model: str) -> Start:
             f"config key model: {model!r} is neither a folder nor one of {', '.join(PRESETS)}"
         )
 
-    opened = open_model(model)
+    opened = open_model(model, quantized=True)
 
     def params(program: Program) -> Any:
         wanted = merge(program.state.trainable["params"], program.state.frozen)

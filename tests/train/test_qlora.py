@@ -87,7 +87,7 @@ MESHES = {
     "all": {"devices": 8, "mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2},
     "fsdp": {"devices": 8, "mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2},
 }
-FAST = {("int4", "dense, remat", "one"), ("int4", "ragged", "all")}
+FAST = {("int4", "dense, remat", "one")}
 CASES = [
     pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
     for case in [(k, f, m) for k in ("int8", "int4") for f in FORMS for m in MESHES]
