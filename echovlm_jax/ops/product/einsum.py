@@ -129,7 +129,11 @@ def _quantized(spec: str, x: Array, weight: Quantized, out_dtype: DTypeLike) -> 
     if weight.grouped:
         last = letters[-1]
         place, count = inputs.index(last), weight.values.shape[-2]
-        x = jnp.reshape(x, (*x.shape[:place], count, -1, *x.shape[place + 1 :]))
+        # Without the barrier XLA:TPU moves the reshape up, into the product that made x: its weight
+        # is then written wide, in the reshape's form.
+        x = jnp.reshape(
+            jax.lax.optimization_barrier(x), (*x.shape[:place], count, -1, *x.shape[place + 1 :])
+        )
         spec = spec.replace(last, f"g{last}")
     if weight.grouped or not set(scaled) <= set(result):
         return jnp.einsum(spec, x, weight.split(x.dtype), preferred_element_type=out_dtype)

@@ -133,9 +133,21 @@ def lookup(
     """The product of a table with one-hot tokens: each token's row."""
     if not isinstance(table, Quantized):
         return as_operand(jnp.take(table, tokens, axis=0), dtype)
-    values = jnp.take(table.values, tokens, axis=0)  # [B, T, D], or [B, T, groups, size]
-    scale = jnp.take(table.scale, tokens, axis=-1)
+    if tokens.shape[1] == 1 and jax.sharding.get_abstract_mesh().size <= 1:
+        # While decoding: for a gather of few rows XLA:TPU copies the whole table into another form.
+        numbers = jnp.unstack(tokens[:, 0])
+        values = _rows(table.values, numbers, 0)[:, None]
+        scale = _rows(table.scale, numbers, table.scale.ndim - 1)[..., None]
+    else:
+        values = jnp.take(table.values, tokens, axis=0)  # [B, T, D], or [B, T, groups, size]
+        scale = jnp.take(table.scale, tokens, axis=-1)  # [B, T], or [groups, B, T]
     if table.grouped:
         scale = jnp.moveaxis(scale, 0, -1)
     rows = values.astype(jnp.float32) * scale[..., None]
     return rows.reshape(*tokens.shape, table.shape[-1]).astype(dtype)
+
+
+def _rows(array: Array, numbers: Sequence[Array], axis: int) -> jax.Array:
+    """These places of an axis."""
+    found = [jax.lax.dynamic_slice_in_dim(array, number, 1, axis) for number in numbers]
+    return jnp.concatenate(found, axis)
