@@ -274,6 +274,31 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     checkpoints.close()
 
 
+MANY = """
+import logging, resource, sys
+from pathlib import Path
+import jax.numpy as jnp
+from echovlm_jax.checkpoint import open_checkpoints
+from echovlm_jax.errors import InputError
+logging.disable()
+checkpoints = open_checkpoints(Path(sys.argv[1]), keep=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+try:
+    checkpoints.save(1, {str(i): jnp.ones(2**19) for i in range(16)}, {}, wait=True)
+except InputError as error:
+    print(error, file=sys.stderr)
+checkpoints.close()
+"""
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """Also where other arrays are still being written when one has failed."""
+    command = [sys.executable, "-c", MANY, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert "/1: can't be saved" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "left"),
     [(digests, "write", ["1"]), (os, "rename", ["1"]), (keeping, "prune", ["1", "2"])],
