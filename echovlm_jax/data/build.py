@@ -6,7 +6,6 @@ options, or left records out (the reason may have been mended since).
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +36,8 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.processing.dicom import Crop
 from echovlm_jax.processing.files import allowed_links, shown
 from echovlm_jax.progress import progress
+from echovlm_jax.storage.files import remove
+from echovlm_jax.storage.lock import Lock
 
 LOCK, MADE = "lock", "dataset"
 SHARD_RECORDS = 256  # at least: see `dealing.MAX_SHARDS`
@@ -116,7 +117,7 @@ def build(
         _check_new(target)
         os.replace(work / MADE, target)
         _sync(target.parent)
-        shutil.rmtree(work)
+        _discard(work)
     return {**result, "out": str(target), "warnings": dealing.warnings(result, found)}
 
 
@@ -252,7 +253,7 @@ def _finish(work: Path, plan: dict[str, Any], counts: dict[str, Any]) -> dict[st
     if kept.total() + quarantined.total() != records:
         raise AssertionError("the parts don't add up to the input")
     if not kept:
-        shutil.rmtree(work)  # nothing in it is worth going on with
+        _discard(work)  # nothing in it is worth going on with
         reasons = ", ".join(f"{count} {reason}" for reason, count in quarantined.most_common())
         raise InputError(
             f"{shown(plan['images'])}: no record could be kept ({reasons}); `data validate` says"
@@ -386,19 +387,21 @@ def _work_folder(work: Path) -> Iterator[None]:
         )
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / LOCK, "ab")  # noqa: SIM115 - held to the end
+        (work / LOCK).touch()  # there has to be something to hold
     except OSError as error:
         raise InputError(
             f"{shown(work)}: can't be made ({error.strerror}); choose another --out"
         ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"{shown(work)}: another process is writing into it; wait for it to end"
-            ) from None
+    with Lock(work / LOCK, name=work):
         yield
+
+
+def _discard(work: Path) -> None:
+    """Removes the work folder; its lock, which says that it is ours, last: a kill may come."""
+    for path in work.iterdir():
+        if path.name != LOCK:
+            remove(path)
+    shutil.rmtree(work)
 
 
 def _drop_useless(work: Path, plan: dict[str, Any]) -> None:

@@ -97,9 +97,12 @@ def check_part(work: str, number: int) -> tuple[list[dict[str, Any]], dict[str, 
 
 
 def read_done(work: Path, part: Part) -> Done | None:
-    """What became of a part; None where it isn't done."""
+    """What became of a part; None where it isn't done, or a file of it is gone."""
     try:
         found = json.loads((work / part.name("json")).read_bytes())
+        sizes = {ending: (work / part.name(ending)).stat().st_size for ending in ENDINGS}
+        if sizes["array_record"] != found["bytes"]:
+            return None
         return Done(part, found["organs"], found["bytes"], found["quarantined"], found["notes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

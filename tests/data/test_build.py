@@ -1,6 +1,7 @@
 """`data build`: everything is kept or has a reason, the same each time, whatever happens to it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -164,6 +165,28 @@ def test_a_killed_build_goes_on(tmp_path, monkeypatch):
     build(sources, images, tmp_path / "out", ALL)
     assert made == [0, 2, 3, 4]  # 1 was complete; 0 had left a record out
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_a_kill_while_it_clears_up_blocks_nothing(left, tmp_path, monkeypatch):
+    """What is left of the work is still known as ours, when OUT is wanted once more."""
+    sources, images = write(tmp_path, [record(n) for n in range(3)])
+    out, unlink, deleted = tmp_path / "out", os.unlink, []
+
+    def killed(path, **options):
+        if out.exists():
+            if len(deleted) == left:
+                raise KeyboardInterrupt
+            deleted.append(path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "unlink", killed)
+        build(sources, images, out, ALL)
+    out.rename(tmp_path / "first")
+    build(sources, images, out, ALL)
+    assert everything(out) == everything(tmp_path / "first")
     assert not (tmp_path / "out.partial").exists()
 
 
