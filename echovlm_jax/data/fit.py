@@ -1,4 +1,4 @@
-"""How large an exam's images get: within an image's own limit, and so that the exam fits a row.
+"""The sizes of an exam's images: within each image's limit, and small enough to fit a row.
 
 An exam is never split over rows. One that is too long is shortened, by this rule: first loops get
 fewer frames, all of them half as many at a time, down to 2 (one time step); then all images and
@@ -26,7 +26,7 @@ NO_LIMIT = 2**40
 
 
 class Grid(NamedTuple):
-    """What becomes of one image or loop: t · h · w patches."""
+    """The size of one image or loop after resizing: t · h · w patches."""
 
     t: int  # time steps, of temporal_patch_size frames
     h: int  # patches
