@@ -1,4 +1,4 @@
-"""`storage.verify` under the name that other programs know it by."""
+"""The public name of `storage.verify.verify`, for other programs."""
 
 from echovlm_jax.storage.verify import verify
 

@@ -1,8 +1,7 @@
-"""What a MODEL folder is: found out once, then read through one interface.
+"""One interface for every kind of MODEL folder.
 
 `open_model` accepts a folder in Hugging Face form, one that `convert` made, and a training run's.
-All give our parameters block by block, so that loading, exporting and inspecting need not know
-which it was.
+All give our parameters block by block, for loading, exporting and inspecting.
 """
 
 import fnmatch
@@ -145,7 +144,7 @@ class _Converted:
         chunks = _chunks(report, folder / REPORT)
         sums = _check_small(folder, expected=chunks is not None)
         self.config = read_config(folder)
-        # A model from before there were digests of chunks: its files are read through beforehand.
+        # An older model without digests of chunks: its files are read whole first.
         whole = functools.partial(check_files, folder, AGAIN, added=True)
         check = whole if sums and chunks is None else None
         self._reader = Reader(folder / PARAMS, chunks=chunks, check=check)
@@ -208,13 +207,14 @@ def _chunks(report: dict[str, Any], path: Path) -> dict[str, list[str]] | None:
 
 
 def _check_small(folder: Path, *, expected: bool) -> bool:
-    """Checks all of a converted folder but the arrays, which are checked when they are read.
+    """Checks a converted folder's files except arrays, which are checked when they are read.
 
     Args:
-      expected: whether it was made with digests of everything.
+      folder: the converted folder.
+      expected: whether it must have digests.
 
     Returns:
-      whether there are digests.
+      whether it has digests.
 
     Raises:
       InputError: a file differs from its digest or is missing; digests are missing.
@@ -353,8 +353,8 @@ def copy_side_files(
     dtype: np.dtype | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Copies everything but weights. config.json is told of a new dtype, or has other content,
-    where one is given."""
+    """Copies the files beside the weights. `dtype` is written into config.json; `config` replaces
+    its content."""
     # config.json last: a folder of a bucket is a model from then on.
     for path in sorted(side_files(folder), key=lambda path: path.name == CONFIG):
         write_bytes(target / path.name, path.read_bytes())
@@ -369,7 +369,7 @@ def copy_side_files(
 
 
 def side_files(folder: Path) -> list[Path]:
-    """What lies beside a model's weights."""
+    """The files beside a model's weights: tokenizer, processor, chat template, licence."""
     return sorted(
         path
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -381,7 +381,7 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Refuses to write over something. An empty folder counts as nothing, a link to one not."""
+    """Refuses an existing path, except for an empty folder. Raises InputError."""
     if path.is_symlink():
         raise InputError(f"{path}: is a link; delete it, or name the place that it points to")
     if any(path.iterdir()) if path.is_dir() else path.exists():
@@ -390,7 +390,7 @@ def check_new(path: Path) -> None:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Refuses early what the disk can't take. `path` is a folder on it; a bucket takes all."""
+    """Refuses more bytes than are free on the disk of a folder; a bucket has no limit."""
     if in_bucket(path):
         return
     free = shutil.disk_usage(path).free

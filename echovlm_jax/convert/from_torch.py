@@ -1,7 +1,7 @@
 """A PyTorch checkpoint into a folder of ours: streaming, bounded in memory, resumable.
 
-Values are never decoded unless another dtype is asked for: a range of a file is read, hashed and
-handed to TensorStore, so that every bit pattern, NaN payloads too, comes out as it went in.
+Values are decoded only for a change of dtype. Otherwise bytes are read, hashed and written: every
+bit pattern is kept, NaN payloads too.
 """
 
 import contextlib
@@ -51,10 +51,10 @@ def convert(
     """Converts a Hugging Face-form checkpoint to DST/{config.json, …, params/, conversion.json,
     XXH128SUMS}.
 
-    Works in DST.partial and renames at the end. After a kill or an error, the same call goes on
-    where it stopped: what had been written is compared with the digests that were made of it then.
-    Where DST is this very conversion already, and whole, its report is returned. Whether its
-    weights are the source's, the files' sizes and times tell; where these differ, the bytes.
+    Works in DST.partial and renames at the end. After a kill or an error, the same call resumes:
+    the written tensors are compared with their digests first. If DST is this conversion already,
+    and whole, its report is returned; if the source files' sizes or times differ, their bytes are
+    compared.
 
     Args:
       src: a folder with config.json and weights, or one weight file in such a folder.
@@ -81,7 +81,7 @@ def convert(
 
 
 def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> dict[str, Any]:
-    """Makes a folder, as `convert` says; the job is asked for where `dst` may be made."""
+    """Makes a folder as `convert` does; `make` is called once `dst` has been checked."""
     started = time.monotonic()
     target = as_path(dst).absolute()
     partial = work_folder(target, ".partial")
@@ -200,7 +200,7 @@ def _prepare(
 
 
 def identity_of(source: sources.Source, dtype: np.dtype | None) -> dict[str, Any]:
-    """What tells one conversion from another: its source's weights and other files, and dtype."""
+    """The identity of a conversion: its source's weights and other files, and its dtype."""
     beside = folder.side_files(source.folder)
     return {
         "weights": source.fingerprint(),
@@ -214,7 +214,7 @@ def _finished(target: Path, job: Conversion) -> dict[str, Any] | None:
     """The report of a conversion that is there already.
 
     Raises:
-      InputError: it is another one than asked for, or damaged.
+      InputError: it is another conversion, or damaged.
     """
     path = target / folder.REPORT
     if not path.is_file():
@@ -256,7 +256,7 @@ def _other_weights(job: Conversion, report: dict[str, Any]) -> str | None:
 
 
 def _drop_leftover(partial: Path, identity: dict[str, Any]) -> None:
-    """Removes what a kill between the last rename and the end of this conversion left."""
+    """Removes the work folder that a kill after the final rename left."""
     if (partial / JOURNAL).is_file():
         with contextlib.suppress(InputError), Journal(partial / JOURNAL, identity) as journal:
             journal.discard()
@@ -310,7 +310,7 @@ def _write_params(job: Conversion, target: Path, journal: Journal) -> tuple[int,
 
     total = sum(map(job.nbytes, job.slots))
     try:
-        # One thread each, so that a tensor's pieces are hashed in order.
+        # One thread each: a tensor's pieces are hashed in order.
         with (
             progress(total, "B", "convert") as tick,
             ThreadPoolExecutor(1) as hasher,

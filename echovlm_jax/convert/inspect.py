@@ -1,4 +1,4 @@
-"""What a model folder holds, told without loading weights."""
+"""The parameters of a model folder, counted without reading weights."""
 
 import math
 import os

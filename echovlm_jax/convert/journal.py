@@ -1,7 +1,7 @@
-"""The folder beside a target that work goes on in, and what a killed run leaves there.
+"""The work folder beside a target, from which a killed run resumes.
 
-It holds a journal, which is also the lock, and the model being made; anything else in it is
-somebody else's and refused, so that clearing it away never deletes what we did not make.
+It holds a journal, which is also the lock, and the unfinished model. A folder with anything else is
+refused: clearing it away must not delete other people's files.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def make_folder(path: Path) -> bool:
 
 
 class Journal:
-    """A file of JSON lines: first what is converted to what, then a line a finished tensor.
+    """A file of JSON lines: first the conversion's identity, then a line a finished tensor.
 
-    Also the lock that keeps a second process out. Use as a context manager.
+    It is also the lock that keeps a second process out; a context manager.
 
     Attributes:
-      done: the finished tensors' digests by name: one of all bytes and those of the chunks, as they
-        were computed from what was to be written, with spaces between.
+      done: the finished tensors' digests by name: that of all bytes, and after spaces those of the
+        chunks; all are computed from the source.
 
     Raises:
       InputError: another process holds it, it belongs to another conversion, or it is damaged.
@@ -107,7 +107,7 @@ class Journal:
                 self._folder.rmdir()
 
     def _read(self, identity: dict[str, Any]) -> dict[str, str]:
-        """What is done. Changes nothing in a file that is not of this very conversion."""
+        """The finished tensors. A file of another conversion is not changed."""
         data = self._path.read_bytes() if self._path.is_file() else b""
         lines, end = self._complete_lines(data)
         if not lines:
@@ -132,7 +132,7 @@ class Journal:
         return done
 
     def _complete_lines(self, data: bytes) -> tuple[list[dict[str, Any]], int]:
-        """The lines before the first torn one, which a kill or a power cut left; their size."""
+        """The lines before the first incomplete one, which a kill may leave; their size."""
         lines, end = [], 0
         for line in data.splitlines(keepends=True):
             try:
@@ -153,7 +153,7 @@ class Journal:
         )
 
     def add(self, name: str, digest: str) -> None:
-        """Notes a tensor whose data is durable, with its digests as `done` has them."""
+        """Notes a tensor whose data is durable, with its digests in the form of `done`."""
         self.done[name] = digest
         self._append({"name": name, "sha256": digest})
 

@@ -83,7 +83,7 @@ class Adapter(NamedTuple):
 
 
 def open_adapter(path: str | os.PathLike[str], config: ModelConfig) -> Adapter:
-    """Opens an adapter of a model of this configuration; its tensors are read when asked for.
+    """Opens an adapter for a model of this configuration; its tensors are read when needed.
 
     Raises:
       InputError: no adapter there, one of another kind or model, one whose settings and tensors
@@ -242,7 +242,7 @@ def _config(run: Run) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "use_rslora": False,
         "init_lora_weights": True,
-        # Without it PEFT takes a tied embedding for itself and leaves lm_head as it was.
+        # Without it PEFT unties the embedding and leaves lm_head unchanged.
         "ensure_weight_tying": tied and "text/embed/embedding" in run.trained,
     }
 

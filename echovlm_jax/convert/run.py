@@ -1,8 +1,8 @@
 """A training run's folder as a model: the parameters of a checkpoint, its low-rank updates added.
 
-A checkpoint's state/ holds trainable/{params,lora}/…, frozen/…, and the optimizer's state. What is
-quantized there is floats here, each value times its scale. Beside it lie the configuration that it
-was trained with and the model's, so that changing the run later changes no older checkpoint.
+A checkpoint's state/ holds trainable/{params,lora}/…, frozen/…, and the optimizer's state. Quantized
+weights are read as floats, each value times its scale. Beside the state lie copies of the training
+configuration and of the model's: a later change of the run does not change older checkpoints.
 `storage.layout` names the files.
 """
 
@@ -66,13 +66,13 @@ def open_run(path: Path) -> Run | None:
 
 
 class Run:
-    """`folder.StoredModel` of a run's checkpoint; what is read of it is checked.
+    """`folder.StoredModel` of a run's checkpoint; all that is read is checked.
 
     Attributes:
-      trained: the parameters that train in full, by path.
-      updated: those that have low-rank updates.
+      trained: the paths of parameters that train in full.
+      updated: the paths of parameters with low-rank updates.
       lora: the updates' rank, alpha and dropout.
-      base: the model that the run began with: a folder or a preset.
+      base: the run's initial model: a folder or a preset.
       settings: the training configuration of the step.
 
     Raises:
@@ -185,7 +185,7 @@ def _update(path: str, name: str) -> str:
 
 
 def _lora(settings: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """How a checkpoint's updates are scaled."""
+    """The rank, alpha and dropout of a checkpoint's updates."""
     try:
         lora = {name: settings["lora"][name] for name in ("rank", "alpha", "dropout")}
         if all(math.isfinite(value) for value in lora.values()) and lora["rank"] >= 1:

@@ -82,7 +82,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _read_object_header(path: Any) -> dict[str, Entry]:
-    """As `read_header`; a bucket tells no sizes, so that the last byte is asked for."""
+    """As `read_header`; a bucket lists no sizes, so the last byte is requested."""
     try:
         length = int.from_bytes(path.read_bytes(0, 8), "little")
         if not 2 <= length <= MAX_HEADER_BYTES:
@@ -236,7 +236,7 @@ def write_file(
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in tensors:

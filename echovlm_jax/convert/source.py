@@ -48,7 +48,7 @@ class Source:
       folder: where config.json and the tokenizer's files are.
       files: the weight files.
       tensors: by the checkpoint's own names; `tensors[n].read(a, b)` gives the values [a, b) of
-        tensor n, counted flat, and raises InputError where the file has changed meanwhile.
+        tensor n, counted flat, and raises InputError if the file has changed since.
     """
 
     folder: Path
@@ -58,8 +58,7 @@ class Source:
     def fingerprint(self) -> str:
         """A digest of the files' names, sizes and times: differs where the weights may differ.
 
-        The time of the last change is among them, which nobody can set, as `touch` and `rsync` set
-        that of the last writing."""
+        The time of the last change (ctime) is among them: `touch` and `rsync` can't set it."""
         digest = hashlib.sha256()
         for path in self.files:
             if isinstance(path, BucketPath):
@@ -261,7 +260,7 @@ def _torch_tensor(path: Path, name: str, tensor: Any, order: int) -> Tensor:
     bits, dtype = kinds[tensor.dtype]
 
     def read(start: int, stop: int) -> np.ndarray:
-        # Viewed as integers, so that no conversion can touch a NaN's payload.
+        # Viewed as integers: no conversion can change a NaN's payload.
         flat = tensor.detach().view(bits).reshape(-1)
         return flat[start:stop].numpy().view(dtype)
 

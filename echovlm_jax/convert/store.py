@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from echovlm_jax.storage import digests
-from echovlm_jax.storage.arrays import Reader as Reader  # of what was written
+from echovlm_jax.storage.arrays import Reader as Reader  # a public name, for other programs
 from echovlm_jax.storage.files import in_bucket
 from echovlm_jax.storage.writer import PROCESS
 
@@ -29,12 +29,11 @@ def ahead(
 
 
 class DataFiles:
-    """The digests of the files that a Writer's values are in, each made soon after it was written,
-    while it is in memory still.
+    """The digests of a Writer's data files, each made while the file is still in the page cache.
 
     Args:
-      folder: the Writer's.
-      pool: reads them.
+      folder: the Writer's folder.
+      pool: the threads that read.
     """
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
@@ -43,8 +42,7 @@ class DataFiles:
         self._found: dict[Path, tuple[int, Future[str]]] = {}
 
     def look(self) -> None:
-        """Takes the files that were there at the look before. What was being written then must be
-        durable."""
+        """Begins to hash the files that the previous call saw; they must be durable now."""
         if in_bucket(self._folder):  # its objects have to be fetched again
             return
         for path in self._there - self._found.keys():
@@ -53,7 +51,7 @@ class DataFiles:
         self._there = set(self._folder.iterdir())
 
     def digests(self, base: Path) -> dict[str, str]:
-        """By name below `base`, of the files that are there still and have not grown."""
+        """The digests by name below `base`, of files that still exist and have not grown."""
         return {
             path.relative_to(base).as_posix(): digest.result()
             for path, (size, digest) in self._found.items()

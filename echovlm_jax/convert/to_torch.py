@@ -38,8 +38,8 @@ def export(
     """Writes safetensors (one file, or shards with an index), config.json and the side files.
 
     Every tensor is checked against the digest that the conversion recorded. Works in
-    DST.exporting, which only one process can hold, and renames at the end. What a killed export
-    left there is made anew. A training run's low-rank updates are added to its weights.
+    DST.exporting, under a lock, and renames at the end. After a kill, the export starts over. A
+    training run's low-rank updates are added to its weights.
 
     Args:
       model: a MODEL folder.
@@ -85,7 +85,7 @@ def make_folder_whole(
     """Makes the folder `dst` of what `write` puts into one, of about `size` bytes, or nothing."""
     target = as_path(dst).absolute()
     work = work_folder(target, ".exporting")
-    # What a killed export left in a bucket is below `target` itself.
+    # In a bucket, a killed export's files are below `target` itself.
     unfinished = in_bucket(target) and (work / JOURNAL).is_file()
     if not unfinished:
         folder.check_new(target)

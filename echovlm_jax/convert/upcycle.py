@@ -60,7 +60,7 @@ def upcycle(
 
     Args:
       src: a Qwen2-VL in Hugging Face form.
-      dst: the folder to make. As with `convert`, the same call goes on with what was begun.
+      dst: the folder to make. As with `convert`, the same call resumes.
       like: the mixture's sizes; by default `scaled_mixture` of the source.
       sizes: num_experts, top_k, expert_mlp_dim or shared_mlp_dim to differ from `like`; None for
         no difference.

@@ -45,7 +45,7 @@ _EXAMPLES = 20  # quarantined records that `validate` shows
 
 
 class Options(NamedTuple):
-    """What the result depends on, besides the files.
+    """The settings that the result depends on, besides the files.
 
     Attributes:
       validation, test: the shares of the groups that go to these splits.
@@ -325,7 +325,7 @@ def _finish_split(
     entries = []
     for n, each in enumerate(shards):
         name = folder.shard_name(split, n, len(shards))
-        # A link, not a move: until the end the parts stay, so that a kill here costs nothing.
+        # A link, not a move: the parts stay until the end, and a kill here costs nothing.
         os.link(work / each.part.name("array_record"), made / name)
         entries.append({"name": name, "records": sum(each.organs.values()), "bytes": each.bytes})
     return {

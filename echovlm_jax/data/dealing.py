@@ -62,7 +62,7 @@ def deal(
 
 
 def warnings(counts: dict[str, Any], found: Sources) -> list[str]:
-    """What may make a split leak, for people."""
+    """Warnings about a split that may leak."""
     records, out = counts["records"], []
     unmatched, example = found.unmatched
     if unmatched:

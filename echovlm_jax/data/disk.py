@@ -37,7 +37,7 @@ def writing(path: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]
 
 
 def full_disk(error: OSError, path: Path | None = None, missing: int = 0) -> str | None:
-    """What to say of a disk that is full, and how to go on; None for another error.
+    """The message for a full disk, with the way to resume; None for another error.
 
     Args:
       error: of a write.

@@ -1,4 +1,4 @@
-"""What every row of every batch holds, worked out beforehand: a position in the data is a step.
+"""The plan of an epoch: the content of every row of every batch. A data position is a step.
 
 An epoch's plan is the same on every machine, whatever the number of processes and workers, so each
 process makes it for itself and takes its rows of it; nothing is exchanged.
@@ -111,7 +111,7 @@ class Epochs:
             return epoch, step - (self._ends[epoch - 1] if epoch else 0)
 
     def row(self, step: int, row: int) -> list[Sample]:
-        """What a row of a step's global batch holds, in order; nothing where it is empty."""
+        """The content of a row of a step's global batch, in order; empty for an empty row."""
         number, batch = self.locate(step)
         epoch = self.epoch(number)
         at = batch * self.source.settings.global_batch_size + row
@@ -158,7 +158,7 @@ def make_beginning(source: Source) -> Epoch:
 
 
 def mend(settings: Settings, needs: np.ndarray) -> str:
-    """The keys to raise, and to what, so that samples with these needs fit as they are.
+    """The configuration keys and values with which samples of these needs fit unchanged.
 
     Args:
       needs: int [K, 2], as `Epoch.lost_need`.
@@ -234,7 +234,7 @@ def measure(source: Source, records: np.ndarray, keys: np.ndarray) -> dict[str, 
       key uint64; tokens, patches, shrunk int32; task, language, reason int8 (−1: none), [M] each;
       need int64 [M, 2], of those that are too long. A sample without a task has task −1.
     """
-    # An exam's samples next to each other, so that whoever makes one knows the others.
+    # An exam's samples lie next to each other: one who makes a sample knows the others.
     order = np.lexsort((np.arange(len(records)), records))
     records, keys = records[order], keys[order]
     firsts = np.flatnonzero(np.diff(records, prepend=-1))

@@ -1,4 +1,4 @@
-"""How large an exam's images get: as the processor makes them, and so that the exam fits a row.
+"""The sizes of an exam's images: within each image's limit, and small enough to fit a row.
 
 `max_image_patches` is the processor's limit of an image, which holds as far as its resizing keeps
 to it: slivers, and images below the least size, may get some patches more. They get them here too,
@@ -30,7 +30,7 @@ NO_LIMIT = 2**40
 
 
 class Grid(NamedTuple):
-    """What becomes of one image or loop: t · h · w patches."""
+    """The size of one image or loop after resizing: t · h · w patches."""
 
     t: int  # time steps, of temporal_patch_size frames
     h: int  # patches

@@ -117,8 +117,8 @@ def lengths_of(record: Record) -> tuple[list[int], list[int], int]:
 
 
 def features() -> Any:
-    """What a record holds, as TFDS declares it. Pictures are bytes: TFDS would need TensorFlow to
-    encode or decode them as images."""
+    """The features of a record, as TFDS declares them. Pictures are bytes: as images, TFDS would
+    need TensorFlow to encode and decode them."""
     import tensorflow_datasets.public_api as tfds
 
     text, whole = tfds.features.Text(), tfds.features.Scalar(np.int64)

@@ -166,7 +166,7 @@ def _others(entry: Mapping[str, Any], known: set[str], prefix: str) -> Iterator[
 
 
 def _kind(entry: Mapping[str, Any]) -> str | None:
-    """What an entry of a list of content is: "text", "image" or "video"."""
+    """The kind of an entry of a list of content: "text", "image" or "video"."""
     stated = entry.get("type")
     if stated is None:
         stated = next((key for key in ("image_url", "image", "video", "text") if key in entry), "")

@@ -30,7 +30,7 @@ class Entry(NamedTuple):
 def read_entries(path: Path) -> Iterator[Entry]:
     """The entries of a file that holds JSON records.
 
-    Bytes that are no UTF-8 come as lone surrogates, so that only their own entry is spoilt.
+    Bytes that are no UTF-8 come as lone surrogates: only their own entry is spoilt.
 
     Raises:
       InputError: the file can't be read or holds no such list; the message says where.
@@ -147,7 +147,7 @@ class _Text:
         while True:
             try:
                 value, end = _decoder.raw_decode(self._text, self._at)
-                # A number at the end of what was read may go on.
+                # A number at the end of the block may continue in the next.
                 if end < len(self._text) or self._ended:
                     offset = self._offset
                     self._take(end)
@@ -190,7 +190,7 @@ class _Text:
 
 
 def _holds_records(value: Any) -> bool:
-    """Whether a value of an object is a list of records, so that the object itself is none."""
+    """Whether a value of an object is a list of records; then the object itself is none."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and not _RECORD_KEYS.isdisjoint(first)
 

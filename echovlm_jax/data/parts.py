@@ -1,6 +1,6 @@
 """The work of `data build`, cut into parts: a part makes one shard, in whatever process it runs.
 
-A part finds all it needs in the work folder, so that a job is just a number. What it writes there
+A part finds all it needs in the work folder: a job is just a number. What it writes there
 is the same whoever writes it, and appears under its name only when it is complete: a part may be
 killed, run again, or run twice at once.
 """
@@ -198,7 +198,7 @@ def _make(
             raise Refused("too many images", f"more than {MAX_FRAMES} frames in one exam")
         if size > MAX_EXAM_BYTES:
             raise Refused("image too large", f"an exam of more than {MAX_EXAM_BYTES} bytes")
-    # After they were read, so that a picture which is replaced at any time is noticed.
+    # After they were read: a picture that is replaced at any time is noticed.
     if pictures_digest(files) != pictures:
         raise changed(root)
     return dataclasses.replace(record, media=tuple(media)), images, notes

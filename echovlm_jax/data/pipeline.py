@@ -168,7 +168,7 @@ def _fill_here(source: Source, samples: list[Sample], out: Batch) -> None:
 
 
 def _name(source: Source, samples: list[Sample], part: int) -> str:
-    """What the part of a row is called in errors."""
+    """The name of a part of a row in errors."""
     names = [repr(source.dataset.record(sample.record).id) for sample in samples]
     if not 0 <= part < len(names):
         return f"the records {', '.join(names)} of {source.settings.data}"
@@ -204,7 +204,7 @@ class _Ahead:
         return epoch
 
     def start(self) -> None:
-        """Begins the epoch after the latest, and from now on each epoch after the one asked for."""
+        """Begins the epoch after the latest; from now on each request begins the next epoch."""
         self._on = True
         number, samples = self._latest
         if not self._settings.workers or samples < PLAN_AHEAD:

@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Report:
-    """What is written about an exam in one language; an empty text means there is none."""
+    """The texts about an exam in one language; an empty text means there is none."""
 
     language: str  # one of LANGUAGES
     findings: str = ""

@@ -1,4 +1,4 @@
-"""What becomes of the samples that an epoch draws: trained on, left out, or with smaller images."""
+"""The fate of an epoch's samples: trained on, dropped, or trained on with smaller images."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ _COUNTS = ("drawn", "trained", "dropped", "shrunk")
 
 
 def review(settings: Settings, allowed: float = ALLOWED) -> dict[str, Any]:
-    """What a run's first epoch draws and what becomes of it; `counted` of it.
+    """The fate of the samples that a run's first epoch draws; see `counted`.
 
     Args:
       allowed: the share of all samples, and of any task's, that may be left out. One for which no

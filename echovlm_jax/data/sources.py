@@ -1,6 +1,6 @@
 """The first look at all source files: where each record is, which are doubles, who goes together.
 
-A row of a few bytes a record is kept, so that millions fit in memory; texts are read again, record
+A row of a few bytes a record is kept: millions fit in memory. Texts are read again, record
 by record, when the dataset is written.
 """
 

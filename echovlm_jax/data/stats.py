@@ -1,4 +1,4 @@
-"""What a run will see of a dataset: counts, lengths, how full rows get, how often organs come."""
+"""Statistics of a dataset as a run sees it: counts, lengths, packing, organs."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

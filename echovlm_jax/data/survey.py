@@ -50,7 +50,7 @@ _NOW, _EARLIER = ".now", ".earlier"  # looks of this run, and of one before it t
 
 
 class Seen(NamedTuple):
-    """What the pictures told, of all records."""
+    """The findings about all records' pictures."""
 
     pictures: np.ndarray  # V16 [N]: a digest of the bytes of all pictures of a record
     ties: np.ndarray  # TIE
@@ -202,7 +202,7 @@ def perceptual_hash(pixels: np.ndarray) -> bytes:
     grey = Image.fromarray(pixels).convert("L")
     small = np.asarray(grey.resize((_SIDE + 1, _SIDE), Image.Resampling.LANCZOS))
     bits = small[:, 1:] > small[:, :-1]
-    # Each 64-bit word of it takes every fourth place, so that one word alone tells most apart.
+    # Each 64-bit word has every fourth bit: one word alone tells most pictures apart.
     return np.packbits(bits.reshape(-1, 4).T).tobytes()
 
 

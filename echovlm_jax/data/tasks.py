@@ -1,6 +1,6 @@
 """One exam to one conversation: which task, in which language and words, is a function of a key.
 
-The same (record, key) always gives the same conversation, so that a plan made from lengths and the
+The same (record, key) always gives the same conversation: a plan made from lengths and the
 worker that builds the sample agree without passing texts along.
 """
 
@@ -63,7 +63,7 @@ class Unmade(InputError):
 
 
 class _Draw(NamedTuple):
-    """What a maker of conversations gets: the exam, its report in one language, and the key."""
+    """The input of a maker of conversations: the exam, its report in one language, the key."""
 
     record: Record
     report: Report

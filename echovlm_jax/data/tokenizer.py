@@ -52,7 +52,7 @@ def tokenizer_for(
       model: a preset's name, or a MODEL folder with config.json and, unless `tokenizer` is given,
         tokenizer files; its preprocessor_config.json is honoured.
       tokenizer: a folder of tokenizer files, instead of the model's. A preset without one gets a
-        token for each byte, so that every configuration runs as it is.
+        token for each byte: every configuration runs without files.
 
     Returns:
       the tokenizer, the model's configuration and how its images become patches.

@@ -1,4 +1,4 @@
-"""How a task is asked for: system prompts and questions of our own, Chinese and English.
+"""The wordings of tasks: system prompts and questions of our own, Chinese and English.
 
 The sentences are in `wordings.json`, a list for each task. In them {images} stands for what the
 exam consists of ("this sonogram", "these ultrasound images"), {n} for the number of media,
@@ -17,7 +17,7 @@ from echovlm_jax.data.record import Medium
 
 # language → "system" and each of ASKS → sentences; "images" and "statement" → kind → nouns.
 _WORDS: dict[str, Any] = json.loads(Path(__file__).with_name("wordings.json").read_text("utf-8"))
-# What is asked for. `own_options…` are for questions that came with options.
+# The kinds of questions. `own_options…` are for questions that came with options.
 ASKS = tuple(ask for ask in _WORDS["en"] if ask not in ("images", "system", "statement"))
 YES_NO = {"zh": ("是", "否"), "en": ("Yes", "No")}
 

@@ -29,13 +29,13 @@ import numpy as np
 
 from echovlm_jax.errors import InputError
 
-# What a worker fills, by name: shape and dtype of each array.
+# The arrays that a worker fills, by name: shape and dtype.
 Layout = Mapping[str, tuple[tuple[int, ...], Any]]
 Arrays = dict[str, np.ndarray]
 # A worker's task: (job, arrays to fill, note); it calls note(n) when the n-th part of a job begins.
 Fill = Callable[[Any, Arrays, Callable[[int], None]], None]
 
-_SLOTS = 2  # so that a worker fills the next row while this process copies the last one
+_SLOTS = 2  # a worker fills the next row while this process copies the last one
 _HEAD = 64  # bytes in front of the slots: the note
 _CHILD = (
     "import sys; sys.path[:] = {path!r}; from echovlm_jax.data.workers import serve; serve({fd})"
@@ -105,7 +105,7 @@ class Workers:
             raise RuntimeError(f"{self._name(job, part)}: a data worker failed:\n{text}")
 
     def check(self) -> None:
-        """Raises WorkerDied where a worker has died, though nobody has asked for its row yet."""
+        """Raises WorkerDied where a worker has died, even before its row is needed."""
         if self._failure is not None:
             raise self._failure
 

@@ -1,8 +1,7 @@
-"""Stored arrays: read in whatever cut is needed, each stored chunk once, compared with its digest.
+"""Stored arrays: any block can be read; each stored chunk is read once and checked.
 
-`convert` makes the digests of chunks from the bytes that its source held, a training run from what
-Orbax has just written. TensorStore reads a chunk whole anyway: checking adds a pass over memory,
-which several threads share.
+`convert` makes the digests of chunks from its source's bytes, a training run from the bytes just
+written. TensorStore reads whole chunks anyway, so a check costs one pass over memory.
 """
 
 import functools
@@ -49,12 +48,12 @@ class Reader:
     of threads may read.
 
     Args:
-      folder: of the database.
-      parts: how the paths begin that are opened.
-      chunks: the digests of every array's chunks in row-major order, by `array_key`; values are
-        compared with them in memory. Without it they are not.
-      check: called once, before the first block is read.
-      mend: what to do where something is damaged.
+      folder: the database.
+      parts: the beginnings of the paths to open.
+      chunks: the digests of every array's chunks in row-major order, by `array_key`; None: values
+        are not checked.
+      check: a function called once, before the first block is read.
+      mend: the advice at the end of an error.
 
     Raises:
       DamagedError: the folder holds no readable checkpoint.
@@ -123,9 +122,9 @@ class Reader:
         """Reads several blocks, each stored chunk once however many of them need it.
 
         Args:
-          path: of the array.
+          path: the array.
           indices: the blocks.
-          take: is given every part of every block, from several threads.
+          take: a function that gets every part of every block, from several threads.
 
         Raises:
           DamagedError: the stored data is lost or damaged.
@@ -188,7 +187,7 @@ class Reader:
 def open_state(checkpoint: Path, parts: tuple[str, ...] = ("",), *, mend: str) -> Reader:
     """Opens the arrays of a run's checkpoint; its small files are compared with their digests.
 
-    A checkpoint from before there were digests of chunks is read whole before its first block is.
+    A checkpoint without digests of chunks, which older runs made, is read whole first.
 
     Args:
       checkpoint: the folder of a step.
@@ -196,7 +195,7 @@ def open_state(checkpoint: Path, parts: tuple[str, ...] = ("",), *, mend: str) -
       mend: as in `Reader`.
 
     Raises:
-      DamagedError: a file is missing, unknown, or not as it was written.
+      DamagedError: a file is missing, unknown or changed.
     """
     check_files(checkpoint, mend, data=False)
     chunks = check = None
@@ -231,7 +230,7 @@ def in_order(chunks: Mapping[str, str]) -> dict[str, list[str]]:
 def gather(
     read: Callable[[Sequence[Index], Take], object], indices: Sequence[Index], dtype: np.dtype
 ) -> list[np.ndarray]:
-    """The blocks that `read(indices, take)` reads, such as `Reader.read_blocks` of a path."""
+    """The blocks that a function like `Reader.read_blocks` of one path reads."""
     out = [np.empty(piece_shape(index), dtype) for index in indices]
 
     def take(number: int, where: Index, values: np.ndarray) -> None:
@@ -247,13 +246,13 @@ def to_devices(
     dtype: np.dtype,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """An array on devices. Of the shards of this process, the host holds 1 GiB at a time, or one.
+    """An array on devices. The host holds 1 GiB of this process' shards at a time, or one shard.
 
     Args:
-      read: see `gather`.
-      shape: of the whole array.
-      dtype: of it.
-      sharding: where it goes; by default whole to the default device.
+      read: as in `gather`.
+      shape: the whole array's shape.
+      dtype: the array's dtype.
+      sharding: the layout over devices; by default all on the default device.
     """
     if sharding is None:
         sharding = default_sharding()
@@ -265,14 +264,14 @@ def to_devices(
         blocks.setdefault(block, []).append(device)
     size = dtype.itemsize * math.prod(sharding.shard_shape(shape))
     together = max(1, _HOST_BYTES // max(1, size))
-    order, arrays = sorted(blocks), []  # so that neighbours, which share chunks, are together
+    order, arrays = sorted(blocks), []  # neighbours, which share chunks, come together
     for start in range(0, len(order), together):
         group = order[start : start + together]
         values = gather(read, [tuple(slice(*ends) for ends in block) for block in group], dtype)
         for block, part in zip(group, values, strict=True):
             arrays += [jax.device_put(part, device) for device in blocks[block]]
         del values, part
-        jax.block_until_ready(arrays)  # so that the host's copy can go before the next is read
+        jax.block_until_ready(arrays)  # the host's copy is freed before the next read
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
@@ -289,7 +288,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _context() -> ts.Context:
-    """Keeps a database's index, and of the values nothing."""
+    """A cache for databases' indices, and none for values."""
     limits = {"cache_pool": 0, "cache_pool#index": _NODES_BYTES}
     return ts.Context({name: {"total_bytes_limit": limit} for name, limit in limits.items()})
 
@@ -331,7 +330,7 @@ def inside(part: Index, whole: Index) -> Index:
 
 
 def _common(one: Index, other: Index) -> Index:
-    """What two blocks share."""
+    """The intersection of two blocks."""
     return tuple(
         slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True)
     )
@@ -379,7 +378,7 @@ def array_key(path: str) -> str:
 def reason(error: Exception) -> str:
     """An error of TensorStore's on one line, cut between its clauses where it is long."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    # What was asked for follows in brackets, as JSON.
+    # The request follows in brackets, as JSON.
     clauses = line.split(" [tensorstore_spec=")[0].split(": ")
     text = clauses[0]
     for clause in clauses[1:]:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import tensorstore as ts
 
 SCHEMES = ("gs://", "s3://")
-# Of requests that fail for a while: no connection, a timeout, HTTP 429 and 5xx. A minute in all.
+# Retries of a request that fails: no connection, a timeout, HTTP 429 and 5xx. A minute in all.
 _RETRIES = {"max_retries": 7, "initial_delay": "0.5s", "max_delay": "16s"}
-# Of a bucket's first request: a wrong address or network is told in seconds.
+# Retries of a bucket's first request: a wrong address is reported in seconds.
 _FIRST_RETRIES = {"max_retries": 3, "initial_delay": "0.5s", "max_delay": "2s"}
 _FIRST_SECONDS = 10.0
 _REASON_CHARS = 200
@@ -35,8 +35,8 @@ _REASON_CHARS = 200
 class BucketPath:
     """An object's name, or a folder's; the part of `pathlib.Path` that is used here.
 
-    What fails raises OSError, as a file's would. It is no local file: `open`, `Path` and what else
-    asks for a file's name raise InputError.
+    Failures raise OSError, as a file's do. It is no local file: `open`, `Path` and others that need
+    a file's name raise InputError.
     """
 
     def __init__(self, text: str) -> None:

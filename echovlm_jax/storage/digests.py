@@ -1,9 +1,8 @@
-"""The digest of every file of a folder, kept in the folder: by it every changed bit is found.
+"""The digests of a folder's files, kept in the folder: they find every changed bit.
 
-`XXH128SUMS` has one line a file, in the form of `xxh128sum`, and last its own digest, so that
-damage to itself is found as well. It covers all files below its folder, or some that are named.
-XXH3 finds accidents, not forgeries: who can change a file can change its digest. It is nearly as
-fast as memory; SHA-256 would take a third of a save's time.
+`XXH128SUMS` has one line a file, in the form of `xxh128sum`, and a last line with its own digest.
+It covers all files below its folder, or those named. XXH3 finds accidents, not forgeries, and is
+nearly as fast as memory; SHA-256 would take a third of a save's time.
 """
 
 import contextlib
@@ -36,12 +35,12 @@ def write(
     names: Iterable[str] | None = None,
     known: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes XXH128SUMS for files of `folder`, and makes them, and it, durable.
+    """Writes XXH128SUMS for files of `folder`, and makes all of them durable.
 
     Args:
-      folder: nobody writes into these files any more.
+      folder: the folder; its files must not change any more.
       names: the files to cover; all below `folder` by default.
-      known: digests by name that were found before.
+      known: digests that are known already, by name.
 
     Raises:
       OSError: a file can't be read, or this one not be written.
@@ -72,7 +71,7 @@ def of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def of_array(values: np.ndarray) -> str:
-    """The digest of an array's bytes in row-major order; other threads go on meanwhile."""
+    """The digest of an array's bytes in row-major order. Other threads can run meanwhile."""
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     return xxhash.xxh3_128(data.data).hexdigest()
 
@@ -81,16 +80,17 @@ def of_bytes(data: bytes) -> str:
     return xxhash.xxh3_128(data).hexdigest()
 
 
-def of_file(path: Path) -> str:
-    """The digest of a file's bytes. Raises OSError."""
+def of_file(path: Path, tick: Callable[[int], object] = lambda n: None) -> str:
+    """The digest of a file's bytes; `tick` as in `check`. Raises OSError."""
     if in_bucket(path):
-        return of_bytes(path.read_bytes())
+        tick(len(content := path.read_bytes()))
+        return of_bytes(content)
     with open(path, "rb", buffering=0) as file:
-        return _hash(file)
+        return _hash(file, tick)
 
 
 def of_json(value: object) -> str:
-    """The digest of a value of JSON's types, whatever the order of its keys."""
+    """The digest of a value of JSON's types; the order of keys does not matter."""
     return of_bytes(json.dumps(value, sort_keys=True).encode())
 
 
@@ -104,14 +104,14 @@ def check(
     """Compares every byte of `folder` with XXH128SUMS.
 
     Args:
-      folder: what `write` was called with.
-      names: the files that are there and covered; all below `folder` by default.
-      data: whether to read data files of arrays too, or only see that they are there.
-      tick: told of bytes that were read.
+      folder: the folder of `write`.
+      names: the files to compare; all below `folder` by default.
+      data: whether to read arrays' data files too, or only check that they exist.
+      tick: called with the number of bytes read.
 
     Returns:
       name → "missing", "unknown" (not in XXH128SUMS, or no plain file) or "differs"; empty where
-      all is whole. Where XXH128SUMS itself is damaged, nothing can be said of the others.
+      all is whole. A damaged XXH128SUMS is the only entry.
     """
     wanted = read(folder)
     if isinstance(wanted, str):
@@ -123,18 +123,9 @@ def check(
     def differs(name: str) -> bool:
         path = folder / name
         try:
-            if in_bucket(folder):
-                if not data and _DATA in name:
-                    return False
-                content = path.read_bytes()
-                tick(len(content))
-                return of_bytes(content) != wanted[name]
-            if not stat.S_ISREG(os.lstat(path).st_mode):
+            if not in_bucket(folder) and not stat.S_ISREG(os.lstat(path).st_mode):
                 return True
-            if not data and _DATA in name:
-                return False
-            with open(path, "rb", buffering=0) as file:
-                return _hash(file, tick) != wanted[name]
+            return (data or _DATA not in name) and of_file(path, tick) != wanted[name]
         except OSError:
             return True
 
@@ -146,7 +137,7 @@ def check(
 
 
 def read(folder: Path) -> dict[str, str] | str:
-    """Each covered file's digest by name, as XXH128SUMS has it; or MISSING or DIFFERS of itself."""
+    """The digests in XXH128SUMS by name; MISSING or DIFFERS where it is missing or damaged."""
     try:
         content = (folder / SUMS).read_bytes()
     except FileNotFoundError:
@@ -160,14 +151,14 @@ def read(folder: Path) -> dict[str, str] | str:
 
 
 def told(problems: Mapping[str, str]) -> str:
-    """What is broken, in a few words."""
+    """A short text about the problems that `check` found."""
     shown = [f"{name} {what}" for name, what in list(problems.items())[:_SHOWN]]
     more = len(problems) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def nbytes(folder: Path) -> int:
-    """The bytes of all files of `folder`; 0 of a bucket's, which doesn't list sizes."""
+    """The bytes of all files of `folder`; 0 for a bucket, whose lists have no sizes."""
     if in_bucket(folder):
         return 0
     sizes = []

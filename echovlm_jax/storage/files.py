@@ -1,8 +1,8 @@
-"""Files and folders, here or in a bucket, that appear whole or not at all, and stay.
+"""Durable files and folders on a file system or in a bucket, written whole or not at all.
 
-Here, what is written gets its name by a rename once it is durable, so that a power cut leaves it or
-what was there before. An object of a bucket appears whole by itself; a folder there is whole once
-the file that is written last, XXH128SUMS, is there.
+On a file system, a file is made durable and then renamed: a power cut leaves the new content or the
+old. A bucket's object is atomic by itself. A folder in a bucket is whole once it has XXH128SUMS,
+which is written last.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def write_bytes(path: Path, data: bytes | bytearray) -> None:
     """Writes a file whole.
 
     Raises:
-      OSError: it can't be written; what was there is as it was.
+      OSError: it can't be written; the old content is kept.
     """
     with new_file(path) as file:
         file.write(data)
@@ -73,8 +73,8 @@ def write_bytes(path: Path, data: bytes | bytearray) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written: it gets its name once it is durable, at the end; none after an error.
-    One of a bucket is in memory until then."""
+    """A file to write. At the end it is made durable and named; after an error there is none. For a
+    bucket it is held in memory until then."""
     if isinstance(path, BucketPath):
         memory = io.BytesIO()
         yield memory
@@ -103,14 +103,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def make_folder(path: Path, *, new: bool = False) -> None:
-    """Makes a folder and those above it. A bucket needs none. Raises OSError; with `new`, also
-    where it is there."""
+    """Makes a folder and its parents; nothing in a bucket. Raises OSError; with `new`, also for a
+    folder that exists."""
     if not in_bucket(path):
         path.mkdir(parents=True, exist_ok=not new)
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a link, or a folder with all that it holds, where it is there."""
+    """Deletes a file, a link, or a folder and its content; nothing where there is none."""
     if isinstance(path, BucketPath):
         path.delete_below()
     elif path.is_dir() and not path.is_symlink():
@@ -127,8 +127,8 @@ def rename_folder(made: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder to write small files into; then it takes the place of `path`, whole
-    on a file system, file by file in a bucket. After an error `path` is as it was."""
+    """Yields an empty folder for small files, which then replaces `path`: at once on a file system,
+    file by file in a bucket. An error leaves `path` unchanged."""
     local = not in_bucket(path)
     if local:
         make_folder(path.parent)
@@ -151,7 +151,7 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def below(folder: Path) -> list[str]:
-    """The names of all that is below a folder and is no folder; links are not followed."""
+    """The names of all files below a folder. Links are not followed, and are named."""
     if isinstance(folder, BucketPath):
         return folder.below()
     names = []
@@ -163,7 +163,7 @@ def below(folder: Path) -> list[str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes durable which names a folder holds. A bucket's always are."""
+    """Makes a folder's list of names durable. A bucket's always is."""
     if in_bucket(folder):
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -174,14 +174,14 @@ def sync_folder(folder: Path) -> None:
 
 
 class Lines:
-    """A file that grows; a context manager. What `sync` returned from survives a power cut.
+    """A file to append to; a context manager. After `sync`, lines survive a power cut.
 
-    On a file system what `write` returned from survives a kill. An object can't be appended to: it
-    is sent whole, at `sync` and `close`, and by `write` when the last time is 10 seconds ago.
+    On a file system, after `write` they survive a kill. An object can't be appended to: it is sent
+    whole at `sync` and `close`, and at a `write` 10 seconds after the last time.
 
     Args:
-      path: made where it is missing.
-      size: of what is there the first so many bytes are kept; all by default.
+      path: the file; made if missing.
+      size: the number of bytes to keep of its content; all by default.
 
     Raises:
       OSError: it can't be written; of `write` and `sync` too.

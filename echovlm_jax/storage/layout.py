@@ -2,7 +2,7 @@
 
 A model that `convert` or `upcycle` made:
 
-  config.json, tokenizer.json, …   what lies beside the weights in Hugging Face's form
+  config.json, tokenizer.json, …   the files beside the weights in Hugging Face's form
   params/                          the weights, as Orbax restores them
   conversion.json                  the report, and digests of the weights made from the source
   XXH128SUMS                       the digest of every file
@@ -10,12 +10,12 @@ A model that `convert` or `upcycle` made:
 A training run:
 
   config.json                      the training configuration
-  model/                           what lies beside the weights: frozen when the run begins
+  model/                           the files beside the weights: frozen when the run begins
   XXH128SUMS                       the digests of these two
   checkpoints/STEP/state/          parameters and the optimizer's state
   checkpoints/STEP/extra/          the training configuration that the step was made with
-  checkpoints/STEP/extra/model/    the run's model/, as it was at that step
-  checkpoints/STEP/chunks.json     the digests of the arrays' chunks, which are what is read of them
+  checkpoints/STEP/extra/model/    a copy of the run's model/ at that step
+  checkpoints/STEP/chunks.json     the digests of the arrays' chunks
   checkpoints/STEP/XXH128SUMS      the digest of every file of the checkpoint
 
 So a checkpoint needs nothing outside itself, and a run nothing outside its folder.
@@ -40,9 +40,8 @@ TRAINABLE, METRICS_LOG, ROUTING = "trainable.txt", "metrics.jsonl", "routing.jso
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps whose checkpoints a folder holds, in order; none where there is no folder. In a
-    bucket one is a checkpoint when its XXH128SUMS, which is written last, is there."""
-    if in_bucket(folder):  # where a folder has its name from the first byte on
+    """The steps of the checkpoints in a folder, in order; none where there is no folder."""
+    if in_bucket(folder):  # see `storage.steps`
         names = [name.removesuffix(f"/{SUMS}") for name in below(folder) if name.endswith(SUMS)]
         return _numbers(names)
     if not folder.is_dir():
@@ -86,8 +85,7 @@ def model_files(path: Path) -> Path:
 
 
 def run_files(run: Path) -> list[str]:
-    """The files of a run that decide its function, beside the checkpoints: what its XXH128SUMS
-    covers."""
+    """The files that a run's XXH128SUMS covers: its configuration and its model/."""
     inside = [f"{MODEL}/{name}" for name in below(run / MODEL)]
     return sorted([*inside, *([CONFIG] if (run / CONFIG).exists() else [])])
 

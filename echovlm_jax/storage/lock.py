@@ -1,11 +1,10 @@
-"""One writer at a time: a lock that nobody holds for long after his end.
+"""One writer at a time: a lock that ends soon after its holder does.
 
-On a file system it is the kernel's, on the file or folder itself. A bucket has none: there it is an
-object, NAME.writer, made only if there is none. Its holder rewrites it every RENEW seconds. Who
-finds it waits for that: a holder that is alive is seen at the next renewal, and one that has not
-renewed for EXPIRE seconds is dead, and its lock is taken over, again only if nobody else was
-faster. No clocks are compared. A holder that died on this machine is known at once. Each holder
-makes sure, before it declares anything whole, that the lock is still its own.
+On a file system it is the kernel's lock of the file or folder. In a bucket it is an object,
+NAME.writer, created only if absent. Its holder rewrites it every RENEW seconds. Another process
+watches it: a renewal shows that the holder is alive. After EXPIRE seconds without one, the lock is
+taken over, by one process only. No clocks are compared. The death of a holder on this machine is
+seen at once. A holder checks that the lock is still its own before it declares anything whole.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ RENEW, EXPIRE = 5.0, 30.0
 
 
 class Lock:
-    """Holds a file or a folder that is there, or a name in a bucket; a context manager.
+    """Holds an existing file or folder, or a name in a bucket; a context manager.
 
     Args:
-      path: what to hold.
-      name: what the user knows it by.
+      path: the file, folder or name.
+      name: the path to show in errors; `path` by default.
 
     Raises:
       InputError: another process holds it, or has just removed it.
@@ -127,7 +126,7 @@ class _Lease:
         return version
 
     def _watch(self, seen: bytes, busy: InputError) -> None:
-        """Returns when a lock has not been renewed for EXPIRE seconds."""
+        """Returns once a lock has not been renewed for EXPIRE seconds."""
         print(
             f"echovlm: {self._path}: is held on another machine; taken over in {EXPIRE:.0f} s"
             " unless its holder is alive",
@@ -175,8 +174,7 @@ class _Lease:
 
 
 def _process(pid: int) -> list[str] | None:
-    """What tells a running process from all others, of other machines too; None where nothing
-    does."""
+    """The identity of a running process among those of all machines; None where it has ended."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -187,7 +185,7 @@ def _process(pid: int) -> list[str] | None:
 
 
 def _is_running(content: bytes) -> bool | None:
-    """Whether a lock's holder is; None where that can't be seen from this machine."""
+    """Whether a lock's holder is running; None where it is on another machine."""
     try:
         holder, here = json.loads(content)["process"], _process(os.getpid())
         if holder[:2] == (here or [])[:2]:

@@ -1,4 +1,4 @@
-"""A training state on its way into a bucket, which Orbax's own saving doesn't know."""
+"""Saving a training state into a bucket, in place of Orbax, which has no s3://."""
 
 import math
 from collections import deque
@@ -23,11 +23,10 @@ class _Shard(NamedTuple):
 
 
 class State:
-    """A copy of the shards that this process writes: of each array's equal shards, one process has
-    the first.
+    """A copy of the shards that this process writes: the first of each array's equal shards.
 
     Args:
-      tree: of jax.Array, which may be changed or donated afterwards.
+      tree: the state, of jax.Array; it may be changed or donated afterwards.
     """
 
     def __init__(self, tree: Any) -> None:
@@ -84,7 +83,7 @@ class State:
         return found
 
     def finish(self, folder: Path, processes: int) -> None:
-        """Makes one database of what all processes have written; by one of them."""
+        """Merges the databases of all processes into one; called by one of them."""
         Writer(folder, self._arrays).finish(processes)
 
     def _chunks(self) -> Iterator[tuple[str, tuple[slice, ...], np.ndarray]]:
@@ -103,7 +102,7 @@ class State:
 
 
 def array_name(path: Any) -> str:
-    """An array's path in a tree, as Orbax stores it, whatever kinds of nodes the tree has."""
+    """An array's path in a tree of any nodes, as Orbax stores it."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

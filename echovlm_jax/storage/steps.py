@@ -1,7 +1,7 @@
-"""What becomes of a run's checkpoints: pruned, set aside, cleared away after a kill.
+"""Pruning a run's checkpoints, setting broken ones aside, clearing up after a kill.
 
 On a file system a folder gets a step's name when it is whole. In a bucket it has the name from the
-beginning, and is a checkpoint while its XXH128SUMS, which is written last, is there.
+beginning, and is a checkpoint while it has XXH128SUMS, which is written last.
 """
 
 import re
@@ -13,8 +13,7 @@ from echovlm_jax.storage.layout import CHUNKS, EXTRA, STATE, SUMS, steps
 UNFINISHED, DELETED, BROKEN = ".unfinished", ".deleted", ".broken"
 PART = ".digests.{}.json"  # of one process
 
-# What a kill leaves: a save of ours or of Orbax's that has no name yet, or a deletion that had
-# begun.
+# Left by a kill: an unfinished save of ours or of Orbax's, or an unfinished deletion.
 _LEFT = re.compile(rf"[0-9]+({re.escape(UNFINISHED)}|{re.escape(DELETED)})(\.orbax-.*)?")
 _OURS = re.compile(rf"({STATE}|{EXTRA})/.*|{re.escape(CHUNKS)}|\.digests\.[0-9]+\.json")
 
@@ -28,7 +27,7 @@ def prune(folder: Path, keep: int, keep_every: int | None) -> None:
     """Deletes all but the newest checkpoints, and each whose step is a multiple of `keep_every`."""
     for step in steps(folder)[:-keep]:
         if keep_every is None or step % keep_every:
-            # First its name or its digests: what a kill leaves of it is no checkpoint.
+            # First its name or its digests: after a kill the rest is no checkpoint.
             gone = folder / str(step)
             if in_bucket(gone):
                 (gone / SUMS).unlink()
@@ -38,7 +37,7 @@ def prune(folder: Path, keep: int, keep_every: int | None) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Deletes what a kill left of a save or a deletion, and nothing that may be another's."""
+    """Deletes unfinished saves and deletions, and nothing that may be somebody else's."""
     whole = {str(step) for step in steps(folder)} | set(broken(folder))
     for path in folder.iterdir():
         if in_bucket(path):
@@ -58,7 +57,7 @@ def broken(folder: Path) -> list[str]:
 
 
 def set_aside(path: Path) -> str:
-    """Takes its name or its digests from a broken checkpoint. Returns what it is now, in words.
+    """Renames a broken checkpoint, or in a bucket its digests. Returns a few words about that.
     Raises OSError."""
     if in_bucket(path):
         found = path / SUMS

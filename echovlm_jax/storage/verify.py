@@ -27,14 +27,14 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads all that a folder stores and compares it with the digests stored with it.
 
     Args:
-      folder: made by `convert` or `upcycle`; or a training run's, its `checkpoints/`, or one of
-        those. What was set aside as broken, or is being saved, is left out, and so is a run's log.
+      folder: a model made by `convert` or `upcycle`, a training run, its `checkpoints/`, or one of
+        these. Unfinished and broken checkpoints and a run's log are left out.
 
     Returns:
-      ok; arrays and bytes that are stored; corrupt, the names of files that differ, are missing or
-      are not among the digests; checkpoints, the steps looked at, for a run; unchecked, names of
-      files without a digest, where there are any: what was added beside a converted model's
-      weights, or a run's configuration from before it had digests.
+      ok; the number of arrays and bytes; corrupt, the names of files that differ, are missing or
+      have no digest; for a run checkpoints, their steps; unchecked, where there are any, the names
+      of files that may lack a digest: those added beside a converted model's weights, and the
+      configuration of a run older than its digests.
 
     Raises:
       InputError: there is no such folder, or one without digests.
@@ -70,7 +70,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
         for part in parts:
             problems = digests.check(part, tick=read)
             if problems and not part.exists():
-                continue  # a run that goes on has pruned it meanwhile
+                continue  # a training run has just pruned it
             base = part.relative_to(root)
             if (part / PARAMS).is_dir():
                 problems, added = without_added(problems)
@@ -86,14 +86,14 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def without_added(problems: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """What is wrong with a converted model, and which files were put beside its weights: people
-    add a tokenizer to a model that was converted without one."""
+    """The problems of a converted model without the files that were added beside its weights, such
+    as a tokenizer, and the names of those."""
     added = [n for n, what in problems.items() if what == digests.UNKNOWN and os.sep not in n]
     return {name: what for name, what in problems.items() if name not in added}, added
 
 
 class DamagedError(InputError):
-    """What is stored is lost or not as it was written: `what`, in a few words."""
+    """Stored data is lost or damaged; `what` describes it in a few words."""
 
     def __init__(self, folder: Path, what: str, mend: str) -> None:
         super().__init__(f"{folder}: is broken: {what}; {mend}")
@@ -104,16 +104,16 @@ def check_files(folder: Path, mend: str, *, data: bool = True, added: bool = Fal
     """Compares files with their digests.
 
     Args:
-      folder: of a checkpoint or a converted model.
-      mend: what to do where one differs.
-      data: whether to read those that hold arrays too.
-      added: whether there may be files that have no digest, beside the weights.
+      folder: a checkpoint or a converted model.
+      mend: the advice at the end of the error.
+      data: whether to read arrays' data files too.
+      added: whether files without a digest may lie beside the weights.
 
     Returns:
-      the names of those.
+      the names of such files.
 
     Raises:
-      DamagedError: a file differs, is missing, or is none of the folder's.
+      DamagedError: a file differs, is missing, or does not belong there.
     """
     with progress(digests.nbytes(folder) if data else 0, "B", f"check {folder.name}") as tick:
         problems = digests.check(folder, tick=tick, data=data)
@@ -126,10 +126,10 @@ def check_files(folder: Path, mend: str, *, data: bool = True, added: bool = Fal
 
 
 def run_problems(run: Path) -> tuple[dict[str, str], list[str]]:
-    """What is wrong with a run's own files, and which of them have no digests to tell by.
+    """The problems of a run's own files, and the names of those without a digest.
 
-    They have none where the run is from before there were any, and then its checkpoints have no
-    copies either; otherwise the digests were lost.
+    A run older than digests has none, and its checkpoints have no copies of its model/. With such
+    copies, missing digests were lost.
     """
     names = run_files(run)
     if digests.read(run) == digests.MISSING:
@@ -144,7 +144,7 @@ def _trees(folder: Path) -> list[Path]:
 
 
 def _count(tree: Path) -> int:
-    """How many arrays are listed; 0 where the list can't be read."""
+    """The number of listed arrays; 0 where the list can't be read."""
     try:
         leaves = json.loads(tree.read_text("utf-8"))["tree_metadata"].values()
         kinds = [leaf["value_metadata"]["value_type"] for leaf in leaves]

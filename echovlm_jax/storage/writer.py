@@ -62,12 +62,12 @@ class LostChunksError(InputError):
 
 
 class Writer:
-    """Writes parameters into `folder`; what `write` confirmed is durable and survives a kill.
+    """Writes parameters into `folder`; a confirmed `write` is durable and survives a kill.
 
     Args:
-      folder: new, or what a killed Writer of the same arrays left.
+      folder: a new folder, or that of a killed Writer of the same arrays.
       arrays: path → (shape, dtype, shape of a chunk).
-      process: whose database this is; each process of a job has its own.
+      process: the number of a job's process; each has a database of its own.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Writer:
         return commit
 
     def read(self, path: str, index: tuple[int | slice, ...]) -> np.ndarray:
-        """What is stored of a chunk; zeros where there is nothing.
+        """A chunk's stored values; zeros where there are none.
 
         Raises:
           LostChunksError: it can't be read.
@@ -128,10 +128,10 @@ class Writer:
             ) from None
 
     def finish(self, processes: int = 1) -> None:
-        """Turns what was written into a checkpoint that Orbax restores. May be run again.
+        """Makes a checkpoint that Orbax restores of the written arrays. May be run again.
 
         Args:
-          processes: how many wrote; all of them have ended that, and one of them calls this.
+          processes: the number of processes that wrote; all have ended, and one calls this.
 
         Raises:
           LostChunksError: chunks that were written are gone.
@@ -161,14 +161,14 @@ class Writer:
             write_text(target, json.dumps(content))
 
     def _keys(self) -> int:
-        """How many keys the complete database has: chunks, and each array's metadata."""
+        """The number of keys of the complete database: chunks, and each array's metadata."""
         return sum(
             1 + math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
             for shape, _, chunk in self._arrays.values()
         )
 
     def _drop_unreferenced(self, parts: list[Path]) -> None:
-        """Removes the data files of writes that a kill cut short."""
+        """Removes the data files of unfinished writes."""
         used = _data_files(self._folder)
         for part in parts:
             used |= {f"{part.name}/{name}" for name in _data_files(part)}
