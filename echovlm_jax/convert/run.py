@@ -1,9 +1,9 @@
 """A training run's folder as a model: the parameters of a checkpoint, its low-rank updates added.
 
-A checkpoint's state/ holds trainable/{params,lora}/…, frozen/…, and the optimizer's state. Quantized
-weights are read as floats, each value times its scale. Beside the state lie copies of the training
-configuration and of the model's: a later change of the run does not change older checkpoints.
-`storage.layout` names the files.
+A checkpoint's state/ holds trainable/{params,lora}/…, frozen/…, and the optimizer's state.
+Quantized weights are read as floats, each value times its scale. Beside the state lie copies of the
+training configuration and of the model's: a later change of the run does not change older
+checkpoints. `storage.layout` names the files.
 """
 
 from __future__ import annotations
