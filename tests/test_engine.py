@@ -248,6 +248,11 @@ def test_a_mesh_changes_no_token_and_divides_what_it_holds(meshed, sizes, cut):
         assert engine.decode._cache_size() - before == 1
         state = engine.init_state(rows=4, columns=512, new=128, stops=8, **static)
         program = engine.decode_step.lower(split, state, **static).compile()
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), split
+        )
+        sizes = {"rows": 4, "slots": 512, "dtype": FLOAT32, "compute": compute}
+        planned = engine.lower_decode(MESHED, shapes, **sizes).compile()
     np.testing.assert_array_equal(made.tokens, expected)
     [part] = {shard.data.shape for shard in state.cache.stored.key.addressable_shards}
     assert math.prod(part) * cut == state.cache.stored.key.size
@@ -258,3 +263,6 @@ def test_a_mesh_changes_no_token_and_divides_what_it_holds(meshed, sizes, cut):
     arguments = program.memory_analysis().argument_size_in_bytes
     whole = sum(x.nbytes for x in jax.tree.leaves((params, state)))
     assert arguments < whole
+    # What is planned without arrays is the same program, but for its room for new tokens.
+    new = 4 * 4 * (engine.NEW_TOKENS - 128)
+    assert planned.memory_analysis().argument_size_in_bytes == arguments + new

@@ -227,6 +227,8 @@ def test_split_over_a_mesh_it_computes_the_same(folder, model):
     assert kernel.sharding.spec == PartitionSpec(None, "tensor", "fsdp")
     inputs = {"input_ids": np.arange(10)[None]}
     np.testing.assert_allclose(split.forward(inputs), model.forward(inputs), atol=2e-4)
+    answers = [one.generate(IMAGE, "?", max_new_tokens=4)["text"] for one in (split, model)]
+    assert answers[0] == answers[1]
 
 
 def test_a_file_of_prompts(model, tmp_path):

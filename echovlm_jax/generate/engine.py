@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.generate.prompts import Prompt
@@ -138,7 +139,7 @@ def prefill(
     real = jnp.where(batch["segment_ids"] > 0, batch["tokens"], vocab)
     seen = jnp.zeros((rows, vocab), bool)
     return Prefilled(
-        cache=place_cache(cache, layout),
+        cache=place_cache(cache, layout.constrain),
         # Only the last column goes through the head: [B, S, V] would be gigabytes.
         logits=layout.constrain(model("logits", last)[:, 0], None, None),
         seen=seen.at[jnp.arange(rows)[:, None], real].set(True, mode="drop"),
@@ -171,7 +172,7 @@ def _in_pieces(
     cache = init_cache(model.config.text, rows, pieces * piece, x.dtype)
     starts = jnp.arange(pieces, dtype=jnp.int32) * piece
     own = (split(x, 1), split(batch["positions"], 2), split(batch["segment_ids"], 1), starts)
-    begun = (place_cache(cache, model.layout), jnp.zeros_like(x[:, :1]))
+    begun = (place_cache(cache, model.layout.constrain), jnp.zeros_like(x[:, :1]))
     (cache, last), _ = jax.lax.scan(read, begun, own)
     return cache._replace(length=length), last
 
@@ -325,9 +326,13 @@ def _layout(config: ModelConfig, compute: Compute, rows: int) -> Layout:
 
 def _placed(state: State, layout: Layout) -> State:
     """The state, laid out the same whichever program made it: the next one takes its buffers."""
-    rest = state._replace(cache=None)
-    whole = jax.tree.map(lambda x: layout.constrain(x, *[None] * x.ndim), rest)
-    return whole._replace(cache=place_cache(state.cache, layout))
+    return _place(state, layout.constrain)
+
+
+def _place(state: State, put: Any) -> State:
+    """The state with `put(array, *logical axes)` in place of every array."""
+    rest = jax.tree.map(lambda x: put(x, *[None] * x.ndim), state._replace(cache=None))
+    return rest._replace(cache=place_cache(state.cache, put))
 
 
 def lower_prefill(
@@ -351,7 +356,7 @@ def lower_prefill(
       dtype: compute dtype.
       slots: columns of a cache for `rows` rows that lies beside it, and that one prompt goes into:
         what a device holds when it generates. None: the prompts alone.
-      compute: how it is computed.
+      compute: how it is computed; its layout is that of the mesh in the context.
     """
     static: dict[str, Any] = {"config": config, "dtype": jnp.dtype(dtype), "compute": compute}
     if slots is None:
@@ -390,8 +395,19 @@ NEW_TOKENS = 512  # that `lower_prefill` and `lower_decode` leave room for
 
 
 def _abstract_state(rows: int, slots: int, static: dict[str, Any]) -> Any:
+    """The shapes of a state, and on a mesh where it lies."""
     sizes = {"rows": rows, "columns": slots, "new": NEW_TOKENS, "stops": _STOPS}
-    return jax.eval_shape(lambda: init_state(**sizes, **static))
+    state = jax.eval_shape(lambda: init_state(**sizes, **static))
+    layout = _layout(static["config"], static["compute"], rows)
+    if not layout.rules:
+        return state
+    mesh = jax.sharding.get_mesh()
+
+    def put(x: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, layout.spec(*axes))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return _place(state, put)
 
 
 def _abstract(config: ModelConfig, rows: int, prompt: int, patches: int) -> Prompt:

@@ -4,6 +4,7 @@ Each row has its own number of columns in use. What a column holds is told by it
 padding and for columns not yet used. Heads come before columns, as attention reads them.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +37,13 @@ def init_cache(config: TextConfig, batch: int, columns: int, dtype: DTypeLike) -
     return Cache(stored, jnp.zeros((batch, columns), jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
-def place_cache(cache: Cache, layout: Layout) -> Cache:
-    """The cache, laid out by its logical axes."""
+def place_cache(cache: Cache, put: Callable[..., Any]) -> Cache:
+    """The cache with `put(array, *logical axes)` in place of every array: `Layout.constrain`, or
+    whatever else depends on where they lie."""
     return Cache(
-        jax.tree.map(lambda x: layout.constrain(x, *_STORED), cache.stored),
-        layout.constrain(cache.segments, *_SEGMENTS),
-        layout.constrain(cache.length, *_LENGTH),
+        jax.tree.map(lambda x: put(x, *_STORED), cache.stored),
+        put(cache.segments, *_SEGMENTS),
+        put(cache.length, *_LENGTH),
     )
 
 

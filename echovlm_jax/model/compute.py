@@ -29,8 +29,8 @@ class Compute:
     Attributes:
       moe_dispatch: how tokens meet experts: dense, ragged or einsum (`ops.moe.dispatch.moe`).
       capacity_factor: of the einsum dispatch; None never drops a token.
-      attention: implementation for whole sequences (`ops.attention.dispatch`); a cache is always
-        read by the plain one.
+      attention: implementation for whole sequences (`ops.attention.dispatch`); a cache is read by
+        `ops.attention.cached`.
       remat: what the backward pass finds stored, a key of REMAT.
       layout: where activations lie; empty on one device.
       cache: what generation keeps keys and values in: "" for the compute dtype, or "int8".

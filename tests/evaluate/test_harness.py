@@ -108,9 +108,11 @@ def test_tables_are_of_their_lines(model, quick, tmp_path):
 
 def test_refusals_are_undecided_and_counted(model, quick, tmp_path, monkeypatch, capsys):
     refusals = ["对不起，我无法判断。", "I cannot tell.", ""]
-    monkeypatch.setattr(
-        load.Model, "answer", lambda self, inputs, **k: [{"text": refusals[len(inputs) % 3]}] * 3
-    )
+
+    def answer_each(self, asked, **settings):
+        return ((row, {"text": refusals[row % 3]}) for row, _ in asked)
+
+    monkeypatch.setattr(load.Model, "answer_each", answer_each)
     arguments = ["--data", "phantom", "--out", str(tmp_path / "out"), "--limit", "3"]
     assert main(["eval", str(model), *arguments, "--batch-size", "3"]) == 0
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))
@@ -129,7 +131,9 @@ def test_perfect_answers_are_scored_so(model, quick, tmp_path, monkeypatch):
         harness, "inputs_of", lambda model, sample, *rest: made.append(sample) or sample.reference
     )
     monkeypatch.setattr(
-        load.Model, "answer", lambda self, inputs, **k: [{"text": text} for text in inputs]
+        load.Model,
+        "answer_each",
+        lambda self, asked, **settings: ((row, {"text": text}) for row, text in asked),
     )
     result = evaluate(model, "phantom", tmp_path / "out", **FEW)
     for name in ("bleu4", "rouge1", "rougeL", "diagnosis_accuracy", "diagnosis_macro_f1"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from echovlm_jax.ops.sampling import (
+    FEW,
     SamplingOptions,
     choose,
     draw,
@@ -97,3 +98,51 @@ def test_greedy_takes_the_likeliest_after_the_penalty():
     own = settings(temperature=0.0, repetition_penalty=1.2, rows=range(2))
     chosen = choose(logits, seen, own, np.zeros(2, np.int32))
     assert chosen.tolist() == [2, 2]
+
+
+MIXED = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 2.0},
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": FEW},
+    {"top_k": FEW + 1},
+    {"top_k": 10**6},
+    {"top_p": 0.6},
+    {"top_k": 9, "top_p": 0.9, "repetition_penalty": 1.2},
+]
+
+
+def test_a_row_draws_the_same_whatever_the_others_ask_for():
+    """Each branch for itself, and all rows in the one that sorts; ties at the k-th logit too."""
+    rng = np.random.default_rng(0)
+    count, vocab = len(MIXED), 200
+    rows = [settings(**own, seed=n, rows=[n]) for n, own in enumerate(MIXED)]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
+    chosen, compiled = set(), jax.jit(choose)
+    for step in range(30):
+        logits = rng.integers(-4, 5, (count, vocab)).astype(np.float32) / 2
+        seen = rng.random((count, vocab)) < 0.3
+        steps = np.full(count, step, np.int32)
+        mixed = np.asarray(compiled(logits, seen, joined, steps))
+        for n, own in enumerate(rows):
+            one = slice(n, n + 1)
+            assert compiled(logits[one], seen[one], own, steps[one])[0] == mixed[n]
+            chosen.add(int(mixed[n]))
+    assert len(chosen) > 20
+    # Rows whose token doesn't matter change nothing either.
+    idle = np.arange(count) > 6
+    found = np.asarray(compiled(logits, seen, joined, steps, idle))
+    np.testing.assert_array_equal(found[~idle], mixed[~idle])
+
+
+def test_only_top_p_and_a_large_top_k_sort_the_vocabulary():
+    logits, seen = np.zeros((4, 200), np.float32), np.zeros((4, 200), bool)
+    program = jax.make_jaxpr(choose)(logits, seen, settings(), np.zeros(4, np.int32))
+    [switch] = [eqn for eqn in program.eqns if eqn.primitive.name == "cond"]
+    likeliest, top, full = map(str, switch.params["branches"])
+    assert [(" sort[" in text, " top_k[" in text) for text in (likeliest, top, full)] == [
+        (False, False), (False, True), (True, False)
+    ]  # fmt: skip
+    assert "random_bits" not in likeliest and "random_bits" in top
