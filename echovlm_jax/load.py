@@ -78,16 +78,15 @@ def load_model(
     config, stored = opened.config, set(opened.dtypes.values())
     wanted = as_dtype(dtype)
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    if wanted is None and device.platform == "cpu":
+    by_default = wanted is None and device.platform == "cpu"
+    if by_default:
         wanted = np.dtype(np.float32)
-        if stored != {wanted}:
-            _say_once(
-                "on a CPU this computes in float32; dtype bfloat16 halves memory, but is slower"
-            )
     shardings = None
     if mesh is not None:
         shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
     config, params = load_params(opened, dtype=wanted, shardings=shardings, quantize=quantize)
+    if by_default and stored != {wanted}:
+        _say_once("on a CPU this computes in float32; dtype bfloat16 halves memory, but is slower")
     return Model(
         config,
         params,
