@@ -83,19 +83,18 @@ def load_model(
     config, stored = opened.config, set(opened.dtypes.values())
     wanted = as_dtype(dtype)
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    suited = as_dtype(defaults(device).dtype)
-    if wanted is None and suited is not None:
-        wanted = suited
-        if stored != {wanted}:
-            _say_once(
-                "on a CPU this computes in float32; dtype bfloat16 halves memory, but is slower"
-                if device.platform == "cpu"
-                else f"this card has no bfloat16: it computes in {suited}"
-            )
+    suited = as_dtype(defaults(device).dtype) if wanted is None else None
+    wanted = wanted or suited
     shardings = None
     if mesh is not None:
         shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
     config, params = load_params(opened, dtype=wanted, shardings=shardings, quantize=quantize)
+    if suited is not None and stored != {suited}:
+        _say_once(
+            "on a CPU this computes in float32; dtype bfloat16 halves memory, but is slower"
+            if device.platform == "cpu"
+            else f"this card has no bfloat16: it computes in {suited}"
+        )
     return Model(
         config,
         params,

@@ -111,7 +111,7 @@ def quantize(weight: Array, spec: ParamSpec, how: Recipe) -> Quantized:
     over = (-1,) if form.grouped else tuple(range(-form.inputs, 0))
     top = jnp.max(jnp.abs(wide), axis=over, keepdims=True)
     most = 2 ** (how.bits - 1) - 1
-    scale = jnp.where(top > 0, top, 1) / most
+    scale = jnp.where(top == 0, 1, top) / most  # not finite where a value isn't
     values = jnp.round(wide / scale).astype(form.values.dtype)
     scale = jnp.squeeze(scale, over)
     if form.grouped:
