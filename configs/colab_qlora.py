@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.stage_rules = (
         ("text/layers/(moe/(router|shared_gate)|coefficient)/.*", "full"),
         (r"text/layers/(attn|mlp|moe/shared|moe/experts)/\w+/kernel", "lora"),
-        # The tower is 6 % of the weights, not quantized, and its updates are a fifth of all.
+        # The tower is 6 % of the weights, not quantized, and has an eighth of the updates.
         (r"vision/(blocks/(attn|mlp)|merger)/\w+/kernel", "lora"),
         (".*", "frozen"),
     )
