@@ -150,6 +150,7 @@ def rounded(
     Raises:
       InputError: a value is not finite.
     """
+    how = _of(spec, how)
     outputs, inputs = spec.shape[spec.stacked + 1 : -spec.inputs], spec.shape[-spec.inputs :]
     # As a matrix: parameters of many shapes then share a compiled program.
     inner = inputs[:-1] if how.group else ()
@@ -181,7 +182,13 @@ def _round(matrix: Any, how: Recipe, packed: bool) -> Any:
 
 def scale_axis(spec: ParamSpec, how: Recipe) -> int:
     """Where the scales of one place have the first output axis."""
-    return spec.inputs if how.group else 0
+    return spec.inputs if _of(spec, how).group else 0
+
+
+def _of(spec: ParamSpec, how: Recipe) -> Recipe:
+    """A recipe with the groups that it has for this parameter."""
+    form = abstract(spec, how)
+    return replace(how, group=form.values.shape[-1] if form.grouped else None)
 
 
 @functools.cache
