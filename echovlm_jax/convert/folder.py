@@ -39,7 +39,7 @@ from echovlm_jax.storage.arrays import (
     piece_shape,
 )
 from echovlm_jax.storage.files import as_path, in_bucket, write_bytes, write_json
-from echovlm_jax.storage.layout import CONFIG, PARAMS, REPORT, SUMS, TREE
+from echovlm_jax.storage.layout import CONFIG, PARAMS, REPORT, SUMS, TREE, run_step
 from echovlm_jax.storage.verify import check_files
 
 # Beside the weights: tokenizer, processor, chat template, licence.
@@ -129,10 +129,20 @@ def open_checkpoint(
       InputError: as there; its configuration is not one; its weights are quantized.
     """
     where = as_path(path)
+    refuse_run(where)
     refuse_quantized(where.parent if where.is_file() else where)
     source = sources.open_source(where, once=once)
     refuse_quantized_tensors(source)
     return source, read_config(source.folder)
+
+
+def refuse_run(path: Path) -> None:
+    """Raises InputError where a Hugging Face folder is asked for and a training run's is given."""
+    if run_step(path):
+        raise InputError(
+            f"{path}: is a training run's; make a Hugging Face folder of it first, with `echovlm"
+            " export`"
+        )
 
 
 class _Converted:

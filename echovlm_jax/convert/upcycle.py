@@ -154,6 +154,7 @@ def _read_dense(src: Path) -> tuple[dict[str, Any], ModelConfig]:
         raise InputError(f"{src}: no such folder; give a Qwen2-VL in Hugging Face form")
     if (src / folder.PARAMS / TREE).is_file():
         raise InputError(f"{src}: was made by convert; give the Hugging Face folder, or export it")
+    folder.refuse_run(src)
     config = folder.read_config(src)
     raw = sources.read_json(src / folder.CONFIG)
     if config.moe is not None:

@@ -61,7 +61,9 @@ def run_step(path: Path) -> tuple[Path, int] | None:
     Raises:
       InputError: the run has no checkpoint yet.
     """
-    if path.parent.name == CHECKPOINTS and path.name.isdecimal():
+    # Models in Hugging Face's form have such names too, and their config.json right there.
+    numbered = path.parent.name == CHECKPOINTS and path.name.isdecimal()
+    if numbered and not (path / CONFIG).is_file():
         return path.parent.parent, int(path.name)
     if not (path / MODEL / CONFIG).is_file():
         return None

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from echovlm_jax.config import to_hf
 from echovlm_jax.convert import convert, export, inspect, load_params, safetensors
 from echovlm_jax.convert.to_torch import parse_size
+from echovlm_jax.convert.upcycle import upcycle
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage import digests as sums
 from echovlm_jax.storage.arrays import Reader
@@ -251,6 +252,28 @@ def test_a_damaged_report(tmp_path: Path, report: dict, says: str) -> None:
     for what in (inspect, lambda model: export(model, tmp_path / "back")):
         with pytest.raises(InputError, match=rf"conversion\.json: {says}.*; convert again"):
             what(tmp_path / "ours")
+
+
+def test_a_training_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for folder in (run / "model", run / "checkpoints" / "4" / "extra" / "model"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(to_hf(DENSE)))
+    (run / "config.json").write_text('{"model": "tiny"}')
+    for command in (convert, upcycle):
+        for path in (run, run / "checkpoints" / "4"):
+            with pytest.raises(InputError, match="is a training run's; make a Hugging Face folder"):
+                command(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_a_folder_of_checkpoints(tmp_path: Path) -> None:
+    """Others name their folders so too; what is in one tells whose it is."""
+    source = write(tmp_path / "checkpoints" / "500", tensors())
+    convert(source, tmp_path / "ours")
+    export(source, tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(source)
+    load_params(source)
 
 
 def test_one_weight_file_of_any_name(tmp_path: Path) -> None:
