@@ -134,20 +134,23 @@ def lookup(
     if not isinstance(table, Quantized):
         return as_operand(jnp.take(table, tokens, axis=0), dtype)
     if tokens.shape[1] == 1 and jax.sharding.get_abstract_mesh().size <= 1:
-        # While decoding: for a gather of few rows XLA:TPU copies the whole table into another form.
-        numbers = jnp.unstack(tokens[:, 0])
-        values = _rows(table.values, numbers, 0)[:, None]
-        scale = _rows(table.scale, numbers, table.scale.ndim - 1)[..., None]
-    else:
-        values = jnp.take(table.values, tokens, axis=0)  # [B, T, D], or [B, T, groups, size]
-        scale = jnp.take(table.scale, tokens, axis=-1)  # [B, T], or [groups, B, T]
-    if table.grouped:
-        scale = jnp.moveaxis(scale, 0, -1)
-    rows = values.astype(jnp.float32) * scale[..., None]
-    return rows.reshape(*tokens.shape, table.shape[-1]).astype(dtype)
+        # While decoding: for a gather of few rows XLA:TPU copies the whole table into another form,
+        # and so it does for rows that are joined before they are wide.
+        rows = [_row(table, number, dtype) for number in jnp.unstack(tokens[:, 0])]
+        return jnp.concatenate(rows)[:, None]
+    values = jnp.take(table.values, tokens, axis=0)  # [B, T, D], or [B, T, groups, size]
+    scale = jnp.take(table.scale, tokens, axis=-1)  # [B, T], or [groups, B, T]
+    return _wide(table, values, scale, dtype).reshape(*tokens.shape, table.shape[-1])
 
 
-def _rows(array: Array, numbers: Sequence[Array], axis: int) -> jax.Array:
-    """These places of an axis."""
-    found = [jax.lax.dynamic_slice_in_dim(array, number, 1, axis) for number in numbers]
-    return jnp.concatenate(found, axis)
+def _row(table: Quantized, number: Array, dtype: DTypeLike) -> jax.Array:
+    """One row [1, D]."""
+    values = jax.lax.dynamic_slice_in_dim(table.values, number, 1, 0)
+    scale = jax.lax.dynamic_slice_in_dim(table.scale, number, 1, table.scale.ndim - 1)
+    return _wide(table, values, scale, dtype).reshape(1, table.shape[-1])
+
+
+def _wide(table: Quantized, values: Array, scale: Array, dtype: DTypeLike) -> jax.Array:
+    """Values of rows times their scales [*rows], or in groups [groups, *rows]."""
+    scale = jnp.moveaxis(scale, 0, -1) if table.grouped else jnp.asarray(scale)
+    return (jnp.asarray(values, jnp.float32) * scale[..., None]).astype(dtype)
