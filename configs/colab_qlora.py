@@ -27,9 +27,8 @@ def get_config() -> ConfigDict:
     config.global_batch_size = 8
     config.grad_accum = 8  # one row at a time
     config.balance_over = "row"  # the router's load over a part needs no pass over the others
-    # Of the phantom, a token a byte, every tenth choice between four reports is longer than a row, and
-    # every sixth exam's images are shrunk (`echovlm data stats phantom --config` this file). Words of
-    # a real tokenizer fit.
+    # Of the phantom, a token a byte, every tenth choice between four reports is longer than a row,
+    # and every sixth exam's images are shrunk: `echovlm data stats phantom --config` this file.
     config.seq_len = 1024
     config.max_patches = 1568
     config.allow_dropped = 0.1
