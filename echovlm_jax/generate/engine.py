@@ -141,7 +141,7 @@ def prefill(
     return Prefilled(
         cache=place_cache(cache, layout.constrain),
         # Only the last column goes through the head: [B, S, V] would be gigabytes.
-        logits=layout.constrain(model("logits", last)[:, 0], None, None),
+        logits=_logits(model, last, layout),
         seen=seen.at[jnp.arange(rows)[:, None], real].set(True, mode="drop"),
         position=prompt.position,
     )
@@ -249,7 +249,7 @@ def decode_step(
     hidden, outputs = model("decode", x, positions, segments, state.cache)
     cache = extend_cache(state.cache, outputs.kv, segments, layout)
     cache = cache._replace(length=jnp.where(live, cache.length, state.cache.length))
-    logits = layout.constrain(model("logits", hidden)[:, 0], None, None)
+    logits = _logits(model, hidden, layout)
     token = choose(logits, state.seen, state.request.sampling, state.count, state.done)
     token = jnp.where(live, token, 0)
     number, count = jnp.arange(rows), state.count + live
@@ -290,6 +290,16 @@ def decode(
         return carry[0] + 1, step(carry[1])
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def _logits(model: "_Model", hidden: jax.Array, layout: Layout) -> jax.Array:
+    """[B, V], whole on every device, of [B, 1, D].
+
+    First each device's part of the vocabulary: asked for whole ones alone, XLA gathers the head's
+    weight, which is larger by far.
+    """
+    parts = layout.constrain(model("logits", hidden)[:, 0], None, "vocab")
+    return layout.constrain(parts, None, None)
 
 
 class _Model:
