@@ -27,7 +27,7 @@ PACKAGE = "echovlm_jax"
 # Who may import whom of ours; the longest matching name rules. A part may always import itself
 # and `errors`. `config` is where all data flows from: whatever is after it may read it.
 _CONVERT = {
-    *("config", "model.abstract_params", "model.param_specs", "mesh"),
+    *("config", "model.ParamSpec", "model.abstract_params", "model.param_specs", "mesh"),
     *("ops.product.weight", "quantize", "storage", "progress"),
 }
 _LOAD = {"config", "mesh", "model", "processing", "convert", "generate", "storage"}
