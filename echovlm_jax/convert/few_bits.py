@@ -20,7 +20,7 @@ from echovlm_jax.convert.source import WEIGHT_DTYPES
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import ParamSpec
-from echovlm_jax.quantize import KINDS, Recipe, abstract, pack, quantize, recipe, unpack
+from echovlm_jax.quantize import GROUP, KINDS, Recipe, abstract, pack, quantize, recipe, unpack
 from echovlm_jax.storage import writer as store
 from echovlm_jax.storage.arrays import AGAIN, Index, Take
 
@@ -59,7 +59,7 @@ class FewBits:
         """As conversion.json has it."""
         how = self.how
         held = {"bits": how.bits, "group": how.group, "values": _HELD[how.bits]}
-        return {"kind": self.kind, **held, "dtype": self.dtype}
+        return {"kind": self.kind, **held, "table_group": GROUP, "dtype": self.dtype}
 
     @property
     def identity(self) -> str:

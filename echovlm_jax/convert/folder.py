@@ -87,8 +87,8 @@ def open_model(path: str | os.PathLike[str], *, quantized: bool = False) -> Stor
     opened = _open(as_path(path))
     if opened.quantized and not quantized:
         raise InputError(
-            f"{path}: its weights are quantized ({opened.quantized.kind}), for `generate` and"
-            " `eval` alone; give the checkpoint that it was converted from"
+            f"{path}: its weights are quantized ({opened.quantized.kind}), for `generate`, `eval`"
+            " and `train` with the key quantize; give the checkpoint that it was converted from"
         )
     return opened
 

@@ -3,6 +3,7 @@
 from echovlm_jax.quantize.blocks import read_block
 from echovlm_jax.quantize.packing import pack, unpack
 from echovlm_jax.quantize.recipes import (
+    GROUP,
     KINDS,
     Recipe,
     abstract,
@@ -14,6 +15,7 @@ from echovlm_jax.quantize.recipes import (
 )
 
 __all__ = [
+    "GROUP",
     "KINDS",
     "Recipe",
     "abstract",

@@ -27,7 +27,7 @@ _TAKEN = re.compile(
 )
 
 
-_GROUP = 128
+GROUP = 128
 # A table's rows are always in groups: XLA:TPU has no way to take one row of an int8 matrix, whose
 # tiles are of 32 rows, and copies all of it for every token.
 _TABLE = ("vocab", "embed")
@@ -50,7 +50,7 @@ class Recipe:
 
 KINDS: Mapping[str, Recipe] = {
     "int8": Recipe(8),
-    "int4": Recipe(4, group=_GROUP),
+    "int4": Recipe(4, group=GROUP),
     "w8a8": Recipe(8, int8_products=True),
 }
 
@@ -71,7 +71,7 @@ def abstract(spec: ParamSpec, how: Recipe) -> Quantized:
     """The quantized form of a weight, of jax.ShapeDtypeStruct."""
     _, outputs, inputs = spec.cut(spec.shape)
     lead = spec.shape[: spec.stacked]
-    group = _GROUP if spec.axes == _TABLE else how.group
+    group = GROUP if spec.axes == _TABLE else how.group
     group = group and _group(inputs[-1], group)
     values, scale = spec.shape, (*lead, *outputs)
     if group:
