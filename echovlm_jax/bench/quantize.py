@@ -1,7 +1,7 @@
 """What quantized weights cost a model in accuracy: its next tokens beside those of the wide one."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from echovlm_jax.config import ModelConfig
-from echovlm_jax.data.dataset import open_dataset
+from echovlm_jax.data.dataset import Dataset, open_dataset
 from echovlm_jax.errors import InputError
-from echovlm_jax.evaluate.samples import NO_LIMIT, Limits, inputs_of, make_samples
+from echovlm_jax.evaluate.harness import limits_of
+from echovlm_jax.evaluate.samples import Limits, Sample, inputs_of, make_samples
 from echovlm_jax.load import Model, load_model
 from echovlm_jax.model import EchoVLM
 from echovlm_jax.processing.batch import PATCH_BUCKETS, bucket, make_batch
 from echovlm_jax.progress import progress
 from echovlm_jax.quantize import KINDS, quantize_params
+from echovlm_jax.storage.files import as_path
 
 
 def bench_quantize(
@@ -32,9 +34,10 @@ def bench_quantize(
       exams: number of exams, from the first; each is asked for what its record answers.
 
     Returns:
-      tokens, what, and by kind of `quantize.KINDS`: top1_agreement, the share of tokens whose
-      likeliest is the wide model's; mean_kl, the divergence KL(wide ‖ quantized) in nats; loss and
-      wide_loss, the mean cross-entropy of the references; bytes and wide_bytes, of the parameters.
+      tokens, what, wide_loss and wide_bytes, and in `kinds` by kind of `quantize.KINDS`:
+      top1_agreement, the share of tokens whose likeliest is the wide model's; mean_kl, the
+      divergence KL(wide ‖ quantized) in nats; loss, the mean cross-entropy of the references; and
+      bytes of the parameters.
 
     Raises:
       InputError: the model or data can't be used, or no answer fits.
@@ -44,18 +47,24 @@ def bench_quantize(
     forms = {kind: quantize_params(wide, loaded.config, kind) for kind in KINDS}
     sums = {kind: np.zeros(3) for kind in KINDS}
     tokens, wide_loss = 0, 0.0
-    with progress(exams, "exam", "compare") as tick:
-        for batch, at, wanted in _answers(loaded, data, split, exams):
+    dataset = open_dataset(data, split)
+    samples = [sample for exam in make_samples(dataset, limit=exams) for sample in exam]
+    limits = limits_of(loaded, as_path(model), 0, None)
+    with progress(len(samples), "answer", "compare") as tick:
+        for sample in samples:
+            tick(1)
+            if (found := _answer(loaded, dataset, sample, limits)) is None:
+                continue
+            batch, at, wanted = found
             own = _log_probabilities(loaded.config, wide, batch, at)
             wide_loss -= own[np.arange(len(wanted)), wanted].sum()
             tokens += len(wanted)
             for kind, params in forms.items():
-                found = _log_probabilities(loaded.config, params, batch, at)
-                same = (found.argmax(-1) == own.argmax(-1)).sum()
-                divergence = (np.exp(own) * (own - found)).sum()
-                loss = -found[np.arange(len(wanted)), wanted].sum()
+                near = _log_probabilities(loaded.config, params, batch, at)
+                same = (near.argmax(-1) == own.argmax(-1)).sum()
+                divergence = (np.exp(own) * (own - near)).sum()
+                loss = -near[np.arange(len(wanted)), wanted].sum()
                 sums[kind] += [same, divergence, loss]
-            tick(1)
     if not tokens:
         raise InputError(f"{data}: split {split!r} has no answer that fits")
     result = {
@@ -72,7 +81,7 @@ def bench_quantize(
         "tokens": tokens,
         "wide_loss": float(wide_loss / tokens),
         "wide_bytes": _bytes(wide),
-        **result,
+        "kinds": result,
     }
 
 
@@ -82,36 +91,28 @@ def _bytes(params: Any) -> int:
     return sum(x.size // 2 if x.dtype == jnp.int4 else x.nbytes for x in leaves)
 
 
-def _answers(
-    model: Model, data: str | Path, split: str, exams: int
-) -> Iterator[tuple[Mapping[str, np.ndarray], np.ndarray, np.ndarray]]:
-    """A model batch of one row, the columns that predict a reference's tokens, and these."""
-    dataset = open_dataset(data, split)
-    room = model.config.text.max_position_embeddings
-    limits = Limits(room, NO_LIMIT, NO_LIMIT)
-    for samples in make_samples(dataset, limit=exams):
-        for sample in samples:
-            record = dataset.record(sample.record)
-            try:
-                inputs = inputs_of(model, sample, dataset.media(sample.record), record, limits)
-            except InputError:
-                continue
-            answer = np.asarray(model.processor.tokenizer.encode(sample.reference), np.int64)
-            prompt = inputs["input_ids"].shape[1]
-            if not len(answer) or prompt + len(answer) > room:
-                continue
-            ids = np.concatenate([inputs["input_ids"], answer[None]], axis=1)
-            whole = {**inputs, "input_ids": ids, "attention_mask": np.ones_like(ids)}
-            patches = sum(len(inputs[k]) for k in inputs if k.startswith("pixel_values"))
-            columns = bucket(ids.shape[1])
-            batch = make_batch(
-                model.config,
-                whole,
-                seq_len=columns,
-                max_patches=bucket(patches, PATCH_BUCKETS) if patches else None,
-            )
-            start = columns - ids.shape[1] + prompt - 1  # padding comes first
-            yield batch, np.arange(start, start + len(answer)), answer
+def _answer(
+    model: Model, dataset: Dataset, sample: Sample, limits: Limits
+) -> tuple[Mapping[str, np.ndarray], np.ndarray, np.ndarray] | None:
+    """A model batch of one row, the columns that predict a reference's tokens, and these; None
+    where it does not fit."""
+    try:
+        record = dataset.record(sample.record)
+        inputs = inputs_of(model, sample, dataset.media(sample.record), record, limits)
+    except InputError:
+        return None
+    answer = np.asarray(model.processor.tokenizer.encode(sample.reference), np.int64)
+    prompt = inputs["input_ids"].shape[1]
+    if not len(answer) or prompt + len(answer) > limits.seq_len:
+        return None
+    ids = np.concatenate([inputs["input_ids"], answer[None]], axis=1)
+    whole = {**inputs, "input_ids": ids, "attention_mask": np.ones_like(ids)}
+    patches = sum(len(inputs[key]) for key in inputs if key.startswith("pixel_values"))
+    columns = bucket(ids.shape[1])
+    room = bucket(patches, PATCH_BUCKETS) if patches else None
+    batch = make_batch(model.config, whole, seq_len=columns, max_patches=room)
+    start = columns - len(answer) - 1  # padding comes first
+    return batch, np.arange(start, start + len(answer)), answer
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import LOCAL, Result, add_command, no_native_stderr
+from echovlm_jax.cli.frame import LOCAL, NAMED, PLACE, Result, add_command, no_native_stderr
 from echovlm_jax.cli.printing import lines, show, table
 from echovlm_jax.errors import InputError
 from echovlm_jax.memory import keep_freed_memory
@@ -117,6 +117,7 @@ def _positive(text: str) -> int:
 # What `bench` can do with --what, and where it keeps the runs of phantom.
 _WORKS = {"cpu": ("train", "generate"), "phantom": ("mixture", "imbalance")}
 _PHANTOM = Path("bench_out/phantom")
+_WHAT = ("convert", "cpu", "data", "decode", "moe", "phantom", "quantize")
 
 
 def _bench(args: argparse.Namespace) -> Result:
@@ -138,6 +139,14 @@ def _bench(args: argparse.Namespace) -> Result:
         from echovlm_jax.bench.phantom import bench_phantom
 
         return bench_phantom(args.work or "mixture", args.dir or _PHANTOM)
+    if args.what == "quantize":
+        from echovlm_jax.bench.quantize import bench_quantize
+
+        if args.model is None:
+            raise InputError(
+                "`bench quantize` compares a model with itself: give --model, a folder"
+            )
+        return bench_quantize(args.model, data=args.data or "phantom")
     size = args.size or "echovlm_11b"
     if args.what == "decode":
         return _bench_decode(args, size)
@@ -173,17 +182,19 @@ def add_bench(commands: Any) -> None:
         "moe: the default expert dispatch against the others, their extra work counted and their "
         "time taken; data: images a second through make_batches against a PyTorch DataLoader with "
         "Hugging Face's processor; decode: bytes that a decoded token reads on a TPU slice that "
-        "isn't here, against those it needs; phantom: what the mixture of experts, or rebalancing "
+        "isn't here, against those it needs; quantize: a model's next tokens with weights in few "
+        "bits, against its own; phantom: what the mixture of experts, or rebalancing "
         "organs, is worth on synthetic exams, trained and evaluated with three seeds, half an hour "
         "or more; re-run it to resume",
         "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench cpu --what train\n"
         "  echovlm bench cpu --what generate\n"
         "  echovlm bench decode --topology v5e:1x1 --quantize int8\n"
+        "  echovlm bench quantize --model run/ --data exams/\n"
         "  echovlm bench moe --size tiny\n  echovlm bench data\n"
         "  echovlm bench phantom --what imbalance --dir study/",
         show=_show_bench,
     )
-    command.add_argument("what", choices=["convert", "cpu", "data", "decode", "moe", "phantom"])
+    command.add_argument("what", choices=_WHAT)
     command.add_argument(
         "--what",
         dest="work",
@@ -204,6 +215,13 @@ def add_bench(commands: Any) -> None:
         help="of convert, where twice the checkpoint has room (47 GB at full size), and of data "
         f"(100 MB); default: a temporary one; of phantom, where it is kept; default: {_PHANTOM}",
     )
+    command.add_argument("--model", type=PLACE, metavar="MODEL", help="of quantize: a model folder")
+    command.add_argument(
+        "--data",
+        type=NAMED,
+        metavar="DIR",
+        help="of quantize: a dataset's folder; default: phantom",
+    )
     command.add_argument("--topology", metavar="T", help="of decode: generation:shape, as in plan")
     command.add_argument(
         "--quantize", metavar="K", help="of decode: weights in int8 or int4; default: bfloat16"
@@ -216,6 +234,8 @@ def _check_options(args: argparse.Namespace) -> None:
         ("--size", args.size, ("convert", "cpu", "decode", "moe")),
         ("--topology", args.topology, ("decode",)),
         ("--quantize", args.quantize, ("decode",)),
+        ("--model", args.model, ("quantize",)),
+        ("--data", args.data, ("quantize",)),
         ("--dir", args.dir, ("convert", "data", "phantom")),
         ("--what", args.work, tuple(_WORKS)),
     ):
@@ -237,6 +257,11 @@ def _show_bench(result: Result, args: argparse.Namespace) -> None:
         return
     if "batches" in result:
         return _show_decode(result)
+    if args.what == "quantize":
+        rows = [{"kind": kind, **found} for kind, found in result["kinds"].items()]
+        print("\n".join(table(rows)), end="\n\n")
+        print("\n".join(lines({key: value for key, value in result.items() if key != "kinds"})))
+        return
     if "dispatch" not in result:
         return show(result, args)
     shares = ("extra", "extra_with_tiles")

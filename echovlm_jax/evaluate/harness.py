@@ -130,7 +130,7 @@ def evaluate(
         tasks = ", ".join(options.tasks)
         raise InputError(f"{shown(data)}: split {options.split!r} has no text for {tasks}")
     loaded = load_model(model, quantize=options.quantize)
-    limits = _limits(loaded, as_path(model), options.max_new_tokens, options.max_image_patches)
+    limits = limits_of(loaded, as_path(model), options.max_new_tokens, options.max_image_patches)
     settings: dict[str, Any] = {
         **{"model": str(model), "model_fingerprint": loaded.fingerprint},
         **{"data": str(data), "data_fingerprint": dataset.fingerprint},
@@ -263,7 +263,7 @@ def _line(sample: Sample, prediction: str, error: str | None) -> dict[str, Any]:
     return line if error is None else line | {"error": error}
 
 
-def _limits(model: Any, folder: Path, new: int, max_image_patches: int | None) -> Limits:
+def limits_of(model: Any, folder: Path, new: int, max_image_patches: int | None) -> Limits:
     """How large exams may get: as in the training run that the folder is of, where it is one."""
     room = model.config.text.max_position_embeddings - new
     if room < 1:

@@ -217,7 +217,7 @@ def test_a_second_evaluation_is_refused(model, quick, tmp_path):
 
 
 def test_what_does_not_fit_has_no_prediction(model, quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "_limits", lambda *rest: harness.Limits(260, 64, 16))
+    monkeypatch.setattr(harness, "limits_of", lambda *rest: harness.Limits(260, 64, 16))
     result = evaluate(model, "phantom", tmp_path / "out", **FEW)
     lines = read(tmp_path / "out")
     failed = [line for line in lines if "error" in line]
@@ -237,9 +237,9 @@ def test_a_runs_own_image_limits_hold(model, tmp_path):
     (run / "config.json").write_text(json.dumps(sizes))
     loaded = load_model(model)
     for folder in (run, run / "checkpoints" / "20"):
-        assert harness._limits(loaded, folder, 64, None) == (512, 800, 100)
-    assert harness._limits(loaded, run, 64, 36) == (512, 800, 36)
-    assert harness._limits(loaded, model, 96, None)[0] == 4000
+        assert harness.limits_of(loaded, folder, 64, None) == (512, 800, 100)
+    assert harness.limits_of(loaded, run, 64, 36) == (512, 800, 36)
+    assert harness.limits_of(loaded, model, 96, None)[0] == 4000
 
 
 def test_blind_and_given_are_compared(model, quick, tmp_path, capsys):
@@ -270,7 +270,7 @@ def test_batches_of_the_real_model(model, tmp_path, capsys):
     assert set(result["by_task"]) == {"diagnosis"}
     loaded, exams = load_model(model), dataset.open_dataset("phantom", "test")
     samples = harness.make_samples(exams, kinds=("diagnosis",), limit=2, language="en")
-    limits = harness._limits(loaded, model, 6, 16)
+    limits = harness.limits_of(loaded, model, 6, 16)
     lines = read(out)
     inputs = [
         harness.inputs_of(loaded, s, exams.media(s.record), exams.record(s.record), limits)
