@@ -458,7 +458,7 @@ DOORS = (frame.PLACE, frame.LOCAL, frame.NAMED)
 # What takes words that are no paths.
 WORDS = {
     *("dtype", "prompt", "system", "split", "tasks", "max_shard_size", "group_pattern", "topology"),
-    *("size", "beam", "images", "language"),
+    *("size", "beam", "images", "language", "quantize"),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from echovlm_jax.convert import convert, export, from_torch
+from echovlm_jax.convert import convert, export
 from echovlm_jax.convert.from_torch import Journal
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage.writer import Writer
@@ -45,7 +45,7 @@ places = {
     "side": (from_torch.folder, "copy_side_files"),
     "report": (from_torch, "write_json"),
     "rename": (from_torch, "rename_folder"),
-    "renamed": (from_torch, "discard"),
+    "renamed": (Journal, "discard"),
 }
 if place in places:
     deadly(*places[place])
@@ -146,7 +146,7 @@ def test_no_debris_of_a_killed_write(tmp_path: Path) -> None:
 def test_a_kill_after_the_last_rename(tmp_path: Path) -> None:
     """The model is there; the next run says so and takes the journal away."""
     source, target = write(tmp_path / "source", tensors()), tmp_path / "ours"
-    stopped(source, target, from_torch, "discard", 1)
+    stopped(source, target, Journal, "discard", 1)
     assert target.exists() and (tmp_path / "ours.partial").exists()
     convert(source, target)
     is_complete(target, source)

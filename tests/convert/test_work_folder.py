@@ -68,7 +68,7 @@ def test_what_a_killed_export_left(
 ) -> None:
     work = tmp_path / "out.exporting"
     with monkeypatch.context() as patch:
-        patch.setattr(to_torch, "discard", lambda path: None)
+        patch.setattr(Journal, "discard", lambda *args: None)
         patch.setattr(to_torch.folder, "copy_side_files", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export(checkpoint, tmp_path / "out")

@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 def quick(monkeypatch, model):
     """No network, and a test split of 12 exams."""
     loaded = load_model(model)
-    monkeypatch.setattr(harness, "load_model", lambda path: loaded)
+    monkeypatch.setattr(harness, "load_model", lambda path, **_: loaded)
     monkeypatch.setattr(load.Model, "answer_each", answer_by_hash)
     exams = PhantomDataset("test", 12)
     monkeypatch.setattr(harness, "open_dataset", lambda data, split: exams)
