@@ -1,6 +1,6 @@
 """Attention of new tokens over a cache that is read where it lies, and over themselves."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ def _local(
     columns = cached.key.shape[2]
     # In int8 a key is a whole number, which is exact in any float dtype; its scale comes after.
     key, value = cached.key.astype(k.dtype), cached.value.astype(v.dtype)
-    wide = {"preferred_element_type": jnp.float32}
+    wide: Any = {"preferred_element_type": jnp.float32}
     # Fewer than two pieces are one sum in any case; many queries at once are a prompt's, whose
     # columns are its own.
     pieces = columns // COLUMNS if length == 1 and columns % COLUMNS == 0 else 1
