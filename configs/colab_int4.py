@@ -1,10 +1,8 @@
-"""One chip with 12 GB or more, weights in int4: the sizes that it answers with, and the smallest
-training.
+"""One chip, weights in int4: the smallest training.
 
-Sizes are for one TPU v5e, which has room to spare:
-`echovlm plan --config configs/colab_int4.py --topology v5e:1x1`. What trains is 0.7 M values, the
-mixture's router, gates and coefficients: they find their balance over the rounded weights.
-`colab_qlora.py` teaches the model something new.
+Sizes are meant for one TPU v5e. `echovlm plan --config configs/colab_int4.py --topology v5e:1x1`
+says whether they fit. What trains is 0.7 M values, the mixture's router, gates and coefficients.
+`colab_qlora.py` trains updates of the other weights too.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
-"""One chip with 16 GB, weights in int8: the sizes that it answers with, and the smallest training.
+"""One chip, weights in int8: the smallest training.
 
-Sizes are for one TPU v5e: `echovlm plan --config configs/colab_int8.py --topology v5e:1x1`. What
-trains is 0.7 M values, the mixture's router, gates and coefficients: they find their balance over
-the rounded weights. `colab_qlora.py` teaches the model something new.
+Sizes are meant for one TPU v5e. `echovlm plan --config configs/colab_int8.py --topology v5e:1x1`
+says whether they fit. What trains is 0.7 M values, the mixture's router, gates and coefficients.
+`colab_qlora.py` trains updates of the other weights too.
 """
 
 from ml_collections import ConfigDict

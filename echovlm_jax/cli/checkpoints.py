@@ -44,7 +44,7 @@ def add_convert(commands: Any) -> None:
         "--quantize",
         metavar="KIND",
         help="store the decoder's products, embedding and head in int8 or int4; for generate and "
-        "eval alone",
+        "eval, and training with the key quantize",
     )
 
 
