@@ -11,12 +11,13 @@ from echovlm_jax.processing.positions import mrope_positions
 
 # Sizes that programs are compiled for: powers of two and the steps halfway between, so at most a
 # third of a buffer is padding, once there is more than the smallest holds. A prompt or image takes
-# the smallest that holds it.
+# the smallest that holds it. 784 patches are the recipe's largest image, which larger ones are
+# resized to: those have no padding.
 SEQUENCE_BUCKETS = (
-    128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576,
-    32768,
+    64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384,
+    24576, 32768,
 )  # fmt: skip
-PATCH_BUCKETS = (256, 384, *(4 * n for n in SEQUENCE_BUCKETS))
+PATCH_BUCKETS = tuple(sorted([784, *(4 * n for n in SEQUENCE_BUCKETS)]))
 
 
 def bucket(n: int, buckets: Sequence[int] = SEQUENCE_BUCKETS) -> int:

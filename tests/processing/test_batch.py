@@ -157,6 +157,7 @@ def test_fifty_image_sizes_need_no_more_shapes_than_buckets():
         assert list(buckets) == sorted(set(buckets))
         assert all(3 * (b - (a + 1)) <= b for a, b in itertools.pairwise(buckets))  # padding
         assert all(size % 4 == 0 for size in buckets)
-    assert bucket(128) == 128 and bucket(129) == 192 and bucket(0) == 128
+    assert bucket(128) == 128 and bucket(129) == 192 and bucket(0) == 64
+    assert bucket(28 * 28, PATCH_BUCKETS) == 28 * 28
     with pytest.raises(InputError, match="32769 exceeds the largest bucket, 32768"):
         bucket(32769)
