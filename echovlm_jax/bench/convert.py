@@ -20,11 +20,24 @@ from echovlm_jax.convert.source import INDEX
 from echovlm_jax.progress import progress
 
 _BLOCK = 64 * 2**20
-_CHILD = """
+_CONVERT = """
 import json, sys
 from echovlm_jax.convert.from_torch import convert
-json.dump(convert(sys.argv[1], sys.argv[2]), sys.stdout)
+json.dump(convert(sys.argv[1], sys.argv[2], quantize=sys.argv[3] or None), sys.stdout)
 """
+_LOAD = """
+import json, sys, time
+import jax
+from echovlm_jax.convert import folder, load
+started = time.monotonic()
+params = jax.block_until_ready(load.load_params(sys.argv[1], quantize=sys.argv[2])[1])
+held = sum(array.nbytes for array in jax.tree.leaves(params))
+seconds = time.monotonic() - started
+beyond = folder.peak_rss_bytes() - held
+json.dump({"seconds": seconds, "held_bytes": held, "peak_rss_beyond_bytes": beyond}, sys.stdout)
+"""
+# Cleared, a bfloat16's exponent is below that of infinity and NaN: few bits can't hold those.
+_FINITE = np.uint64(0xBFFF_BFFF_BFFF_BFFF)
 
 
 def bench_convert(
@@ -32,8 +45,9 @@ def bench_convert(
     *,
     size: str = "echovlm_11b",
     shard_bytes: int = 4_500_000_000,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
-    """Makes a checkpoint of random bfloat16 bits, copies it with `cp -r`, then converts it.
+    """Makes a checkpoint of random bfloat16 values, copies it with `cp -r`, then converts it.
 
     Both are timed until a `sync` after them has returned, and before each the source is written
     out and dropped from the page cache. The conversion runs in a process of its own, whose start
@@ -44,10 +58,13 @@ def bench_convert(
       workdir: a folder, made if it is not there; by default a temporary one.
       size: the preset whose names and shapes to use.
       shard_bytes: a shard's limit.
+      quantize: "int8" or "int4": converted to that. The checkpoint is then also loaded to the host
+        in it, in a process of its own.
 
     Returns:
       ratio (ours / theirs), ours and theirs (seconds), what, bytes, peak_rss_bytes (of the
-      converting process), ours_gb_per_second, theirs_gb_per_second.
+      converting process), ours_gb_per_second, theirs_gb_per_second. With quantize also `load`:
+      seconds, held_bytes of the parameters, and how far the peak of the process is beyond those.
 
     Raises:
       InputError: an unknown preset, or not enough space.
@@ -64,19 +81,26 @@ def bench_convert(
             _make_checkpoint(source, preset(size), slots, shard_bytes, tick)
         theirs = _timed(source, ["cp", "-r", str(source), str(copy)])[0]
         shutil.rmtree(copy)
-        command = [sys.executable, "-c", _CHILD, str(source), str(converted)]
+        command = [sys.executable, "-c", _CONVERT, str(source), str(converted), quantize or ""]
         ours, output = _timed(source, command)
         report = json.loads(output)
+        loaded = {}
+        if quantize:
+            shutil.rmtree(converted)
+            command = [sys.executable, "-c", _LOAD, str(source), quantize]
+            loaded = {"load": json.loads(_timed(source, command)[1])}
     return {
         "ratio": ours / theirs,
         "ours": ours,
         "theirs": theirs,
-        "what": f"convert {total / 1e9:.1f} GB of safetensors to Orbax, against cp -r; sync after"
-        " each, neither from the page cache",
+        "what": f"convert {total / 1e9:.1f} GB of safetensors to Orbax"
+        f"{f' in {quantize}' if quantize else ''}, against cp -r; sync after each, neither from the"
+        " page cache",
         "bytes": total,
         "peak_rss_bytes": report["peak_rss_bytes"],
         "ours_gb_per_second": total / ours / 1e9,
         "theirs_gb_per_second": total / theirs / 1e9,
+        **loaded,
     }
 
 
@@ -102,7 +126,7 @@ def _make_checkpoint(
     shard_bytes: int,
     tick: Callable[[int], object],
 ) -> None:
-    """Random bits under the released names, in shards with an index."""
+    """Random values under the released names, in shards with an index."""
     target.mkdir()
     rng = np.random.Generator(np.random.SFC64(0))
     dtype = np.dtype(ml_dtypes.bfloat16)
@@ -111,7 +135,7 @@ def _make_checkpoint(
         left = slots[name].size * 2
         while left:
             size = min(left, _BLOCK)
-            words = rng.integers(0, 2**64, -(-size // 8), np.uint64)
+            words = rng.integers(0, 2**64, -(-size // 8), np.uint64) & _FINITE
             yield words.view(np.uint8)[:size]
             tick(size)
             left -= size

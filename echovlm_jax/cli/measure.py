@@ -157,7 +157,7 @@ def _bench(args: argparse.Namespace) -> Result:
             return bench_moe(size=size)
     from echovlm_jax.bench.convert import bench_convert
 
-    return bench_convert(args.dir, size=size)
+    return bench_convert(args.dir, size=size, quantize=args.quantize)
 
 
 def _bench_decode(args: argparse.Namespace, size: str) -> Result:
@@ -186,7 +186,8 @@ def add_bench(commands: Any) -> None:
         "bits, against its own; phantom: what the mixture of experts, or rebalancing "
         "organs, is worth on synthetic exams, trained and evaluated with three seeds, half an hour "
         "or more; re-run it to resume",
-        "echovlm bench convert --size tiny --dir bench_out\n  echovlm bench cpu --what train\n"
+        "echovlm bench convert --size tiny --dir bench_out\n"
+        "  echovlm bench convert --quantize int4\n  echovlm bench cpu --what train\n"
         "  echovlm bench cpu --what generate\n"
         "  echovlm bench decode --topology v5e:1x1 --quantize int8\n"
         "  echovlm bench quantize --model run/ --data exams/\n"
@@ -224,7 +225,9 @@ def add_bench(commands: Any) -> None:
     )
     command.add_argument("--topology", metavar="T", help="of decode: generation:shape, as in plan")
     command.add_argument(
-        "--quantize", metavar="K", help="of decode: weights in int8 or int4; default: bfloat16"
+        "--quantize",
+        metavar="K",
+        help="of convert and decode: weights in int8 or int4; default: bfloat16",
     )
 
 
@@ -233,7 +236,7 @@ def _check_options(args: argparse.Namespace) -> None:
     for option, value, readers in (
         ("--size", args.size, ("convert", "cpu", "decode", "moe")),
         ("--topology", args.topology, ("decode",)),
-        ("--quantize", args.quantize, ("decode",)),
+        ("--quantize", args.quantize, ("convert", "decode")),
         ("--model", args.model, ("quantize",)),
         ("--data", args.data, ("quantize",)),
         ("--dir", args.dir, ("convert", "data", "phantom")),

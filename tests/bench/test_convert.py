@@ -16,6 +16,13 @@ def test_it_measures_both_sides_and_cleans_up(tmp_path: Path) -> None:
     assert list((tmp_path / "work").iterdir()) == []
 
 
+def test_it_measures_few_bits_and_loading_them(tmp_path: Path) -> None:
+    report = bench_convert(tmp_path / "work", size="tiny", quantize="int4")
+    assert "in int4" in report["what"]
+    assert 2_846_952 / 2 < report["load"]["held_bytes"] < 2 * 2_846_952
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 def test_unknown_size(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="preset 'huge' is unknown"):
         bench_convert(tmp_path, size="huge")
