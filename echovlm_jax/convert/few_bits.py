@@ -1,7 +1,8 @@
 """Weights in few bits as a converted folder stores them: parameter P is P/values and P/scale.
 
-Values of 8 bits are int8. Values of 4 bits are two a byte, as `quantize.pack` says. conversion.json
-states the recipe under `quantize`; nothing is told from names or sizes.
+Values of 8 bits, as a table's always are, are int8. Values of 4 bits are two a byte, as
+`quantize.pack` says. conversion.json states the recipe under `quantize`; nothing is told from names
+or sizes.
 """
 
 import functools
@@ -20,7 +21,17 @@ from echovlm_jax.convert.source import WEIGHT_DTYPES
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import ParamSpec
-from echovlm_jax.quantize import GROUP, KINDS, Recipe, abstract, pack, quantize, recipe, unpack
+from echovlm_jax.quantize import (
+    GROUP,
+    KINDS,
+    Recipe,
+    abstract,
+    pack,
+    quantize,
+    recipe,
+    recipe_of,
+    unpack,
+)
 from echovlm_jax.storage import writer as store
 from echovlm_jax.storage.arrays import AGAIN, Index, Take
 
@@ -59,7 +70,8 @@ class FewBits:
         """As conversion.json has it."""
         how = self.how
         held = {"bits": how.bits, "group": how.group, "values": _HELD[how.bits]}
-        return {"kind": self.kind, **held, "table_group": GROUP, "dtype": self.dtype}
+        table = {"table_bits": 8, "table_group": GROUP}
+        return {"kind": self.kind, **held, **table, "dtype": self.dtype}
 
     @property
     def identity(self) -> str:
@@ -70,11 +82,11 @@ class FewBits:
     def arrays(self, path: str, spec: ParamSpec) -> dict[str, Stored]:
         """What is stored of a parameter, by name. A chunk has whole inputs."""
         form, lead = abstract(spec, self.how), (1,) * spec.stacked
-        values, scale = form.values.shape, form.scale.shape
-        if self.how.bits == 4:
+        values, scale, bits = form.values.shape, form.scale.shape, recipe_of(spec, self.how).bits
+        if bits == 4:
             values = (*values[:-1], -(-values[-1] // 2))
         rows = _chunk_rows(values[spec.stacked :])
-        held = np.dtype(np.int8 if self.how.bits == 8 else np.uint8)
+        held = np.dtype(np.int8 if bits == 8 else np.uint8)
         return {
             f"{path}/{VALUES}": (values, held, (*lead, rows, *values[spec.stacked + 1 :])),
             f"{path}/{SCALE}": (scale, np.dtype(np.float32), (*lead, *scale[spec.stacked :])),
@@ -150,7 +162,7 @@ def rounded(
     Raises:
       InputError: a value is not finite.
     """
-    how = _of(spec, how)
+    how = recipe_of(spec, how)
     outputs, inputs = spec.shape[spec.stacked + 1 : -spec.inputs], spec.shape[-spec.inputs :]
     # As a matrix: parameters of many shapes then share a compiled program.
     inner = inputs[:-1] if how.group else ()
@@ -182,13 +194,7 @@ def _round(matrix: Any, how: Recipe, packed: bool) -> Any:
 
 def scale_axis(spec: ParamSpec, how: Recipe) -> int:
     """Where the scales of one place have the first output axis."""
-    return spec.inputs if _of(spec, how).group else 0
-
-
-def _of(spec: ParamSpec, how: Recipe) -> Recipe:
-    """A recipe with the groups that it has for this parameter."""
-    form = abstract(spec, how)
-    return replace(how, group=form.values.shape[-1] if form.grouped else None)
+    return spec.inputs if recipe_of(spec, how).group else 0
 
 
 @functools.cache

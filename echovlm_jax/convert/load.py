@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
@@ -128,7 +129,7 @@ def _read_few(
     """A parameter that is stored quantized."""
     form = abstract(spec, how)
     values = functools.partial(model.read_blocks, f"{path}/{few_bits.VALUES}")
-    if how.bits == 4:
+    if form.values.dtype == jnp.int4:
         values = functools.partial(few_bits.read_unpacked, values, form.values.shape[-1])
     scale = functools.partial(model.read_blocks, f"{path}/{few_bits.SCALE}")
 

@@ -11,6 +11,7 @@ from echovlm_jax.quantize.recipes import (
     quantize,
     quantize_params,
     recipe,
+    recipe_of,
     takes,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "quantize_params",
     "read_block",
     "recipe",
+    "recipe_of",
     "takes",
     "unpack",
 ]

@@ -28,8 +28,6 @@ _TAKEN = re.compile(
 
 
 GROUP = 128
-# A table's rows are always in groups: XLA:TPU has no way to take one row of an int8 matrix, whose
-# tiles are of 32 rows, and copies all of it for every token.
 _TABLE = ("vocab", "embed")
 
 
@@ -62,6 +60,22 @@ def recipe(kind: str) -> Recipe:
     return KINDS[kind]
 
 
+def recipe_of(spec: ParamSpec, how: Recipe) -> Recipe:
+    """A recipe as it applies to a parameter: with groups that divide the last axis.
+
+    A table, embedding or head, has 8 bits in groups whatever the recipe. Groups, because XLA:TPU
+    has no way to take one row of an int8 matrix, whose tiles are of 32 rows, and copies all of it
+    for every token. 8 bits, because an embedding's error goes through every layer, and a head's
+    nowhere but into the logits: with 4, int4's KL divergence is 2 to 4 times as large
+    (`tests/quantize/test_quality.py`), and the released model is 0.5 GiB smaller.
+    """
+    if spec.axes == _TABLE:
+        how = Recipe(8, GROUP)
+    if how.group is None:
+        return how
+    return replace(how, group=_group(spec.shape[-1], how.group), int8_products=False)
+
+
 def takes(path: str, spec: ParamSpec) -> bool:
     """Whether a parameter is quantized, by its path in `param_specs`."""
     return bool(spec.inputs and _TAKEN.fullmatch(path))
@@ -70,9 +84,8 @@ def takes(path: str, spec: ParamSpec) -> bool:
 def abstract(spec: ParamSpec, how: Recipe) -> Quantized:
     """The quantized form of a weight, of jax.ShapeDtypeStruct."""
     _, outputs, inputs = spec.cut(spec.shape)
-    lead = spec.shape[: spec.stacked]
-    group = GROUP if spec.axes == _TABLE else how.group
-    group = group and _group(inputs[-1], group)
+    lead, how = spec.shape[: spec.stacked], recipe_of(spec, how)
+    group = how.group
     values, scale = spec.shape, (*lead, *outputs)
     if group:
         groups = inputs[-1] // group
@@ -84,7 +97,7 @@ def abstract(spec: ParamSpec, how: Recipe) -> Quantized:
         outputs=len(outputs),
         inputs=len(inputs),
         grouped=bool(group),
-        int8_products=how.int8_products and not group,
+        int8_products=how.int8_products,
     )
 
 
@@ -110,7 +123,7 @@ def quantize(weight: Array, spec: ParamSpec, how: Recipe) -> Quantized:
     wide = jnp.asarray(weight, jnp.float32).reshape(form.values.shape)
     over = (-1,) if form.grouped else tuple(range(-form.inputs, 0))
     top = jnp.max(jnp.abs(wide), axis=over, keepdims=True)
-    most = 2 ** (how.bits - 1) - 1
+    most = int(jnp.iinfo(form.values.dtype).max)
     scale = jnp.where(top == 0, 1, top) / most  # not finite where a value isn't
     values = jnp.round(wide / scale).astype(form.values.dtype)
     scale = jnp.squeeze(scale, over)
