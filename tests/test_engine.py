@@ -251,8 +251,8 @@ def test_a_mesh_changes_no_token_and_divides_what_it_holds(meshed, sizes, cut):
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), split
         )
-        sizes = {"rows": 4, "slots": 512, "dtype": FLOAT32, "compute": compute}
-        planned = engine.lower_decode(MESHED, shapes, **sizes).compile()
+        room = {"rows": 4, "slots": 512, "dtype": FLOAT32, "compute": compute}
+        planned = engine.lower_decode(MESHED, shapes, **room).compile()
     np.testing.assert_array_equal(made.tokens, expected)
     [part] = {shard.data.shape for shard in state.cache.stored.key.addressable_shards}
     assert math.prod(part) * cut == state.cache.stored.key.size
