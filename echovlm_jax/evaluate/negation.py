@@ -73,6 +73,11 @@ def refuses(text: str) -> bool:
     return bool(_REFUSALS.search(" ".join(small(widths(text)).split())))
 
 
+def hedges(text: str) -> bool:
+    """Whether a text leaves something not excluded, beside whatever else it names."""
+    return bool(_HEDGES.search(" ".join(small(widths(text)).split())))
+
+
 def clauses(text: str) -> list[Clause]:
     """The pieces of a text between signs and words that begin a new thought, in small letters."""
     out: list[Clause] = []
@@ -98,6 +103,13 @@ def _pieces(text: str) -> Iterator[tuple[str, str]]:
 # is about the name counts: "benign nodule without flow" and "良性结节未见血流" are benign.
 _OUT = r"(?:exclud\w*|rul(?:es?|ed|ing) (?:\w+ )?out)"
 _NOT_OUT = r"(?:不|不能|不可|无法|未|未能|没有|没|难以|尚不能)(?:完全|可以|以)?(?:排除|除外|否认)"
+# Whatever it is that can't be excluded, an answer that says so has not decided.
+_HEDGES = re.compile(
+    r"(?:\bnot|n't|\bnever|\bcannot|\bunable to|\b(?:difficult|hard|impossible) to)"
+    rf" (?:(?:yet|to|be|been|entirely|\w+ly|with \w+) ){{0,3}}{_OUT}\b"
+    r"|\b(?:remains?|still) (?:a )?possib(?:le|ility)\b"
+    rf"|{_NOT_OUT}|不(?:排除|除外)|待(?:排|除外|鉴别)"
+)
 _IS = r"(?:is|are|was|were|does|do|can|could|would|should|has|have|seems|looks)"
 # 不清, 不规则 … describe a picture and deny nothing.
 _NOT_LOOKS = r"(?!清|如|规则|均|光|整|齐|明|平|对称|连续|典型|同|一|完整|厚|大)"
