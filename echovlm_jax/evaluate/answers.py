@@ -203,8 +203,14 @@ def _one_affirmed(text: str, named: Mapping[str, str]) -> str | None:
 
 @functools.lru_cache(4096)
 def _finder(name: str) -> re.Pattern[str]:
-    """Where a name occurs; in Latin letters as a whole word."""
-    start = r"(?<![a-z0-9])" if name[0].isascii() and name[0].isalnum() else ""
+    """Where a name occurs; in Latin letters as a whole word, without a prefix that makes another
+    thing of it."""
+    start = r"(?<!假性)"
+    start += (
+        r"(?<![a-z0-9])(?<!pre-)(?<!semi-)(?<!near-)(?<!pseudo-)"
+        if name[0].isascii() and name[0].isalnum()
+        else ""
+    )
     end = r"(?![a-z0-9])" if name[-1].isascii() and name[-1].isalnum() else ""
     return re.compile(start + re.escape(name) + end)
 
