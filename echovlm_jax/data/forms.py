@@ -31,6 +31,8 @@ _MEANING = {
     *("kto_tag", "weight", "weights", "sample_weight", "loss", "loss_weight", "loss_scale"),
     *("objects", "bbox", "reward", "rewards", "preference"),
 }
+# Whether a turn is learned from; here what is empty is false and says no.
+_LEARNED = {"train", "training", "trainable", "train_on_turn"}
 _KNOWN = {
     *("id", "organ", "patient_id", "study_id", "exam_id", "synthetic", "description", "reports"),
     *(*IMAGES, *VIDEOS, *SYSTEMS),
@@ -47,6 +49,10 @@ _FILE_KEYS = {
     "video": ("video", "video_url", "path", "url"),
 }
 _MARK = re.compile(r"<(image|video)>")
+_FILE_NAME = re.compile(
+    r"\.(?:png|jpe?g|dcm|dicom|bmp|tiff?|webp|gif|jp2|avi|mp4|mov|nii(?:\.gz)?|mh[ad])\s*\Z",
+    re.IGNORECASE,
+)
 _REMOTE = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+:)?//|data:", re.IGNORECASE)
 
 
@@ -113,6 +119,16 @@ def media_paths(raw: Any) -> tuple[str, ...]:
     return read_form(raw).media if isinstance(raw, dict) else ()
 
 
+def file_key(raw: Mapping[str, Any]) -> str | None:
+    """A key that nobody reads and whose value names a picture, as "image_path": "a.png"."""
+    for key in unknown_keys(raw):
+        named = raw.get(key)
+        for name in named if isinstance(named, list) else [named]:
+            if isinstance(name, str) and _FILE_NAME.search(name):
+                return key
+    return None
+
+
 def unknown_keys(raw: Any) -> Iterator[str]:
     """The names of what an entry says and nobody reads; further in as "turn.KEY", "content.KEY",
     "image.KEY", "report.KEY" and "question.KEY"."""
@@ -162,7 +178,9 @@ def _flat(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _others(entry: Mapping[str, Any], known: set[str], prefix: str) -> Iterator[str]:
-    yield from (prefix + k for k, v in entry.items() if k not in known and not _is_empty(v))
+    for key, value in entry.items():
+        if key not in known and (value is False or not _is_empty(value)):  # false says something
+            yield prefix + key
 
 
 def _kind(entry: Mapping[str, Any]) -> str | None:
@@ -182,6 +200,8 @@ def _refuse_meaning(entry: Mapping[str, Any], where: str) -> None:
         value = entry[key]
         if key in ("loss", "weight", "weights", "sample_weight", "loss_weight", "loss_scale"):
             plain = value is None or (isinstance(value, int | float) and value == 1)
+        elif key in _LEARNED:
+            plain = value is None or value is True or value == 1
         else:
             plain = key not in _MEANING or _is_empty(value)
         if not plain:
@@ -231,6 +251,8 @@ def _turns(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
         question = raw[asked]
         if not _is_empty(more := raw.get("input")):
             question = f"{text_of(question, asked)}\n{text_of(more, 'input')}"
+        if any(not _is_empty(raw.get(key)) for key in ("options", "choices")):
+            raise Refused("not understood", "options beside a question; write them into its text")
         yield "user", question, asked
         yield "assistant", raw[answer], answer
     for form in talks:
@@ -276,6 +298,8 @@ def _content(value: Any, name: str, inline: list[tuple[str, str]]) -> str:
     files that entries name are added to `inline`, each with its kind."""
     if not isinstance(value, list):
         return text_of(value, name)
+    if sum(isinstance(entry, str) for entry in value) > 1:
+        raise Refused("wrong type", f"{name} is several texts; keep one")
     parts = []
     for entry in value:
         if isinstance(entry, str):

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echovlm_jax.data.forms import media_paths, read_form, text_of
+from echovlm_jax.data.forms import file_key, media_paths, read_form, text_of
 from echovlm_jax.data.json_list import DUPLICATE
 from echovlm_jax.data.organs import organ_name
 from echovlm_jax.data.quarantine import Refused
@@ -32,6 +32,12 @@ from echovlm_jax.processing.files import Outside, locate, shown
 GROUPS = ("patient_id", "study_id", "exam_id")
 MAX_IMAGES = 256  # files of one exam
 _MARK = re.compile(r"<(?:image|video)>")
+# How other programs write a mark. As a text it would be learned, and its picture moved elsewhere.
+_OTHER_MARK = re.compile(
+    r"(?!(?-i:<(?:image|video)>))(?:[<＜]|&lt;)\s*/?\s*(?:image|video|img)"
+    r"(?:[ _-]?\d+|[ _-]?here|[ _-]?placeholder)?\s*/?\s*(?:[>＞]|&gt;)",
+    re.IGNORECASE,
+)
 _CONTROL = re.compile(r"<\|\w+\|>")
 _REPORT_TEXTS = ("findings", "impression", "caption", "diagnosis")
 
@@ -60,6 +66,8 @@ def read_record(raw: Any, *, id: str, organ: str, source: str, group: str) -> Of
     reports = _reports(raw, turns)
     if not turns and not reports:
         raise Refused("no text", "has neither conversations (or messages) nor reports")
+    if not images and (key := file_key(raw)):
+        raise Refused("not understood", f"{shown(key)[:60]} names a file; name it under images")
     if not images:
         # A conversation without images is one; a report without images would teach to make them up.
         if not turns:
@@ -183,6 +191,10 @@ def _turns(said: Iterable[tuple[str, str]]) -> tuple[Turn, ...]:
     for n, (role, text) in enumerate(said, 1):
         if _CONTROL.search(text):
             raise Refused("control token", f"turn {n} holds a token of the chat template")
+        if other := _OTHER_MARK.search(text):
+            raise Refused(
+                "image marks", f"turn {n}: {other[0]!r} is none; write <image> or <video>"
+            )
         found = bool(_MARK.search(text))
         text = _plain(text)
         if found and role != "user":

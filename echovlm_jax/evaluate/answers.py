@@ -18,6 +18,7 @@ from echovlm_jax.evaluate.negation import (
     DENIED,
     EDGE,
     clauses,
+    hedges,
     refuses,
     small,
     status,
@@ -34,7 +35,8 @@ READING = {
     " turned round by the negations that govern it; where they contradict each other, nothing",
     "diagnosis": "a label alone; else the one label of the organ's that occurs; what is denied,"
     " left open or asked does not count",
-    "undecided": "refusals, and answers that no rule can read; they count as wrong",
+    "undecided": "refusals, choices and diagnoses beside which something is not excluded, and"
+    " answers that no rule can read; they count as wrong",
 }
 _OPTION = re.compile(r"^\s*([A-Z])[.．、:：)）]\s*(.*\S)\s*$", re.MULTILINE)
 # What may come before an answer: "the answer is", "答案：", "选".
@@ -93,7 +95,7 @@ def choice(text: str, options: Mapping[str, str]) -> str | None:
     first, behind = rest[:1].upper(), rest[1:]
     if named.get(first) and behind.strip(EDGE) == named[first]:
         return first  # restated: what the option itself says is no comment on it
-    if refuses(text):
+    if refuses(text) or _hedges(text, options.values()):
         return None
     leads = first if first in named and _ends_letter(behind, named[first]) else ""
     chosen, mentioned, others = _letters(text, named, leads)
@@ -154,7 +156,14 @@ def diagnosis(text: str, labels: Iterable[str]) -> str | None:
     said = label(text)
     if said in named and not _asks(widths(text)):
         return said
-    return None if refuses(text) else _one_affirmed(_BOTH.sub(" ", _label(_lines(text))), named)
+    if refuses(text) or _hedges(text, named):
+        return None
+    return _one_affirmed(_BOTH.sub(" ", _label(_lines(text))), named)
+
+
+def _hedges(text: str, names: Iterable[str]) -> bool:
+    """Whether a text leaves something not excluded. Names that do so themselves may be named."""
+    return hedges(text) and not any(map(hedges, names))
 
 
 def label(text: str) -> str:
@@ -194,8 +203,14 @@ def _one_affirmed(text: str, named: Mapping[str, str]) -> str | None:
 
 @functools.lru_cache(4096)
 def _finder(name: str) -> re.Pattern[str]:
-    """Where a name occurs; in Latin letters as a whole word."""
-    start = r"(?<![a-z0-9])" if name[0].isascii() and name[0].isalnum() else ""
+    """Where a name occurs; in Latin letters as a whole word, without a prefix that makes another
+    thing of it."""
+    start = r"(?<!假性)"
+    start += (
+        r"(?<![a-z0-9])(?<!pre-)(?<!semi-)(?<!near-)(?<!pseudo-)"
+        if name[0].isascii() and name[0].isalnum()
+        else ""
+    )
     end = r"(?![a-z0-9])" if name[-1].isascii() and name[-1].isalnum() else ""
     return re.compile(start + re.escape(name) + end)
 

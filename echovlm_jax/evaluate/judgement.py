@@ -52,6 +52,7 @@ _IDIOMS = re.compile(
     r"|毫无疑问|毫无疑义|毫无异议|无疑|是或否|是/否|对或错|对还是错|正确或错误|正确还是错误"
 )
 
+_CONDITION = re.compile(r"\bif\b|\bunless\b|\bprovided that\b|如果|假如|假设|除非|的话")
 _QUOTED = re.compile(r"[\"“「『][^\"“”「」『』]{1,500}[\"”」』]")
 
 # Chinese.
@@ -86,9 +87,9 @@ _END_WORDS = re.compile(r"[的呀啊哦呢了吧啦哈]+$")
 
 def judgement(text: str) -> str | None:
     """YES or NO, or None where a text says neither, both, or that it can't say."""
-    if refuses(text):
-        return None
     text = widths(text)
+    if refuses(text) or _CONDITION.search(text.casefold()):
+        return None
     found: set[Verdict] = set()
     for clause in clauses(_LEAD.sub(" ", _QUOTED.sub(_unquoted, text))):
         if not clause.asks:

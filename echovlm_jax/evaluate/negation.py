@@ -46,6 +46,8 @@ _REFUSALS = re.compile(
 )
 
 
+# What is struck out, and what is thought aloud before the answer.
+_WITHDRAWN = re.compile(r"~~.+?~~|<(del|think(?:ing)?)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _ALL_BUT = re.compile(r"(?:any|every)thing but")  # here "but" begins no new thought
 
 
@@ -56,8 +58,9 @@ class Clause(NamedTuple):
 
 def widths(text: str) -> str:
     """A text with full-width letters, digits and signs made plain, one kind of apostrophe, and
-    without Markdown's marks of weight and LaTeX's of boxes and fonts."""
+    without Markdown's marks of weight, LaTeX's of boxes and fonts, and what was withdrawn."""
     text = unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'")
+    text = _WITHDRAWN.sub(" ", text)
     text = re.sub(r"\\(?:boxed|fbox|text\w*|math\w+)\s*(?=\{)", "", text, flags=re.IGNORECASE)
     return re.sub(r"\*+|`+|__+|[{}$]", "", text)
 
@@ -71,6 +74,11 @@ def small(text: str) -> str:
 def refuses(text: str) -> bool:
     """Whether a text says that it can't or won't answer."""
     return bool(_REFUSALS.search(" ".join(small(widths(text)).split())))
+
+
+def hedges(text: str) -> bool:
+    """Whether a text leaves something not excluded, beside whatever else it names."""
+    return bool(_HEDGES.search(" ".join(small(widths(text)).split())))
 
 
 def clauses(text: str) -> list[Clause]:
@@ -98,6 +106,16 @@ def _pieces(text: str) -> Iterator[tuple[str, str]]:
 # is about the name counts: "benign nodule without flow" and "良性结节未见血流" are benign.
 _OUT = r"(?:exclud\w*|rul(?:es?|ed|ing) (?:\w+ )?out)"
 _NOT_OUT = r"(?:不|不能|不可|无法|未|未能|没有|没|难以|尚不能)(?:完全|可以|以)?(?:排除|除外|否认)"
+# Whatever it is that can't be excluded, an answer that says so has not decided.
+_HEDGES = re.compile(
+    r"(?:\bnot|n't|\bnever|\bcannot|\bunable to|\b(?:difficult|hard|impossible) to)"
+    rf" (?:(?:yet|to|be|been|entirely|\w+ly|with \w+) ){{0,3}}{_OUT}\b"
+    r"|\b(?:remains?|still) (?:a )?possib(?:le|ility)\b|(?<!able )\bto (?:exclude|rule out)\b"
+    r"|(?:建议|需要?|须|请|进一步|穿刺|活检|复查|随访)[^,。;]{0,8}(?:排除|除外)"
+    r"|(?:probability|likelihood|chance|risk|可能性?|概率|风险)[^\d,。;]{0,12}[0-4]?\d(?:\.\d+)?\s?%"
+    r"|(?<![\d.])[0-4]?\d(?:\.\d+)?\s?%,? ?(?:\w+ )?(?:probability|likelihood|chance|risk|likely)"
+    rf"|{_NOT_OUT}|不(?:排除|除外)|待(?:排|除外|鉴别)"
+)
 _IS = r"(?:is|are|was|were|does|do|can|could|would|should|has|have|seems|looks)"
 # 不清, 不规则 … describe a picture and deny nothing.
 _NOT_LOOKS = r"(?!清|如|规则|均|光|整|齐|明|平|对称|连续|典型|同|一|完整|厚|大)"

@@ -135,7 +135,7 @@ def grey_to_rgb(frames: np.ndarray, dataset: Any, header: PixelHeader) -> np.nda
         share = _window(values, centre, width, str(dataset.get("VOILUTFunction") or "LINEAR"))
     else:
         low, high = sorted(float(end) for end in (full if full else (values.min(), values.max())))
-        share = (values - low) / max(high - low, 1e-9)
+        share = (values - low) / ((high - low) or 1.0)
     table = np.clip(np.round(share * 255), 0, 255).astype(np.uint8)
     if header.photometric == "MONOCHROME1":  # its lowest value is white
         table = 255 - table
@@ -160,7 +160,14 @@ def _modality(
     if slope == 0:
         raise InputError("its RescaleSlope is 0")
     top = slope * (2**header.bits_stored - 1) + intercept
-    return lambda stored: stored * slope + intercept, (intercept, top) if byte else None
+
+    def rescaled(stored: np.ndarray) -> np.ndarray:
+        values = stored * slope + intercept
+        if not np.isfinite([*values, top - intercept]).all() or not np.diff(values).all():
+            raise InputError("its RescaleSlope and RescaleIntercept make one grey of several")
+        return values
+
+    return rescaled, (intercept, top) if byte else None
 
 
 def _window(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:

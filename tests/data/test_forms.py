@@ -6,7 +6,7 @@ import pytest
 
 from echovlm_jax.data.build import Options, build, validate
 from echovlm_jax.data.dataset import open_dataset
-from echovlm_jax.data.forms import conversations_of, media_paths, unknown_keys
+from echovlm_jax.data.forms import conversations_of, file_key, media_paths, unknown_keys
 from echovlm_jax.data.json_list import parse_entry, read_entries
 from echovlm_jax.data.official import read_record
 from echovlm_jax.data.pipeline import make_batches
@@ -126,6 +126,11 @@ def test_windows_paths_are_passed_on_as_they_are():
         ("not understood", {"images": ["https://a.b/c.png"]}),
         ("not understood", {"images": ["data:image/png;base64,AA"]}),
         ("not understood", {"images": [{"path": None, "bytes": "AA"}]}),
+        ("not understood", {"messages": [asked(Q)[0], {**ANSWER, "train": False}]}),
+        ("not understood", {"images": None, "image_path": "a.PNG"}),
+        ("not understood", {"images": [], "imgs": ["cases/a.nii.gz"]}),
+        ("not understood", {"messages": None, "question": Q, "answer": "A", "options": ["x", "y"]}),
+        ("wrong type", {"messages": None, "question": Q, "answer": ["a cyst", "cyst"]}),
         ("wrong type", {"images": [{"path": None, "bytes": None}]}),
         ("wrong type", {"system": ["a"]}),
         ("wrong type", {"image": "b.png"}),
@@ -139,6 +144,14 @@ def test_windows_paths_are_passed_on_as_they_are():
         ("turns", {"messages": [{"content": "x"}]}),
         ("image marks", {"images": ["a.png", "b.png"], "messages": asked(f"<image>{Q}", A)}),
         ("image marks", {"images": [], "messages": asked(f"<image>{Q}", A)}),
+        *(
+            ("image marks", {"messages": asked(f"{mark}{Q}", A)})
+            for mark in ("<Image>", "<image 1>", "<image_1>", "<ImageHere>", "<img>a.png</img>")
+        ),
+        *(
+            ("image marks", {"messages": asked(f"{mark}{Q}", A)})
+            for mark in ("<image/>", "< image >", "＜image＞", "&lt;image&gt;", "<VIDEO>")
+        ),
     ],
 )
 def test_what_would_change_the_meaning_is_refused(reason, changes):
@@ -152,6 +165,13 @@ def test_what_would_change_the_meaning_is_refused(reason, changes):
 def test_what_says_nothing_changes_nothing(key):
     empty = 1 if key in ("loss", "weight") else None
     assert read({"images": ["a.png"], "messages": asked(Q, A), key: empty}).images == ("a.png",)
+
+
+def test_a_false_value_is_counted():
+    assert list(unknown_keys({"usable": False, "note": None, "messages": asked(Q, A)})) == [
+        "usable"
+    ]
+    assert file_key({"images": ["a.png"], "question": "See a.png", "answer": "b.png"}) is None
 
 
 def test_conversations_by_name_are_records_of_their_own(tmp_path):

@@ -67,6 +67,13 @@ def test_chinese_choices(text, letter):
     assert choice(text, ZH) == letter
 
 
+def test_an_option_that_leaves_a_thing_open_can_be_chosen():
+    options = {"A": "benign", "B": "malignancy cannot be excluded"}
+    assert choice("B, malignancy cannot be excluded here", options) == "B"
+    assert choice("A, malignancy cannot be excluded here", {"A": "benign", "B": "cyst"}) is None
+    assert diagnosis("提示恶性待排。", ("良性", "恶性待排")) == "恶性待排"
+
+
 def test_options_are_the_lettered_lines():
     asked = "Which? A. is no option here\nA. one\nＢ．two: 2 mm\nC、three\nE. beyond a gap"
     assert options_of(asked) == {"A": "one", "B": "two: 2 mm", "C": "three"}

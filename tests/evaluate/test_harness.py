@@ -177,6 +177,11 @@ def test_other_settings_are_refused_by_name(model, quick, tmp_path):
     (out / "predictions.jsonl").write_bytes(b"\n".join([b"{}", *lines[1:]]))
     with pytest.raises(InputError, match=r"predictions\.jsonl: its line of"):
         evaluate(model, "phantom", out, **FEW)
+    read = json.loads(lines[1]) | {"extracted": "benign"}  # as other rules would read it
+    changed = [lines[0], json.dumps(read).encode(), *lines[2:]]
+    (out / "predictions.jsonl").write_bytes(b"\n".join(changed))
+    with pytest.raises(InputError, match="or other rules read it"):
+        evaluate(model, "phantom", out, **FEW)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(InputError, match="is not empty"):

@@ -126,6 +126,21 @@ def test_window_and_sixteen_bits(tmp_path):
     np.testing.assert_array_equal(signed_shown, whole)
 
 
+@pytest.mark.parametrize(("slope", "intercept"), [("1e-12", "0"), ("1e300", "-1e300")])
+def test_a_slope_of_any_size_keeps_the_greys(slope, intercept, tmp_path):
+    pixels = np.arange(120, dtype=np.uint8).reshape(1, 12, 10)
+    scaled = {"RescaleSlope": slope, "RescaleIntercept": intercept}
+    path = save(new_dicom(pixels, "MONOCHROME2", **scaled), tmp_path / "a.dcm")
+    np.testing.assert_array_equal(read_dicom(path)[..., 0], pixels)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [("1e308", "0"), ("1", "1e300")])
+def test_a_scale_without_greys_is_refused(slope, intercept, tmp_path):
+    pixels = np.arange(120, dtype=np.uint8).reshape(1, 12, 10)
+    scaled = {"RescaleSlope": slope, "RescaleIntercept": intercept}
+    refused(save(new_dicom(pixels, "MONOCHROME2", **scaled), tmp_path / "a.dcm"), "RescaleSlope")
+
+
 def test_rgb_planes_and_uncompressed_422(colour, tmp_path):
     np.testing.assert_array_equal(
         read_dicom(save(new_dicom(colour, "RGB"), tmp_path / "a.dcm")), colour
