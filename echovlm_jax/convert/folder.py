@@ -25,6 +25,7 @@ from echovlm_jax.convert.run import open_run
 from echovlm_jax.convert.source import WEIGHT_DTYPES
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
+from echovlm_jax.memory import peak_rss_bytes as peak_rss_bytes  # for those who report it
 from echovlm_jax.model import param_specs
 from echovlm_jax.quantize import takes
 from echovlm_jax.storage import digests
@@ -406,17 +407,3 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
         raise InputError(f"{path}: {needed:,} bytes needed, {free:,} bytes free; free some space")
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    try:
-        # Not getrusage: it counts what the process was forked from as well.
-        text = Path("/proc/self/status").read_text()
-        return int(text.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        import resource
-        import sys
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
