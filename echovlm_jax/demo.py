@@ -203,9 +203,7 @@ def _parity(folder: Path) -> dict[str, Any]:
     return {key: found[key] for key in keys}
 
 
-def make_data(
-    out: Path, exams: int, seed: int, *, balanced: bool | Sequence[str] = True
-) -> None:
+def make_data(out: Path, exams: int, seed: int, *, balanced: bool | Sequence[str] = True) -> None:
     """Synthetic exams with one image each in out/exams, the dataset of them in out/data, and a
     tokenizer from its texts in out/tokenizer.
 
