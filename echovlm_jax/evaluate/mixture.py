@@ -1,7 +1,9 @@
 """The mixture at work on exams: who answers for images, questions and answers."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -137,6 +139,40 @@ def shares_by_organ(read: Mapping[str, Sequence[Read]], experts: int, kind: str)
     number = KINDS.index(kind)
     shares = [mixture_of(read[organ], experts).shares[:, number] for organ in sorted(read)]
     return np.stack(shares, axis=1)
+
+
+def effect_of_experts(
+    model: Any,
+    dataset: Any,
+    layer: int,
+    *,
+    kind: str = "diagnosis",
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """What becomes of right answers when one expert of a layer is switched off, by organ.
+
+    Args:
+      model, dataset, kind, limit, seed: as of `read_exams`.
+      layer: from 0.
+
+    Returns:
+      For each organ [E] float64: how much the mean logarithmic probability of a right answer's
+      token changes, in nats, without each of the layer's experts. Below 0: the expert helps.
+
+    Raises:
+      InputError: as `read_exams` and `without_expert`.
+    """
+    asked = {"kind": kind, "limit": limit, "seed": seed}
+    whole, params = read_exams(model, dataset, **asked), model.params
+    found: dict[str, list[float]] = {organ: [] for organ in sorted(whole)}
+    other = copy.copy(model)
+    for expert in range(model.config.moe.num_experts):
+        other.params = without_expert(params, layer, expert)
+        for organ, read in read_exams(other, dataset, **asked).items():
+            pairs = zip(read, whole[organ], strict=True)
+            found[organ].append(fmean(a.log_probability - b.log_probability for a, b in pairs))
+    return {organ: np.array(values) for organ, values in found.items()}
 
 
 def without_expert(params: Any, layer: int, expert: int) -> dict[str, Any]:
