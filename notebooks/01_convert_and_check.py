@@ -47,10 +47,12 @@ SOURCE = ""  # @param {type:"string"}
 GOLDEN = ""  # @param {type:"string"}
 QUANTIZE = "int8"  # @param ["int8", "int4"]
 DELETE_SHARDS = False  # @param {type:"boolean"}
-SHARD = "1MB"  # @param {type:"string"}
+SHARD = "2MB"  # @param {type:"string"}
+STREAM = False  # @param {type:"boolean"}
+NEW_TOKENS = 16  # @param {type:"integer"}
 WORK = "convert_and_check"
 if os.environ.get("ECHOVLM_NOTEBOOK") == "short":  # as the tests run it
-    SHARD = "2MB"
+    STREAM, NEW_TOKENS = True, 1
 
 # %%
 import time
@@ -95,13 +97,13 @@ for module, count in sorted(found["by_module"].items(), key=lambda item: -item[1
 # PyTorch recorded what every stage gave for one input, on the same weights: positions, image embeddings,
 # hidden states, the router's logits, coefficients, logits, losses and the tokens of an answer. The first
 # stage that differs says where to look. For a released checkpoint record your own file with
-# `tests/golden/make_golden.py`, and give it as `GOLDEN`. One decoder layer at a time is in memory where
-# the model is too large for it.
+# `tests/golden/make_golden.py`, and give it as `GOLDEN`. With `STREAM`, and where
+# the model is too large for the memory, one decoder layer at a time is there.
 
 # %%
 golden = GOLDEN or ("" if SOURCE else demo.GOLDEN)
 if golden:
-    compared = parity(source, golden)
+    compared = parity(source, golden, stream=STREAM or None)
     for stage in compared["stages"]:
         print(f"{'ok  ' if stage['ok'] else 'DIFF'} {stage['max_abs_err']:.1e}  {stage['name']}")
     print(f"routing equal: {compared['router_agreement']:.0%};", end=" ")
@@ -150,7 +152,7 @@ print({key: checked[key] for key in ("ok", "arrays", "bytes", "corrupt")})
 
 # %%
 model = load_model(target)
-answer = model.generate(None, "Write the report.", max_new_tokens=16)
+answer = model.generate(None, "Write the report.", max_new_tokens=NEW_TOKENS)
 print(repr(answer["text"]))
 if wide is not None:
     few = np.asarray(model.forward(asked))

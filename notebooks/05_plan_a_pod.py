@@ -40,12 +40,13 @@ if importlib.util.find_spec("echovlm_jax") is None:
 # %%
 # @title Sizes
 MODEL = "echovlm_11b"  # @param {type:"string"}
-SLICES = ("v5e:4x4", "v5e:2x4", "v5e:1x1")
-SHRINK = {}
+LARGE = "v5e:4x4"  # @param {type:"string"}
+HALF = "v5e:2x4"  # @param {type:"string"}
+SINGLE = "v5e:1x1"  # @param {type:"string"}
+SMALL = {}  # changes of every configuration
 if os.environ.get("ECHOVLM_NOTEBOOK") == "short":  # as the tests run it
-    MODEL, SLICES = "tiny", ("v5e:2x2", "v5e:1x2", "v5e:1x1")
-    SHRINK = {"seq_len": 256, "max_patches": 256, "max_image_patches": 64, "allow_dropped": 1.0}
-    SHRINK |= {"global_batch_size": 4, "grad_accum": 1}
+    MODEL, LARGE, HALF, SINGLE, SMALL = "tiny", "v5e:1x1", "", "", {"data": "none"}
+    SMALL |= {"global_batch_size": 1, "seq_len": 256, "max_patches": 256, "max_image_patches": 64}
 
 # %% [markdown]
 # The compiler has to be told, before JAX is loaded, that no TPU is to be looked for.
@@ -67,7 +68,6 @@ from echovlm_jax.plan.picture import memory_picture
 from echovlm_jax.train.config_file import load_config, own_config
 
 began = time.monotonic()
-whole, half, single = SLICES
 
 # %% [markdown]
 # ## All parameters on the larger slice
@@ -76,9 +76,9 @@ whole, half, single = SLICES
 # the chips. Below is what a plan looks like.
 
 # %%
-full = load_config(own_config("full_finetune"), {"model": MODEL, **SHRINK})
-plans = {f"full, {whole}": plan(full, whole)}
-print(plans[f"full, {whole}"]["report"])
+full = load_config(own_config("full_finetune"), {"model": MODEL, **SMALL})
+plans = {f"full, {LARGE}": plan(full, LARGE)}
+print(plans[f"full, {LARGE}"]["report"])
 
 # %% [markdown]
 # ## The same on half of it
@@ -86,10 +86,11 @@ print(plans[f"full, {whole}"]["report"])
 # With half the chips, each holds twice as much of the parameters and of the optimizer's state.
 
 # %%
-rows = {"global_batch_size": max(1, full.global_batch_size // 2)}
-smaller = load_config(own_config("full_finetune"), {"model": MODEL, **SHRINK, **rows})
-plans[f"full, {half}"] = plan(smaller, half)
-print(plans[f"full, {half}"]["report"])
+if HALF:
+    rows = {"global_batch_size": full.global_batch_size // 2}
+    smaller = load_config(own_config("full_finetune"), {"model": MODEL, **SMALL, **rows})
+    plans[f"full, {HALF}"] = plan(smaller, HALF)
+    print(plans[f"full, {HALF}"]["report"])
 
 # %% [markdown]
 # ## What to change when it does not fit
@@ -98,9 +99,10 @@ print(plans[f"full, {half}"]["report"])
 # (`configs/colab_qlora.py`) the base lies there in int8, and low-rank updates train. One chip will do.
 
 # %%
-qlora = load_config(own_config("colab_qlora"), {"model": MODEL, **SHRINK})
-plans[f"QLoRA, {single}"] = plan(qlora, single)
-print(plans[f"QLoRA, {single}"]["report"])
+if SINGLE:
+    qlora = load_config(own_config("colab_qlora"), {"model": MODEL, **SMALL})
+    plans[f"QLoRA, {SINGLE}"] = plan(qlora, SINGLE)
+    print(plans[f"QLoRA, {SINGLE}"]["report"])
 
 # %% [markdown]
 # ## What fills a chip
