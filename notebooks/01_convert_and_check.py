@@ -61,6 +61,7 @@ from pathlib import Path
 import numpy as np
 
 from echovlm_jax import demo, load_model
+from echovlm_jax.cli.frame import look_for_no_tpu
 from echovlm_jax.convert import convert, export
 from echovlm_jax.convert.inspect import inspect
 from echovlm_jax.convert.parity import parity
@@ -68,6 +69,7 @@ from echovlm_jax.memory import spent
 from echovlm_jax.storage.verify import verify
 
 began = time.monotonic()
+look_for_no_tpu()
 work = Path(WORK)
 work.mkdir(exist_ok=True)
 

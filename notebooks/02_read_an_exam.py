@@ -44,9 +44,9 @@ if importlib.util.find_spec("echovlm_jax") is None:
 # @title Sizes
 MODEL = ""  # @param {type:"string"}
 QUANTIZE = ""  # @param ["", "int8", "int4"]
-EXAMS = 900  # @param {type:"integer"}
-DIAGNOSIS_STEPS = 450  # @param {type:"integer"}
-REPORT_STEPS = 400  # @param {type:"integer"}
+EXAMS = 800  # @param {type:"integer"}
+DIAGNOSIS_STEPS = 400  # @param {type:"integer"}
+REPORT_STEPS = 300  # @param {type:"integer"}
 NEW_TOKENS = 128  # @param {type:"integer"}
 WORK = "read_an_exam"
 if SHORT := os.environ.get("ECHOVLM_NOTEBOOK") == "short":  # as the tests run it: random weights
@@ -58,6 +58,7 @@ import time
 from pathlib import Path
 
 from echovlm_jax import load_model
+from echovlm_jax.cli.frame import look_for_no_tpu
 from echovlm_jax.demo import example_exam, make_checkpoint, small_model
 from echovlm_jax.evaluate.looked import overlay, where_looked
 from echovlm_jax.evaluate.mixture import KINDS, mixture_of, read_answer
@@ -69,6 +70,7 @@ from echovlm_jax.processing.sheet import exam_sheet
 from echovlm_jax.train.heatmap import heatmap
 
 began = time.monotonic()
+look_for_no_tpu()
 keep_freed_memory()
 work = Path(WORK)
 

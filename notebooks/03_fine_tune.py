@@ -60,6 +60,7 @@ import json
 import time
 from pathlib import Path
 
+from echovlm_jax.cli.frame import look_for_no_tpu
 from echovlm_jax.convert.peft import export_adapter
 from echovlm_jax.data.build import Options, build, validate
 from echovlm_jax.data.dataset import open_dataset
@@ -75,6 +76,7 @@ from echovlm_jax.train.config_file import load_config, own_config
 from echovlm_jax.train.loop import train
 
 began = time.monotonic()
+look_for_no_tpu()
 keep_freed_memory()
 work = Path(WORK)
 

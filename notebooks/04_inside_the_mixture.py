@@ -58,6 +58,7 @@ import time
 from pathlib import Path
 
 from echovlm_jax import load_model
+from echovlm_jax.cli.frame import look_for_no_tpu
 from echovlm_jax.data.dataset import open_dataset
 from echovlm_jax.demo import small_model
 from echovlm_jax.evaluate.mixture import (
@@ -72,6 +73,7 @@ from echovlm_jax.processing.sheet import exam_sheet
 from echovlm_jax.train.heatmap import heatmap
 
 began = time.monotonic()
+look_for_no_tpu()
 keep_freed_memory()
 work = Path(WORK)
 

@@ -74,14 +74,14 @@ def test_an_expert_that_is_off_gives_nothing(model, folder, kind):
     batch = {"input_ids": np.arange(32, 80)[None], "attention_mask": np.ones((1, 48), np.int64)}
     before = np.asarray(model.forward(batch))
     off = copy.copy(model)
-    off.params = mixture.without_expert(model.params, 1, 2)
+    off.params = mixture.without_expert(model.params, 0, 2)
     found = np.asarray(off.forward(batch))
     change = np.abs(before - found).max()
     assert change > 0
     assert np.array_equal(before, np.asarray(model.forward(batch)))  # the model's own are as before
     if kind is None:
         experts = model.params["text"]["layers"]["moe"]["experts"]
-        up = jnp.asarray(experts["up"]["kernel"]).at[1, 2].set(0)
+        up = jnp.asarray(experts["up"]["kernel"]).at[0, 2].set(0)
         other = copy.deepcopy(off.params)
         other["text"]["layers"]["moe"]["experts"] = {**experts, "up": {"kernel": up}}
         off.params = other
