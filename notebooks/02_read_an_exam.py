@@ -48,9 +48,10 @@ EXAMS = 800  # @param {type:"integer"}
 DIAGNOSIS_STEPS = 400  # @param {type:"integer"}
 REPORT_STEPS = 300  # @param {type:"integer"}
 NEW_TOKENS = 128  # @param {type:"integer"}
+MAX_PIXELS = 0  # @param {type:"integer"}
 WORK = "read_an_exam"
 if SHORT := os.environ.get("ECHOVLM_NOTEBOOK") == "short":  # as the tests run it: random weights
-    NEW_TOKENS = 8
+    NEW_TOKENS, MAX_PIXELS = 8, 112 * 112
 
 # %%
 import json
@@ -104,7 +105,7 @@ if SHORT:
 folder = MODEL or small_model(
     work / "model", exams=EXAMS, steps=(DIAGNOSIS_STEPS, REPORT_STEPS), organs=organs
 )
-model = load_model(folder, quantize=QUANTIZE or None, crop=True)
+model = load_model(folder, quantize=QUANTIZE or None, crop=True, max_pixels=MAX_PIXELS or None)
 
 # %% [markdown]
 # ## A report, as it is written
