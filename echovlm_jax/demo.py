@@ -264,7 +264,7 @@ def small_model(
         own = {"seed": seed, "stage": name, "data": str(out / "data"), "steps": count}
         run = out / name
         if layout.steps(run / layout.CHECKPOINTS)[-1:] != [count]:
-            train_whole(demo_config("phantom", start | changes | own), run)
+            train_whole(demo_config("phantom", {**start, **changes, **own}), run)
     if run is None:
         raise InputError("steps: every stage has 0, so there is no model")
     return run

@@ -178,7 +178,7 @@ def _read_index(path: Path) -> dict[str, set[str] | None]:
 
 def _open_files(
     folder: Path,
-    files: dict[str, set[str] | None],
+    files: Mapping[str, set[str] | None],
     said_by: Path,
     once: bool,
     gone: Mapping[str, Gone],

@@ -36,7 +36,8 @@ def parts(result: Mapping[str, Any]) -> list[tuple[str, str, int]]:
 def memory_picture(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Image.Image:
     """Draws a bar for each plan: a kind of array a colour, a group of parameters a piece of it.
 
-    The red line is a chip's memory. Below each bar stand the kinds and their sizes.
+    The red line is a chip's memory. A group's name is in its piece where there is room; below each
+    bar stand the kinds and their sizes.
 
     Args:
       results: what `plan` gave, one or more.
@@ -72,9 +73,12 @@ def _bar(
     for kind in kinds:
         colour = _OTHER if kind == "temporaries" else _COLOURS[kinds.index(kind) % len(_COLOURS)]
         total = 0
-        for number, size in enumerate(size for name, _, size in found if name == kind):
+        pieces = [(group, size) for name, group, size in found if name == kind]
+        for number, (group, size) in enumerate(pieces):
             lighter = tuple(min(255, c + 22 * (number % 4)) for c in colour)
             draw.rectangle((at, top, at + size * scale, top + _BAR), fill=lighter)
+            if draw.textlength(group) + 4 < size * scale:
+                draw.text((at + 3, top + 5), group, fill="white")
             at, total = at + size * scale, total + size
         text = f"{kind} {total / GIB:.2f}"
         draw.text((label, top + _BAR + 2), text, fill=colour)
