@@ -18,8 +18,8 @@
 # organ by organ, with 95 % intervals. What was learned is written as an adapter that PEFT reads.
 #
 # **You need** a CPU and five minutes: a small base is trained here first, on synthetic exams of other
-# organs. With a checkpoint of 11.7 B parameters you need a TPU v5e chip or a card of 16 GB, and hours:
-# `echovlm plan --config configs/colab_qlora.py --topology v5e:1x1` says what fits.
+# organs. For a checkpoint of 11.7 B parameters the compiler says that a TPU v5e chip of 16 GB will do
+# (notebook 5); it was not run there yet. Take hours for it.
 #
 # Not a medical device.
 
@@ -44,6 +44,8 @@ if importlib.util.find_spec("echovlm_jax") is None:
 # %%
 # @title Sizes
 MODEL = ""  # @param {type:"string"}
+EXAMS_JSON = ""  # @param {type:"string"}
+IMAGES = ""  # @param {type:"string"}
 ORGAN = "thyroid"  # @param {type:"string"}
 KNOWN = "breast"  # @param {type:"string"}
 OWN_EXAMS = 700  # @param {type:"integer"}
@@ -85,16 +87,16 @@ work = Path(WORK)
 # ## Your exams
 #
 # A list of records: an id, paths of images, a conversation. `organ`, `patient_id` and `reports` may be
-# there. Records of LLaVA, LLaMA-Factory, ms-swift, OpenAI and Qwen are read as well. These are
-# synthetic, of two organs: one that the base will know, and one that it has never seen.
+# there. Records of LLaVA, LLaMA-Factory, ms-swift, OpenAI and Qwen are read as well. `EXAMS_JSON` is such
+# a file, and `IMAGES` the folder that its paths begin in. Where they are empty, exams are made: of an
+# organ that the base will know, and of one that it has never seen.
 
 # %%
-own = work / "own"
-if not own.exists():
-    write_exams(own, OWN_EXAMS, 1, balanced=(ORGAN, KNOWN), cine=0.0, views=1, language="en")
-records = json.loads((own / "phantom.json").read_text("utf-8"))
-print(json.dumps(records[0], indent=1, ensure_ascii=False))
-exam_sheet([own / record["image"][0] for record in records[:4]])
+images = Path(IMAGES or work / "own")
+source = Path(EXAMS_JSON or images / "phantom.json")
+if not EXAMS_JSON and not images.exists():
+    write_exams(images, OWN_EXAMS, 1, balanced=(ORGAN, KNOWN), cine=0.0, views=1, language="en")
+print(json.dumps(json.loads(source.read_text("utf-8"))[0], indent=1, ensure_ascii=False))
 
 # %% [markdown]
 # ## A dataset
@@ -103,14 +105,14 @@ exam_sheet([own / record["image"][0] for record in records[:4]])
 # tested on has no relative among those that are learned.
 
 # %%
-sources = [own / "phantom.json"]
-checked = validate(sources, own)
+checked = validate([source], images)
 print({key: checked[key] for key in ("records", "kept", "quarantined", "unnamed")})
 data = work / "data"
 if not data.exists():
-    build(sources, own, data, Options(validation=0.02, test=0.25))
-test = open_dataset(data, "test")
-print(f"{len(open_dataset(data))} exams to learn from, {len(test)} held out")
+    build([source], images, data, Options(validation=0.02, test=0.25))
+learned, test = open_dataset(data), open_dataset(data, "test")
+print(f"{len(learned)} exams to learn from, {len(test)} held out")
+exam_sheet([learned.media(number)[0] for number in range(4)])
 
 # %% [markdown]
 # ## The base
