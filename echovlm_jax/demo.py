@@ -245,6 +245,8 @@ def small_model(
     Raises:
       InputError: `out` is of another call, or a number is out of its range.
     """
+    if len(steps) != len(STAGES) or min(steps) < 0 or not any(steps):
+        raise InputError(f"steps must be {len(STAGES)} numbers from 0, not all 0: {list(steps)}")
     out = Path(out)
     asked = {"exams": exams, "steps": list(steps), "organs": list(organs), "seed": seed}
     begun = _begun(out)
@@ -256,17 +258,15 @@ def small_model(
         for name in ("exams", "data"):
             shutil.rmtree(out / name, ignore_errors=True)
         make_data(out, exams, seed, balanced=organs)
-    run = None
+    run = out
     for (name, changes), count in zip(STAGES.items(), steps, strict=True):
         if not count:
             continue
-        start = {"model": str(run)} if run else {"tokenizer": str(out / "tokenizer")}
+        start = {"model": str(run)} if run != out else {"tokenizer": str(out / "tokenizer")}
         own = {"seed": seed, "stage": name, "data": str(out / "data"), "steps": count}
         run = out / name
         if layout.steps(run / layout.CHECKPOINTS)[-1:] != [count]:
             train_whole(demo_config("phantom", {**start, **changes, **own}), run)
-    if run is None:
-        raise InputError("steps: every stage has 0, so there is no model")
     return run
 
 

@@ -17,9 +17,8 @@
 # depends on, and at which experts gave it.
 #
 # **You need** a CPU and five minutes: a small model is trained here on synthetic exams first. It knows
-# nothing of real ones. A
-# checkpoint of 11.7 B parameters, made by notebook 1, takes 13 GB in int8 (`QUANTIZE = "int8"`), so an
-# accelerator of 16 GB; it was not run there yet.
+# nothing of real ones. A checkpoint of 11.7 B parameters, made by notebook 1, takes 12.4 GB in int8, so
+# an accelerator of 16 GB; it was not run there yet.
 #
 # Not a medical device.
 

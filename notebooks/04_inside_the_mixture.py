@@ -19,7 +19,7 @@
 # answers when one expert is switched off.
 #
 # **You need** a CPU and four minutes: a small model is trained here on synthetic exams first. A
-# checkpoint of 11.7 B parameters, made by notebook 1, takes 13 GB in int8 (`QUANTIZE = "int8"`), so an
+# checkpoint of 11.7 B parameters, made by notebook 1, takes 12.4 GB in int8, so an
 # accelerator of 16 GB; it was not run there yet.
 #
 # Not a medical device.

@@ -73,6 +73,8 @@ def write_exams(
             raise InputError(f"{name} must be at least 1, found {number}")
     if language not in (None, *_ASKED):
         raise InputError(f"language must be one of {', '.join(_ASKED)}, found {language!r}")
+    base = int(mix(text_key("phantom/files"), seed))
+    organs = _organs(base, exams, balanced)
     try:
         (out / "images").mkdir(parents=True)
         if len(list(out.iterdir())) > 1:
@@ -82,8 +84,6 @@ def write_exams(
         raise InputError(f"{shown(out)}: is not empty; name a new folder") from None
     except OSError as error:
         raise InputError(f"{shown(out)}: can't be made ({error.strerror})") from None
-    base = int(mix(text_key("phantom/files"), seed))
-    organs = _organs(base, exams, balanced)
     counts = {"images": 0, "loops": 0}
     entries, planned = [], 0
     jobs = []
