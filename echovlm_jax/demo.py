@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from echovlm_jax.convert.table import slots
 from echovlm_jax.data.build import Options, build
 from echovlm_jax.data.dataset import open_dataset
 from echovlm_jax.data.examples import texts_of
+from echovlm_jax.data.record import ORGANS
 from echovlm_jax.data.tasks import TASKS
 from echovlm_jax.data.tokenizer import SPECIAL, byte_tokenizer, train_sentencepiece
 from echovlm_jax.errors import InputError
@@ -202,12 +203,12 @@ def _parity(folder: Path) -> dict[str, Any]:
     return {key: found[key] for key in keys}
 
 
-def make_data(out: Path, exams: int, seed: int, *, balanced: bool = True) -> None:
+def make_data(out: Path, exams: int, seed: int, *, balanced: bool | Sequence[str] = True) -> None:
     """Synthetic exams with one image each in out/exams, the dataset of them in out/data, and a
     tokenizer from its texts in out/tokenizer.
 
     Args:
-      balanced: organs equally often; else as in the paper's data.
+      balanced: organs equally often, or these organs alone; else as in the paper's data.
     """
     workers = os.cpu_count() or 1
     # One language: with two, half of the steps would go into the other's words.
@@ -216,6 +217,64 @@ def make_data(out: Path, exams: int, seed: int, *, balanced: bool = True) -> Non
     sources = [out / "exams" / "phantom.json"]
     build(sources, out / "exams", out / "data", _SPLITS, workers=workers)
     train_sentencepiece(texts_of(out / "data"), out / "tokenizer")
+
+
+def small_model(
+    out: str | Path,
+    *,
+    exams: int = 2100,
+    steps: Sequence[int] = (700, 100),
+    organs: Sequence[str] = ORGANS,
+    seed: int = 0,
+) -> Path:
+    """A model that has learned a little of synthetic exams, for a first hour without a checkpoint.
+
+    `out` gets exams/ (images and official JSON), data/ (the dataset), tokenizer/, and a run for
+    each stage of STAGES. A second call finds the model there.
+
+    Args:
+      out: a new folder, or one that the same call has begun.
+      exams: how many are made, organs equally often.
+      steps: of each stage; 0 leaves it out.
+      organs: those that there are exams of.
+      seed: of the exams and the training.
+
+    Returns:
+      The last stage's folder, a MODEL folder.
+
+    Raises:
+      InputError: `out` is of another call, or a number is out of its range.
+    """
+    if len(steps) != len(STAGES) or min(steps) < 0 or not any(steps):
+        raise InputError(f"steps must be {len(STAGES)} numbers from 0, not all 0: {list(steps)}")
+    out = Path(out)
+    asked = {"exams": exams, "steps": list(steps), "organs": list(organs), "seed": seed}
+    begun = _begun(out)
+    if out.exists() and begun != asked:
+        raise InputError(f"{out}: holds something else; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).write_text(json.dumps(asked))
+    if not (out / "tokenizer").is_dir():
+        for name in ("exams", "data"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        make_data(out, exams, seed, balanced=organs)
+    run = out
+    for (name, changes), count in zip(STAGES.items(), steps, strict=True):
+        if not count:
+            continue
+        start = {"model": str(run)} if run != out else {"tokenizer": str(out / "tokenizer")}
+        own = {"seed": seed, "stage": name, "data": str(out / "data"), "steps": count}
+        run = out / name
+        if layout.steps(run / layout.CHECKPOINTS)[-1:] != [count]:
+            train_whole(demo_config("phantom", {**start, **changes, **own}), run)
+    return run
+
+
+def _begun(out: Path) -> Any:
+    try:
+        return json.loads((out / _MARK).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def demo_config(name: str, changes: Mapping[str, Any]) -> Any:

@@ -171,7 +171,7 @@ class Model:
     def generate(
         self,
         images: Any,
-        prompt: str,
+        prompt: str | Sequence[Mapping[str, Any]],
         *,
         system: str | None = None,
         max_new_tokens: int = 512,
@@ -188,7 +188,8 @@ class Model:
           images: a list of paths (what `processing.load_media` reads), PIL images or uint8 arrays,
             or one of these; None for none. Several make one exam; a file with several frames is a
             video.
-          prompt: what to ask.
+          prompt: what to ask; or a conversation, a list of {role, content}, that a user's turn ends
+            (see `generate.chat.Chat`).
           system: the system prompt; by default the chat template's own.
           max_new_tokens: at most this many.
           temperature, top_k, top_p, repetition_penalty, seed: see `SamplingOptions`.
@@ -230,7 +231,7 @@ class Model:
         return result
 
     def prepare(
-        self, images: Any, prompt: str, *, system: str | None = None, max_new_tokens: int
+        self, images: Any, prompt: Any, *, system: str | None = None, max_new_tokens: int
     ) -> Inputs:
         """The inputs of one prompt, as the processor gives them; see `generate` and `load_model`'s
         control_tokens."""
@@ -238,7 +239,10 @@ class Model:
             images = []
         elif not isinstance(images, list | tuple):
             images = [images]
-        messages = [{"role": "user", "content": self._plain(prompt)}]
+        turns = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, list | tuple) and all("role" in turn for turn in prompt):
+            turns = prompt
+        messages = [{**turn, "content": self._plain(turn.get("content"))} for turn in turns]
         if system is not None:
             messages.insert(0, {"role": "system", "content": self._plain(system)})
         inputs = self.processor(images, messages)

@@ -1,8 +1,9 @@
-"""What the C library does with memory that a training step gives back."""
+"""Memory: what this process has needed, and what the C library does with what is given back."""
 
 import ctypes
 import mmap
 import os
+import time
 from pathlib import Path
 
 # Of glibc's malloc.h.
@@ -40,6 +41,36 @@ def keep_freed_memory() -> bool:
     if kept:
         _ask_for_huge_pages(libc)
     return kept
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process ever had resident."""
+    try:
+        # Not getrusage: it counts what the process was forked from as well.
+        text = Path("/proc/self/status").read_text()
+        return int(text.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def spent(began: float) -> str:
+    """What a program has needed so far, in a line: time, memory, and the accelerators' memory.
+
+    Args:
+      began: `time.monotonic()` at its beginning.
+    """
+    import jax
+
+    seconds = round(time.monotonic() - began)
+    line = f"{seconds // 60} min {seconds % 60} s, {peak_rss_bytes() / 2**30:.1f} GiB of memory"
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.devices()]
+    if known := [peak for peak in peaks if peak is not None]:
+        line += f", {max(known) / 2**30:.1f} GiB of an accelerator's"
+    return line
 
 
 def _c_library() -> ctypes.CDLL:

@@ -48,3 +48,37 @@ def test_what_it_can_not_read_is_said_before_the_training(tmp_path):
     picture.write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"broken\.png"):
         demo.demo(tmp_path / "out", image=picture)
+
+
+def test_a_small_model_is_made_once(tmp_path, monkeypatch):
+    made = []
+
+    def make_data(out, exams, seed, *, balanced):
+        (out / "tokenizer").mkdir()
+        made.append((exams, seed, balanced))
+
+    def train_whole(config, run):
+        (run / "checkpoints" / str(config.steps)).mkdir(parents=True)
+        made.append((run.name, config.steps, config.model, config.get("tokenizer")))
+
+    monkeypatch.setattr(demo, "make_data", make_data)
+    monkeypatch.setattr(demo, "train_whole", train_whole)
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert (
+            demo.small_model(out, exams=9, steps=(3, 2), organs=("liver",)) == out / "instruction"
+        )
+    assert made == [
+        (9, 0, ("liver",)),
+        ("alignment", 3, "nano", str(out / "tokenizer")),
+        ("instruction", 2, str(out / "alignment"), None),
+    ]
+    assert demo.small_model(tmp_path / "b", exams=9, steps=(3, 0)) == tmp_path / "b" / "alignment"
+    with pytest.raises(InputError, match="holds something else"):
+        demo.small_model(out, exams=10, steps=(3, 2), organs=("liver",))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="holds something else"):
+        demo.small_model(tmp_path / "mine")
+    for steps in ((0, 0), (1,), (-1, 2)):
+        with pytest.raises(InputError, match="steps must be 2 numbers"):
+            demo.small_model(tmp_path / "c", steps=steps)

@@ -28,7 +28,7 @@ PACKAGE = "echovlm_jax"
 # and `errors`. `config` is where all data flows from: whatever is after it may read it.
 _CONVERT = {
     *("config", "model.abstract_params", "model.param_specs", "mesh", "model.ParamSpec"),
-    *("ops.product.weight", "quantize", "storage", "progress", "patterns"),
+    *("ops.product.weight", "quantize", "storage", "progress", "patterns", "memory"),
 }
 _LOAD = {"chips", "config", "mesh", "model", "processing", "convert", "generate", "storage"}
 _LOAD |= {"ops.product.weight"}

@@ -3,8 +3,11 @@
 import platform
 import subprocess
 import sys
+import time
 
 import pytest
+
+from echovlm_jax.memory import peak_rss_bytes, spent
 
 # 40 MB are allocated, written and freed, again and again, by a thread as XLA's do.
 PROGRAM = """
@@ -52,3 +55,9 @@ def test_pages_that_are_freed_need_no_clearing_again():
     given_back, kept = _faults("given back"), _faults("kept")
     assert given_back > 1000
     assert kept < given_back / 20
+
+
+def test_what_was_spent_is_a_line():
+    line = spent(time.monotonic() - 125)
+    assert line.startswith("2 min 5 s, ") and line.endswith(" GiB of memory")
+    assert f"{peak_rss_bytes() / 2**30:.1f} GiB" in line

@@ -19,7 +19,12 @@ def add_convert(commands: Any) -> None:
         from echovlm_jax.convert.from_torch import convert
 
         return convert(
-            args.src, args.dst, dtype=args.dtype, adapter=args.adapter, quantize=args.quantize
+            args.src,
+            args.dst,
+            dtype=args.dtype,
+            adapter=args.adapter,
+            quantize=args.quantize,
+            delete_source_shards=args.delete_source_shards,
         )
 
     command = add_command(
@@ -29,7 +34,8 @@ def add_convert(commands: Any) -> None:
         "convert a Hugging Face folder to an Orbax checkpoint, streaming; re-run the command to "
         "resume",
         "echovlm convert EchoVLM-hf/ echovlm-orbax/ --dtype bfloat16\n"
-        "  echovlm convert EchoVLM-hf/ echovlm-int4/ --quantize int4",
+        "  echovlm convert EchoVLM-hf/ echovlm-int4/ --quantize int4\n"
+        "  echovlm convert download/ echovlm-int8/ --quantize int8 --delete-source-shards",
     )
     command.add_argument("src", type=PLACE, metavar="SRC", help="a Hugging Face folder")
     command.add_argument("dst", type=PLACE, metavar="DST", help="the folder to make")
@@ -45,6 +51,12 @@ def add_convert(commands: Any) -> None:
         metavar="KIND",
         help="store the decoder's products, embedding and head in int8 or int4; for generate and "
         "eval, and training with the key quantize",
+    )
+    command.add_argument(
+        "--delete-source-shards",
+        action="store_true",
+        help="DELETE each weight file of SRC once what was made of it is on the disk and equals "
+        "its digests: the disk need not hold both; links are refused",
     )
 
 

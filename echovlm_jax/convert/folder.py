@@ -25,6 +25,7 @@ from echovlm_jax.convert.run import open_run
 from echovlm_jax.convert.source import WEIGHT_DTYPES
 from echovlm_jax.convert.table import quoted
 from echovlm_jax.errors import InputError
+from echovlm_jax.memory import peak_rss_bytes as peak_rss_bytes  # for those who report it
 from echovlm_jax.model import param_specs
 from echovlm_jax.quantize import takes
 from echovlm_jax.storage import digests
@@ -121,7 +122,10 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], *, once: bool = False
+    path: str | os.PathLike[str],
+    *,
+    once: bool = False,
+    gone: Mapping[str, sources.Gone] | None = None,
 ) -> tuple[sources.Source, ModelConfig]:
     """Opens a folder in Hugging Face form, as `source.open_source` does, with its configuration.
 
@@ -131,7 +135,7 @@ def open_checkpoint(
     where = as_path(path)
     refuse_run(where)
     refuse_quantized(where.parent if where.is_file() else where)
-    source = sources.open_source(where, once=once)
+    source = sources.open_source(where, once=once, gone=gone)
     refuse_quantized_tensors(source)
     return source, read_config(source.folder)
 
@@ -316,6 +320,8 @@ def check_duplicates(source: sources.Source, match: table.Match) -> None:
     """A tied checkpoint may repeat the embedding as lm_head: then bit for bit, or InputError."""
     for name, original in match.duplicates.items():
         head, embedding = source.tensors[name], source.tensors[match.found[original]]
+        if {head.order[0], embedding.order[0]} & source.gone.keys():
+            continue  # compared before the file was deleted
         same = head.dtype == embedding.dtype
         size = int(np.prod(head.shape))
         step = store.CHUNK_BYTES // head.dtype.itemsize
@@ -406,17 +412,3 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
         raise InputError(f"{path}: {needed:,} bytes needed, {free:,} bytes free; free some space")
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    try:
-        # Not getrusage: it counts what the process was forked from as well.
-        text = Path("/proc/self/status").read_text()
-        return int(text.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        import resource
-        import sys
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

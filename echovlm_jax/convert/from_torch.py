@@ -5,12 +5,13 @@ bit pattern is kept, NaN payloads too.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from echovlm_jax.convert import few_bits, folder, table
+from echovlm_jax.convert import few_bits, folder, shards, table
 from echovlm_jax.convert import source as sources
 from echovlm_jax.convert.job import Conversion
-from echovlm_jax.convert.journal import JOURNAL, MODEL, Journal, make_folder, work_folder
+from echovlm_jax.convert.journal import (
+    JOURNAL,
+    MODEL,
+    REMEMBERED,
+    Journal,
+    make_folder,
+    work_folder,
+)
 from echovlm_jax.convert.peft import open_adapter
 from echovlm_jax.convert.store import DataFiles
 from echovlm_jax.errors import InputError
@@ -35,6 +43,8 @@ from echovlm_jax.storage.verify import without_added
 
 # What only suggests that weights are others: their bytes tell.
 _STAMPS = ("weights", "adapter")
+# Of conversion.json, and not of the report.
+_OWN = ("identity", "sha256", "chunks", shards.KEY)
 # Values on their way to the disk: enough to keep it busy while the next ones are read.
 _IN_FLIGHT_BYTES = 256 * 2**20
 _CHECKERS = 4
@@ -47,6 +57,7 @@ def convert(
     dtype: Any = None,
     adapter: str | os.PathLike[str] | None = None,
     quantize: str | None = None,
+    delete_source_shards: bool = False,
 ) -> dict[str, Any]:
     """Converts a Hugging Face-form checkpoint to DST/{config.json, …, params/, conversion.json,
     XXH128SUMS}.
@@ -68,7 +79,8 @@ def convert(
     Returns:
       The report: tensors, bytes, seconds, peak_rss_bytes, missing, unexpected (both empty: either
       is refused), ignored, duplicates, dtype, resumed (tensors that an earlier run had finished);
-      with `quantize`, quantized {kind: bytes} and quantize, the recipe in full.
+      with `quantize`, quantized {kind: bytes} and quantize, the recipe in full; deleted, the
+      source's files that are gone, where there are any.
       conversion.json has in addition sha256, by released tensor name, of the stored bytes, and
       chunks, XXH128 of each parameter's chunks; both are computed before these are written.
 
@@ -77,11 +89,21 @@ def convert(
     """
     wanted = folder.as_dtype(dtype)
     few_bits.check_kind(quantize)
-    return carry_out(lambda: _prepare(src, wanted, adapter, quantize), dst)
+
+    def make() -> Conversion:
+        job = _prepare(src, wanted, adapter, quantize, shards.remembered(dst))
+        if delete_source_shards:
+            shards.check_may_delete(job.source, dst)
+        return job
+
+    return carry_out(make, dst, delete=delete_source_shards)
 
 
-def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> dict[str, Any]:
-    """Makes a folder as `convert` does; `make` is called once `dst` has been checked."""
+def carry_out(
+    make: Callable[[], Conversion], dst: str | os.PathLike[str], *, delete: bool = False
+) -> dict[str, Any]:
+    """Makes a folder as `convert` does; `make` is called once `dst` has been checked. `delete`: see
+    its delete_source_shards."""
     started = time.monotonic()
     target = as_path(dst).absolute()
     partial = work_folder(target, ".partial")
@@ -102,8 +124,12 @@ def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> di
             # Again: the last one to hold the lock may have made it.
             if model != target or not journal.done:
                 folder.check_new(target)
-            _check_left(job, partial, journal)
-            resumed, known = _make_model(job, partial, model, journal)
+            used = shards.Shards(job, journal) if delete else None
+            _check_left(job, partial, journal, used)
+            noted = None
+            if used or job.source.gone:
+                noted = shards.note(job, partial / REMEMBERED)
+            resumed, known = _make_model(job, partial, model, journal, used)
         except store.LostChunksError:
             journal.discard()  # the journal promises what is gone
             raise
@@ -117,7 +143,11 @@ def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> di
         of_chunks = _by_parameter(job, journal)
         write_json(
             model / folder.REPORT,
-            {**report, "identity": job.identity, "sha256": of_tensors, "chunks": of_chunks},
+            {
+                **report,
+                **{"identity": job.identity, "sha256": of_tensors, "chunks": of_chunks},
+                **({shards.KEY: noted} if noted else {}),
+            },
         )
         journal.check()
         digests.write(model, known=known)
@@ -127,7 +157,9 @@ def carry_out(make: Callable[[], Conversion], dst: str | os.PathLike[str]) -> di
     return report
 
 
-def _check_left(job: Conversion, partial: Path, journal: Journal) -> None:
+def _check_left(
+    job: Conversion, partial: Path, journal: Journal, used: shards.Shards | None
+) -> None:
     """Refuses a journal of other tensors, and a disk that can't take those that are left."""
     if odd := journal.done.keys() - job.slots.keys():
         raise InputError(
@@ -135,7 +167,8 @@ def _check_left(job: Conversion, partial: Path, journal: Journal) -> None:
             " model; delete that folder to start over"
         )
     left = job.slots.keys() - journal.done.keys()
-    folder.check_space(partial, sum(map(job.nbytes, left)))
+    needed = used.needed() if used else sum(map(job.nbytes, left))
+    folder.check_space(partial, needed)
 
 
 def _by_parameter(job: Conversion, journal: Journal) -> dict[str, list[str]]:
@@ -149,14 +182,14 @@ def _by_parameter(job: Conversion, journal: Journal) -> dict[str, list[str]]:
 
 
 def _make_model(
-    job: Conversion, partial: Path, model: Path, journal: Journal
+    job: Conversion, partial: Path, model: Path, journal: Journal, used: shards.Shards | None
 ) -> tuple[int, dict[str, str]]:
     """Everything of the model folder but its report. Returns how many tensors were there, and
     digests of files."""
     if not journal.done:
         remove(model)
     try:
-        resumed, known = _write_params(job, model / folder.PARAMS, journal)
+        resumed, known = _write_params(job, model / folder.PARAMS, journal, used)
     except InputError:
         raise
     except ValueError as error:
@@ -180,8 +213,9 @@ def _prepare(
     dtype: np.dtype | None,
     adapter: str | os.PathLike[str] | None = None,
     quantize: str | None = None,
+    gone: Mapping[str, sources.Gone] | None = None,
 ) -> Conversion:
-    source, model = folder.open_checkpoint(src, once=True)
+    source, model = folder.open_checkpoint(src, once=True, gone=gone)
     slots = table.slots(model)
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     match = table.match(slots, shapes, str(source.folder))
@@ -238,7 +272,7 @@ def _finished(target: Path, job: Conversion) -> dict[str, Any] | None:
         raise InputError(f"{target}: is broken: {digests.told(problems)}; {mend}")
     if there != job.identity and (other := _other_weights(job, report)):
         raise InputError(f"{target}: exists; {mend}: it was made of other weights ({other})")
-    return {k: value for k, value in report.items() if k not in ("identity", "sha256", "chunks")}
+    return {key: value for key, value in report.items() if key not in _OWN}
 
 
 def _other_weights(job: Conversion, report: dict[str, Any]) -> str | None:
@@ -279,15 +313,21 @@ def _report(job: Conversion, resumed: int, seconds: float) -> dict[str, Any]:
         "duplicates": job.match.duplicates,
         "dtype": "+".join(sorted(names | ({form.kind} if form else set()))),
         "resumed": resumed,
+        **({"deleted": sorted(job.source.gone)} if job.source.gone else {}),
         **quantized,
     }
 
 
-def _write_params(job: Conversion, target: Path, journal: Journal) -> tuple[int, dict[str, str]]:
+def _write_params(
+    job: Conversion, target: Path, journal: Journal, used: shards.Shards | None
+) -> tuple[int, dict[str, str]]:
     """Streams every tensor that the journal lacks, in the order of the source's files. Returns how
     many it had, and digests of files by name in the model folder."""
     writer = store.Writer(target, job.arrays())
-    _forget_damaged(job, writer, journal)
+    whole = functools.partial(_is_whole, job, writer, journal)
+    _forget_damaged(job, whole, journal)
+    if used:
+        used.delete_used(whole)
     resumed = len(journal.done)
     pending: deque[_Chunk] = deque()
     chunks: dict[str, list[str]] = {}
@@ -301,6 +341,8 @@ def _write_params(job: Conversion, target: Path, journal: Journal) -> tuple[int,
         chunks.setdefault(chunk.name, []).append(chunk.own.result())
         if chunk.last:
             journal.add(chunk.name, " ".join([chunk.digest.hexdigest(), *chunks.pop(chunk.name)]))
+            if used:
+                used.delete_used(whole, chunk.name)
         tick(chunk.nbytes)
         unseen += chunk.nbytes
         if unseen > 2 * _IN_FLIGHT_BYTES:  # so all that was on its way at the last look is written
@@ -334,7 +376,14 @@ def _write_params(job: Conversion, target: Path, journal: Journal) -> tuple[int,
     return resumed, files.digests(target.parent)
 
 
-def _forget_damaged(job: Conversion, writer: store.Writer, journal: Journal) -> None:
+def _is_whole(job: Conversion, writer: store.Writer, journal: Journal, name: str) -> bool:
+    """Whether a tensor is on the disk as the journal says. Raises LostChunksError where it can't be
+    read."""
+    found = [digests.of_array(writer.read(*part)) for part in job.parts(name)]
+    return found == journal.done[name].split(" ")[1:]
+
+
+def _forget_damaged(job: Conversion, whole: Callable[[str], bool], journal: Journal) -> None:
     """Compares what the journal says is written with its digests; what differs is done again.
 
     Raises:
@@ -342,9 +391,9 @@ def _forget_damaged(job: Conversion, writer: store.Writer, journal: Journal) -> 
     """
 
     def damaged(name: str) -> bool:
-        found = [digests.of_array(writer.read(*part)) for part in job.parts(name)]
+        bad = not whole(name)
         tick(job.nbytes(name))
-        return found != journal.done[name].split(" ")[1:]
+        return bad
 
     names = list(journal.done)
     total = sum(map(job.nbytes, names))

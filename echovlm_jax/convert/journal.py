@@ -19,6 +19,7 @@ from echovlm_jax.storage import files
 from echovlm_jax.storage.lock import WRITER, Lock
 
 JOURNAL, MODEL = "journal.jsonl", "model"
+REMEMBERED = "source.json"  # of a source whose files are deleted (see `shards`)
 
 
 def work_folder(target: Path, suffix: str) -> Path:
@@ -38,7 +39,7 @@ def make_folder(path: Path) -> bool:
         there = path.is_dir()
         held = {inside.name for inside in path.iterdir()} if there else set()
         held -= {JOURNAL + WRITER}
-        odd = held - {JOURNAL, MODEL} or (held if JOURNAL not in held else set())
+        odd = held - {JOURNAL, MODEL, REMEMBERED} or (held if JOURNAL not in held else set())
         if odd or path.is_symlink():
             what = f"holds {quoted(min(odd))}" if odd else "is a link"
             raise InputError(
@@ -100,6 +101,7 @@ class Journal:
         if made is not None:
             files.remove(made)
         files.remove(self._folder / MODEL)
+        files.remove(self._folder / REMEMBERED)
         self._path.unlink(missing_ok=True)
         if not files.in_bucket(self._folder):
             # Whatever else came into it meanwhile is not ours.
@@ -157,13 +159,18 @@ class Journal:
         self.done[name] = digest
         self._append({"name": name, "sha256": digest})
 
+    def sync(self) -> None:
+        """Makes all that was noted survive a power cut."""
+        assert self._file is not None
+        self._file.sync()
+        self._synced = time.monotonic()
+
     def _append(self, line: dict[str, Any]) -> None:
         assert self._file is not None
         self._file.write(json.dumps(line) + "\n")
         # A kill loses nothing that was written to a disk; a power cut a second's work.
         if not files.in_bucket(self._path) and time.monotonic() - self._synced > 1:
-            self._file.sync()
-            self._synced = time.monotonic()
+            self.sync()
 
     def __enter__(self) -> Journal:
         return self

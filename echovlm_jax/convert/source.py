@@ -7,10 +7,10 @@ where PyTorch is installed. Nothing here unpickles by itself.
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -49,11 +49,13 @@ class Source:
       files: the weight files.
       tensors: by the checkpoint's own names; `tensors[n].read(a, b)` gives the values [a, b) of
         tensor n, counted flat, and raises InputError if the file has changed since.
+      gone: the files that a conversion deleted after use, by name, with `stamp` of each.
     """
 
     folder: Path
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
+    gone: dict[str, bytes] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """A digest of the files' names, sizes and times: differs where the weights may differ.
@@ -61,33 +63,67 @@ class Source:
         The time of the last change (ctime) is among them: `touch` and `rsync` can't set it."""
         digest = hashlib.sha256()
         for path in self.files:
-            if isinstance(path, BucketPath):
-                digest.update(f"{path.name}\0".encode() + path.version() + b"\n")
-                continue
-            stat = path.stat()
-            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_ino}".encode())
-            digest.update(f"\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\n".encode())
+            digest.update(self.gone.get(path.name) or stamp(path))
         return digest.hexdigest()
 
+    def drop(self, file: str) -> None:
+        """Lets go of a file that has been deleted: its tensors can't be read from now on."""
+        for name, tensor in list(self.tensors.items()):
+            if tensor.order[0] == file:
+                self.tensors[name] = replace(tensor, read=_unread(self.folder / file))
 
-def open_source(path: str | os.PathLike[str], *, once: bool = False) -> Source:
+
+def stamp(path: Path) -> bytes:
+    """What tells a file from another of its name, without reading it."""
+    if isinstance(path, BucketPath):
+        return f"{path.name}\0".encode() + path.version() + b"\n"
+    stat = path.stat()
+    size = f"{path.name}\0{stat.st_size}\0{stat.st_ino}"
+    return f"{size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\n".encode()
+
+
+def _unread(path: Path) -> Callable[[int, int], np.ndarray]:
+    def read(start: int, stop: int) -> np.ndarray:
+        raise InputError(
+            f"{path}: was deleted after use, and what was made of it is damaged; fetch the whole"
+            " checkpoint again and delete the unfinished folder"
+        )
+
+    return read
+
+
+class Gone(NamedTuple):
+    """A weight file that was deleted after use."""
+
+    stamp: bytes
+    tensors: dict[str, Tensor]
+
+
+def open_source(
+    path: str | os.PathLike[str], *, once: bool = False, gone: Mapping[str, Gone] | None = None
+) -> Source:
     """Opens a folder in Hugging Face form, or one weight file that lies in such a folder.
 
-    `once` says that the weights will be read once and in order: the page cache is then of no use.
+    Args:
+      once: the weights will be read once and in order: the page cache is then of no use.
+      gone: files by name that may be missing, because a conversion deleted them after use.
 
     Raises:
       InputError: nothing to read there, or a file is missing, damaged or would need unpickling.
     """
-    where = as_path(path)
-    if where.is_file():
-        return _open_files(where.parent, {where.name: None}, where, once)
+    where, gone = as_path(path), gone or {}
+    if where.is_file() or where.name in gone:
+        return _open_files(where.parent, {where.name: None}, where, once, gone)
     if not where.is_dir():
         raise InputError(f"{where}: no such folder; give a folder with config.json and weights")
     found = weight_file(where)
+    if found is None and len(gone) == 1:
+        found = where / next(iter(gone))
     if found is None:
         raise InputError(f"{where}: no weights; looked for {LOOKED_FOR}")
     is_index = found.name in (INDEX, TORCH_INDEX)
-    return _open_files(where, _read_index(found) if is_index else {found.name: None}, found, once)
+    files = _read_index(found) if is_index else {found.name: None}
+    return _open_files(where, files, found, once, gone)
 
 
 def weight_file(folder: Path) -> Path | None:
@@ -141,11 +177,21 @@ def _read_index(path: Path) -> dict[str, set[str] | None]:
 
 
 def _open_files(
-    folder: Path, files: dict[str, set[str] | None], said_by: Path, once: bool
+    folder: Path,
+    files: Mapping[str, set[str] | None],
+    said_by: Path,
+    once: bool,
+    gone: Mapping[str, Gone],
 ) -> Source:
     tensors: dict[str, Tensor] = {}
+    used: dict[str, bytes] = {}
     for file, expected in files.items():
         path = folder / file
+        if not path.is_file() and file in gone:
+            used[file] = gone[file].stamp
+            unread = _unread(path)
+            tensors |= {n: replace(t, read=unread) for n, t in gone[file].tensors.items()}
+            continue
         if not path.is_file():
             raise InputError(f"{path}: is missing, and {said_by.name} lists it; fetch it")
         is_torch = path.suffix != ".safetensors"
@@ -155,7 +201,7 @@ def _open_files(
         if twice := tensors.keys() & found.keys():
             raise InputError(f"{path}: {quoted(min(twice))} is in another shard too; keep one")
         tensors |= found
-    return Source(folder, tuple(folder / file for file in files), tensors)
+    return Source(folder, tuple(folder / file for file in files), tensors, used)
 
 
 def _compare(index: Path, shard: Path, expected: set[str], found: set[str]) -> None:

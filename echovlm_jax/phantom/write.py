@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.filewriter import dcmwrite
 from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage
@@ -28,7 +28,7 @@ from echovlm_jax.data.workers import Workers
 from echovlm_jax.errors import InputError
 from echovlm_jax.phantom.dataset import organ_of
 from echovlm_jax.phantom.exam import MOST_VIEWS, Exam, make_exam
-from echovlm_jax.phantom.render import render
+from echovlm_jax.phantom.render import HEADER, RULER, render
 from echovlm_jax.phantom.reports import reports
 from echovlm_jax.processing.files import shown
 from echovlm_jax.progress import progress
@@ -43,7 +43,7 @@ def write_exams(
     exams: int,
     seed: int,
     *,
-    balanced: bool = False,
+    balanced: bool | Sequence[str] = False,
     cine: float = 0.25,
     views: int = MOST_VIEWS,
     language: str | None = None,
@@ -55,7 +55,8 @@ def write_exams(
       out: a folder to make; it may be there if it is empty.
       exams: number of exams.
       seed: another seed makes other exams, and none of a `PhantomDataset`.
-      balanced, cine: those of `PhantomDataset`.
+      balanced, cine: those of `PhantomDataset`; or organs, of which alone there are exams, as many
+        of each.
       views: maximum number of images an exam.
       language: "zh" or "en"; None: each exam has texts in both.
       workers: processes that draw them; the files are the same.
@@ -72,6 +73,8 @@ def write_exams(
             raise InputError(f"{name} must be at least 1, found {number}")
     if language not in (None, *_ASKED):
         raise InputError(f"language must be one of {', '.join(_ASKED)}, found {language!r}")
+    base = int(mix(text_key("phantom/files"), seed))
+    organs = _organs(base, exams, balanced)
     try:
         (out / "images").mkdir(parents=True)
         if len(list(out.iterdir())) > 1:
@@ -81,8 +84,6 @@ def write_exams(
         raise InputError(f"{shown(out)}: is not empty; name a new folder") from None
     except OSError as error:
         raise InputError(f"{shown(out)}: can't be made ({error.strerror})") from None
-    base = int(mix(text_key("phantom/files"), seed))
-    organs = organ_of(base, np.arange(exams), balanced)
     counts = {"images": 0, "loops": 0}
     entries, planned = [], 0
     jobs = []
@@ -121,6 +122,16 @@ def write_exams(
         "organs": dict(zip(ORGANS, found, strict=True)),
         "synthetic": True,
     }
+
+
+def _organs(base: int, exams: int, balanced: bool | Sequence[str]) -> np.ndarray:
+    """The organ of each exam: indices into ORGANS."""
+    if isinstance(balanced, bool):
+        return organ_of(base, np.arange(exams), balanced)
+    if unknown := sorted(set(balanced) - set(ORGANS)) or not balanced:
+        raise InputError(f"balanced: choose among {', '.join(ORGANS)}, found {unknown or 'none'}")
+    chosen = np.array([ORGANS.index(name) for name in balanced], np.int16)
+    return chosen[np.arange(exams) % len(chosen)]
 
 
 def _entry(name: str, exam: Exam, files: list[str], language: str | None) -> dict[str, Any]:
@@ -188,6 +199,7 @@ def _dicom(frames: np.ndarray, key: int) -> bytes:
     image.NumberOfFrames, image.Rows, image.Columns = frames.shape
     image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
     image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 8, 8, 7, 0
+    image.SequenceOfUltrasoundRegions = [_region(*frames.shape[1:])]
     image.FrameTime = f"{HEARTBEAT / len(frames):.6g}"
     image.FrameIncrementPointer = Tag("FrameTime")
     image.LossyImageCompression = "00"
@@ -196,6 +208,17 @@ def _dicom(frames: np.ndarray, key: int) -> bytes:
     buffer = io.BytesIO()
     dcmwrite(buffer, image, enforce_file_format=True)
     return buffer.getvalue()
+
+
+def _region(height: int, width: int) -> Dataset:
+    """Where in a frame the tissue is (PS3.3 C.8.5.5): inside of the label and the ruler."""
+    region = Dataset()
+    region.RegionSpatialFormat, region.RegionDataType, region.RegionFlags = 1, 1, 0  # 2-D, tissue
+    region.RegionLocationMinX0, region.RegionLocationMinY0 = 0, HEADER
+    region.RegionLocationMaxX1, region.RegionLocationMaxY1 = width - RULER - 1, height - 1
+    region.PhysicalUnitsXDirection = region.PhysicalUnitsYDirection = 0  # none is stated
+    region.PhysicalDeltaX = region.PhysicalDeltaY = 1.0
+    return region
 
 
 @contextlib.contextmanager

@@ -71,6 +71,21 @@ def read_loop(path: str | Path, *, num_frames: int = 16, crop: Crop = False) -> 
         return _read(file, num_frames, crop)
 
 
+def read_region(path: str | Path) -> tuple[int, int, int, int] | None:
+    """Where in its frames a DICOM file's ultrasound is: what `crop` cuts to.
+
+    Returns:
+      (top, bottom, left, right) in pixels, ends excluded: the union of the spatial regions that can
+      be used. None where it states none.
+
+    Raises:
+      InputError: one line with the file and what is wrong; never a value of a patient or text tag.
+    """
+    with quietly(), reading(path, "is a damaged or truncated DICOM file", (Exception,)) as file:
+        opened = read_header(file)
+        return _region(opened.dataset, opened.header)[0]
+
+
 def _read(file: BinaryIO, num_frames: int, crop: Crop) -> Loop:
     opened = read_header(file)
     dataset, header = opened.dataset, opened.header

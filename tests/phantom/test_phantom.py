@@ -500,3 +500,14 @@ def test_contact_sheet_shows_every_diagnosis(tmp_path):
 def test_every_diagnosis_has_a_profile_and_a_name():
     assert set(PROFILES) == {(o, d) for o, d in EVERY if d != "normal"}
     assert {(o, d) for o, of in NAMES.items() for d in of} == set(EVERY)
+
+
+def test_exams_of_some_organs_alone(tmp_path):
+    made = write_exams(tmp_path / "two", 5, 0, balanced=("liver", "heart"), cine=0.0, views=1)
+    assert {organ: n for organ, n in made["organs"].items() if n} == {"liver": 3, "heart": 2}
+    said = json.loads((tmp_path / "two" / "phantom.json").read_text("utf-8"))
+    assert [entry["organ"] for entry in said] == ["liver", "heart", "liver", "heart", "liver"]
+    for wrong in (("liver", "spleen"), ()):
+        with pytest.raises(InputError, match="balanced: choose among"):
+            write_exams(tmp_path / "wrong", 5, 0, balanced=wrong)
+    assert not (tmp_path / "wrong" / "phantom.json").exists()
