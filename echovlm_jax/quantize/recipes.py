@@ -31,7 +31,7 @@ _TAKEN = re.compile(
 
 GROUP = 128
 _TABLE = ("vocab", "embed")
-_ATTENTION = {"heads", "kv_heads"}  # one of them is an axis of its products
+_HEADS = {"heads", "kv_heads"}  # that queries, keys and values have
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,14 @@ def recipe_of(spec: ParamSpec, how: Recipe) -> Recipe:
 
     A table, embedding or head, has 8 bits in groups whatever the recipe. Groups, because XLA:TPU
     has no way to take one row of an int8 matrix, whose tiles are of 32 rows, and copies all of it
-    for every token. Tables and attention have 8 bits in int4 too: their errors cost most. With 4
-    bits, attention makes the divergence five times as large (of the demo's model), tables four
-    times (`tests/quantize/test_quality.py`); both together are a seventh of the released weights.
+    for every token. Tables, and what makes queries, keys and values, have 8 bits in int4 too: their
+    errors cost most. With 4 bits, those three make the divergence three times as large (of the
+    demo's model), tables four times (`tests/quantize/test_quality.py`); together they are an eighth
+    of the released weights.
     """
     if spec.axes == _TABLE:
         how = Recipe(8, GROUP)
-    elif how.bits == 4 and _ATTENTION & set(spec.axes):
+    elif how.bits == 4 and _HEADS & set(spec.cut(spec.axes)[1]):
         how = Recipe(8)
     if how.group is None:
         return how

@@ -111,7 +111,7 @@ def test_what_is_told_of_it(made: dict[str, Path], kind: str) -> None:
             "kind": kind,
             "bits": {"int8": 8, "int4": 4}[kind],
             "group": {"int8": None, "int4": 128}[kind],
-            "attention_bits": 8,
+            "qkv_bits": 8,
             "table_bits": 8,
             "table_group": 128,
             "values": {"int8": "int8", "int4": "two a byte, the first in its low half"}[kind],
