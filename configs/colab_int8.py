@@ -1,7 +1,7 @@
 """One chip, weights in int8: the smallest training.
 
-Sizes are meant for one TPU v5e. `echovlm plan --config configs/colab_int8.py --topology v5e:1x1`
-says whether they fit. What trains is 0.7 M values, the mixture's router, gates and coefficients.
+Sizes are for one TPU v5e, 16 GB: `echovlm plan --config configs/colab_int8.py --topology v5e:1x1`.
+What trains is 0.7 M values, the mixture's router, gates and coefficients.
 `colab_qlora.py` trains updates of the other weights too.
 """
 

@@ -31,7 +31,10 @@ import jax
 from echovlm_jax.convert import folder, load
 started = time.monotonic()
 params = jax.block_until_ready(load.load_params(sys.argv[1], quantize=sys.argv[2])[1])
-held = sum(array.nbytes for array in jax.tree.leaves(params))
+held = sum(  # two of int4 share a byte, which nbytes doesn't know
+    array.size // 2 if array.dtype.name == "int4" else array.nbytes
+    for array in jax.tree.leaves(params)
+)
 seconds = time.monotonic() - started
 beyond = folder.peak_rss_bytes() - held
 json.dump({"seconds": seconds, "held_bytes": held, "peak_rss_beyond_bytes": beyond}, sys.stdout)

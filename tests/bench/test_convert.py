@@ -20,6 +20,7 @@ def test_it_measures_few_bits_and_loading_them(tmp_path: Path) -> None:
     report = bench_convert(tmp_path / "work", size="tiny", quantize="int4")
     assert "in int4" in report["what"]
     assert 2_846_952 / 2 < report["load"]["held_bytes"] < 2 * 2_846_952
+    assert 0 < report["load"]["peak_rss_beyond_bytes"] < 3 * 2**30
     assert list((tmp_path / "work").iterdir()) == []
 
 
