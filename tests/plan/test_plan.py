@@ -21,7 +21,7 @@ from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.plan import _too_large, _without_padding
 from echovlm_jax.plan.programs import nbytes, needed_bytes, serving_mesh, serving_params
 from echovlm_jax.plan.report import _padding, report
-from echovlm_jax.quantize import takes
+from echovlm_jax.quantize import recipe, recipe_of, takes
 from echovlm_jax.train.config_file import load_config
 
 # `echovlm_jax.plan.plan` is the function too.
@@ -175,16 +175,19 @@ def test_what_a_token_needs_by_hand():
         assert needed_bytes(model, tree, serving, jnp.dtype("bfloat16")) == expected
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4)])
-def test_a_token_needs_quantized_weights_at_their_width(kind, bits):
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_token_needs_quantized_weights_at_their_width(kind):
     model = preset("echovlm_11b")
     specs = param_specs(model)
     mesh = make_mesh({}, jax.devices()[:1])
     tree = serving_params(specs, mesh, jnp.dtype("bfloat16"), kind)
     held = sum(nbytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
-    taken = sum(math.prod(spec.shape) for path, spec in specs.items() if takes(path, spec))
-    rest = sum(math.prod(spec.shape) for spec in specs.values()) - taken
-    values = taken * bits / 8 + rest * 2
+    values = sum(
+        math.prod(spec.shape)
+        * (recipe_of(spec, recipe(kind)).bits if takes(path, spec) else 16)
+        / 8
+        for path, spec in specs.items()
+    )
     assert values < held < values * 1.07  # scales: 4 bytes for 128 values of half a byte each
     small = Serving(rows=1, context=16, quantize=kind)
     needed = needed_bytes(model, tree, small, jnp.dtype("bfloat16"))
