@@ -70,7 +70,7 @@ def recipe_of(spec: ParamSpec, how: Recipe) -> Recipe:
     has no way to take one row of an int8 matrix, whose tiles are of 32 rows, and copies all of it
     for every token. Tables, and what makes queries, keys and values, have 8 bits in int4 too: their
     errors cost most. With 4 bits, those three make the divergence three times as large (of the
-    demo's model), tables four times (`tests/quantize/test_quality.py`); together they are an eighth
+    demo's model), tables six times (`tests/quantize/test_quality.py`); together they are an eighth
     of the released weights.
     """
     if spec.axes == _TABLE:
