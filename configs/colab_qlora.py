@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.model = "echovlm_11b"  # for a real run, the folder that stage 1 left
     config.data = "phantom"  # synthetic exams; or the folder of a dataset
-    config.quantize = "int8"  # int4 halves it again, and is less exact
+    config.quantize = "int8"  # int4 needs 3 GiB less, and is less exact
     config.stage = "instruction"  # the tasks; what trains is said here:
     config.stage_rules = (
         ("text/layers/(moe/(router|shared_gate)|coefficient)/.*", "full"),

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from echovlm_jax.errors import InputError
-from echovlm_jax.processing.batch import bucket, make_batch
+from echovlm_jax.processing.batch import PATCH_BUCKETS, bucket, make_batch
 
 
 def where_looked(
@@ -92,7 +92,7 @@ def _log_probabilities(
     `rows` of them at one time."""
     ids = np.concatenate([inputs["input_ids"], made[None]], axis=1)
     keys = [key for key in ("pixel_values", "pixel_values_videos") if key in inputs]
-    room = bucket(sum(len(inputs[key]) for key in keys))
+    room = bucket(sum(len(inputs[key]) for key in keys), PATCH_BUCKETS)
     whole = {**inputs, "input_ids": ids, "attention_mask": np.ones_like(ids)}
     columns, answer = bucket(ids.shape[1]), jnp.asarray(made)
     found: list[float] = []

@@ -12,7 +12,7 @@ import numpy as np
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.samples import NO_LIMIT, Limits, inputs_of, make_samples
 from echovlm_jax.generate.inside import Inside, read_inside
-from echovlm_jax.processing.batch import bucket, make_batch
+from echovlm_jax.processing.batch import PATCH_BUCKETS, bucket, make_batch
 
 KINDS = ("image", "question", "answer")  # of token, M; the chat template's words are the question's
 
@@ -79,7 +79,7 @@ def _inside(model: Any, inputs: Mapping[str, np.ndarray]) -> tuple[Inside, int]:
         if (pixels := inputs.get(key)) is not None
     )
     whole = {**inputs, "attention_mask": np.ones_like(inputs["input_ids"])}
-    room = bucket(patches) if patches else None
+    room = bucket(patches, PATCH_BUCKETS) if patches else None
     batch = make_batch(model.config, whole, seq_len=columns, max_patches=room)
     return read_inside(model.config, model.params, batch, model.dtype), columns - length
 
