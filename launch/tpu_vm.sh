@@ -185,9 +185,8 @@ install() {
     && on_workers install "$(basename "$built")" ${data:+"$data"}
 }
 
-# One try: everything from the slice to the end of training.
+# One try on a slice that is there.
 once() {
-  have_slice || return 1
   [ -n "$installed" ] || install || return 1
   installed=yes
   on_workers start --config config.py --workdir "$workdir" ${data:+--config.data=data} "$@" || return 1
@@ -195,18 +194,18 @@ once() {
 }
 
 run() {
-  local code tries=0 installed=''
+  local code now tries=0 installed=''
   scratch=$(mktemp -d)
   trap 'rm -rf "$scratch"' EXIT
   tell_cost
   while true; do
     code=0
+    have_slice || { code=1; break; }
     once "$@" || code=$?
     [ "$code" != 0 ] && [ "$code" != 2 ] && [ "$tries" -lt "$retry" ] || break
-    local now
     now=$(state) || break
     [ "$code" = 75 ] || [ "$now" != ACTIVE ] || break # on a slice that is there: no preemption
-    [ "$now" = ACTIVE ] || installed='' # its disks are gone
+    [ "$now" = ACTIVE ] || installed=''               # its disks are gone
     tries=$((tries + 1))
     say "preempted; try $tries of $retry"
   done
