@@ -16,7 +16,7 @@ def add_launch(commands: Any) -> None:
         lambda args: {"folder": str(launch_folder())},
         "print the folder of the programs that start training on TPU VMs, GKE, SLURM and others; "
         "its README.md says which",
-        'bash "$(echovlm launch)/slurm.sh" --help',
+        "echovlm launch",
         show=_show_launch,
     )
 

@@ -106,7 +106,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def finish(processes: list[subprocess.Popen], folder: Path, seconds: float = 400) -> list[int]:
+def finish(processes: list[subprocess.Popen], folder: Path, seconds: float = 900) -> list[int]:
     try:
         return [process.wait(seconds) for process in processes]
     except subprocess.TimeoutExpired:
