@@ -25,12 +25,15 @@ _SOURCE = Path(__file__).with_name("facts.json").read_bytes()
 _TABLE: dict[str, Any] = json.loads(_SOURCE)
 _ATTRIBUTES: dict[str, dict[str, Any]] = _TABLE["attributes"]
 ATTRIBUTES = ("organ", "lesion", "size", "category", *_ATTRIBUTES)
-RULES = hashlib.sha256(_SOURCE).hexdigest()[:12]
+# Part of every signature: to be raised by whoever changes how terms are put together.
+VERSION = 1
+RULES = f"{VERSION}-{hashlib.sha256(_SOURCE).hexdigest()[:12]}"
 _LOCAL = {name for name, of in _TABLE["subjects"].items() if of.get("local")}
 _SIZED = {*_TABLE["subjects"]} - _LOCAL
 
 _LONGEST = 400  # characters that are read as one sentence: time stays linear in the text's length
-_SENTENCE = re.compile(r"[;!?。\n]+|\.(?!\d)")
+_SENTENCE = re.compile(r"[;!。\n]+|\.(?!\d)|(?<=\?)")
+_TIMES = re.compile(r"(?<=[\d米mM])\s?\*\s?(?=\d)")  # no mark of Markdown
 _CLAUSE = re.compile(r"[,:()\[\]]+")
 _REPEATS = re.compile(r"[,;:!?。\n()\[\]]+|\.(?!\d)|\band\b")
 _SHORT = {"zh": 3, "en": 8}  # characters up to which a clause may be said twice
@@ -38,8 +41,8 @@ _JOINED = re.compile(r"\s*(?:及|和|与|、|/|and(?: the)?)\s*")
 _NUMBER = r"\d{1,4}(?:\.\d{1,3})?"
 _UNIT = r"(mm|cm|毫米|厘米|millimet(?:er|re)s?|centimet(?:er|re)s?)"
 _SIZE = re.compile(
-    rf"(?<![\d.])({_NUMBER})\s?{_UNIT}?(?:\s?(?:x|×|\*|by)\s?({_NUMBER})\s?{_UNIT}?)?"
-    rf"(?:\s?(?:x|×|\*|by)\s?({_NUMBER})\s?{_UNIT}?)?(?<=[米mrs])(?![a-z0-9/²³^])"
+    rf"(?<![\d.])({_NUMBER})\s?{_UNIT}?(?:\s?(?:x|×|by)\s?({_NUMBER})\s?{_UNIT}?)?"
+    rf"(?:\s?(?:x|×|by)\s?({_NUMBER})\s?{_UNIT}?)?(?<=[米mrs])(?![a-z0-9/²³^])"
 )
 _CATEGORY = re.compile(r"(?<![a-z])(?:acr |[a-z]-)?(bi|ti)-?rads\D{0,6}?([0-6])([abc]?)(?![\da-z])")
 
@@ -97,12 +100,20 @@ def _finder(pairs: Iterable[tuple[str, _Term]], language: str) -> _Finder:
     terms: dict[str, list[_Term]] = defaultdict(list)
     for text, term in pairs:
         terms[text.lstrip("~")].append(term._replace(named=text.startswith("~")))
-    ordered = sorted(terms, key=lambda text: (-len(text), text))
-    patterns = [re.escape(text).replace("…", "[^,]{0,8}?") for text in ordered]
+    # By the first character, which says at most places that none is there; then the longest first.
+    ordered = sorted(terms, key=lambda text: (text[0], -len(text), text))
+    groups = [
+        re.escape(first) + "(?:" + "|".join(f"({_gaps(text[1:])})" for text in texts) + ")"
+        for first, texts in itertools.groupby(ordered, key=lambda text: text[0])
+    ]
+    pattern = f"(?:{'|'.join(groups)})"
     if language == "en":
-        patterns = [rf"(?<![a-z]){pattern}(?:e?s)?(?![a-z])" for pattern in patterns]
-    joined = "|".join(f"({pattern})" for pattern in patterns)
-    return _Finder(re.compile(joined), tuple(tuple(terms[text]) for text in ordered))
+        pattern = f"(?<![a-z]){pattern}(?:e?s)?(?![a-z])"
+    return _Finder(re.compile(pattern), tuple(tuple(terms[text]) for text in ordered))
+
+
+def _gaps(text: str) -> str:
+    return re.escape(text).replace("…", "[^,]{0,8}?")
 
 
 @functools.cache
@@ -362,7 +373,7 @@ def read_facts(text: str, language: str) -> Reading:
     Returns:
       the facts, and counts of contradictions, repeated and unread clauses.
     """
-    text = small(widths(text)).lower()
+    text = small(widths(_TIMES.sub("x", text))).lower()
     reader = _Reader(language)
     said = [
         read
