@@ -4,7 +4,7 @@ The exam's facts are those of its reference text, read by the same rules as the 
 (`facts`). Of phantom exams these are their parameters exactly; a test holds the reader to that.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,7 @@ def _each(values: Sequence[float] | np.ndarray) -> Statistic:
 
 def score_facts(
     references: Sequence[str], predictions: Sequence[str], language: str, seed: int = 0
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """The metrics of FACT_METRICS of pairs of texts, with intervals; None where there are no pairs.
 
     Returns:

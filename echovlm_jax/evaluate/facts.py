@@ -118,7 +118,7 @@ def _gaps(text: str) -> str:
 
 @functools.cache
 def _rules(language: str) -> dict[str, _Finder]:
-    """The table's finders: subjects, organs, values (and names), and the words of `_any`."""
+    """The table's finders: subjects, organs, values with the attributes' names, and the rest."""
 
     def listed(part: dict[str, Any], kind: str) -> Iterator[tuple[str, _Term]]:
         for name, words in part.items():
@@ -238,7 +238,7 @@ class _Reader:
                 if term.value and (term.value != "lesion" or lesions[-1][1] == AFFIRMED):
                     out.append(place)
         organs = self.rules["organs"].find(clause)
-        read = bool(lesions)
+        read = any(what != OPEN for _, what in lesions)
         for found in organs:
             over = [f for f in named if _meet(f, found)]
             if any(f.terms[0].value in ("", "neighbours") for f in over):
