@@ -261,6 +261,27 @@ def test_contradictions_and_repeats_are_counted(language, text, contradictions, 
     assert (found.contradictions, found.repeated) == (contradictions, repeated)
 
 
+@pytest.mark.parametrize(
+    ("language", "text", "fact"),
+    [
+        ("en", "A nodule lies beside a duct. It is hypoechoic.", "lesion/echo/hypoechoic"),
+        ("en", "The duct is dilated, about 3 mm.", "ducts/size/3"),
+        ("en", "The vessels and the diaphragm are blurred.", "vessels/structure/blurred"),
+        ("en", "A mass is seen. The surrounding tissue is normal.", "around/structure/normal"),
+        ("en", "It is irregular with clear margins.", "organ/shape/irregular"),
+        ("zh", "结节位于导管旁，呈低回声", "lesion/echo/hypoechoic"),
+        ("zh", "见结节，周围组织回声均匀，未见异常", "around/structure/normal"),
+        ("zh", "低回声结节伴后方强回声增强", "lesion/posterior/enhancement"),
+        ("zh", "肝实质回声均匀，未见占位，边界清晰", "organ/margin/clear"),
+    ],
+)
+def test_a_statement_is_of_what_the_clause_names(language, text, fact):
+    found = said(text, language)
+    attribute = fact.split("/")[1]
+    same = {one for one in found if one.split("/")[1] == attribute}
+    assert fact in same and len({one.split("/")[2] for one in same}) == 1
+
+
 def test_what_no_rule_reads_is_counted():
     found = read_facts("A nodule is seen. The weather is fine. Follow-up is recommended.", "en")
     assert (found.clauses, found.unread) == (2, 1)
@@ -269,19 +290,20 @@ def test_what_no_rule_reads_is_counted():
 
 def test_the_metrics_count_statements():
     references = ["A hypoechoic nodule with clear margins.", "No nodule is seen."]
-    predictions = ["A hypoechoic nodule with ill-defined margins and shadowing.", ""]
+    predictions = ["A hypoechoic nodule with ill-defined margins and shadowing, 12 mm.", ""]
     found = score_facts(references, predictions, "en", seed=1)
     assert set(FACT_METRICS) <= set(found)
-    # Wanted: lesion, echo, margin; no lesion. Stated: lesion, echo, margin, shadow.
-    assert found["facts_precision"] == 50 and found["facts_recall"] == 50
-    assert found["facts_f1"] == 50 and found["hallucinated_per_report"] == 1
+    # Wanted: lesion, echo, margin; no lesion. Stated: lesion, echo, margin, shadow, size.
+    assert found["facts_precision"] == 40 and found["facts_recall"] == 50
+    assert found["facts_f1"] == pytest.approx(200 * 2 / 9)
+    assert found["hallucinated_per_report"] == 1.5
     assert found["facts_unread"] == found["facts_unread_reference"] == 0
     low, high = found["intervals"]["facts_f1"]
-    assert low <= 50 <= high
+    assert low <= found["facts_f1"] <= high
     parts = found["facts_by_attribute"]
     assert parts["lesion"]["wanted"] == 2 and parts["lesion"]["stated"] == 1
     assert parts["echo"]["f1"] == 100 and parts["margin"]["f1"] == 0
-    assert set(parts) == {"lesion", "echo", "margin", "posterior"}
+    assert set(parts) == {"lesion", "echo", "margin", "posterior", "size"}
     assert rules.RULES in found["signature"]["facts"]
 
 
