@@ -9,6 +9,8 @@ from echovlm_jax.cli.data import DATA
 from echovlm_jax.cli.frame import LOCAL, MODEL, NAMED, PLACE, Result, add_command, add_quantize
 from echovlm_jax.cli.printing import lines, table
 
+# Of facts, what the tables by organ and task show; the list of intervals has all.
+_WIDE = ("facts_f1", "hallucinated_per_report")
 _FEW = 10  # ids that `score` names; --json has them all
 
 
@@ -78,7 +80,9 @@ def add_score(commands: Any) -> None:
     def run(args: argparse.Namespace) -> Result:
         from echovlm_jax.evaluate.score import score_files
 
-        return score_files(args.references, args.predictions, args.lang, segment=args.segment)
+        return score_files(
+            args.references, args.predictions, args.lang, segment=args.segment, facts=args.facts
+        )
 
     command = add_command(
         commands,
@@ -87,7 +91,8 @@ def add_score(commands: Any) -> None:
         'score predictions against references; both are files with a line {"id", "text"} a text. '
         "The answers of `generate --batch`, the predictions.jsonl of `eval` and, as references, "
         "the *.records.jsonl of a dataset do as well",
-        "echovlm score --references references.jsonl --predictions answers.jsonl --lang zh",
+        "echovlm score --references references.jsonl --predictions answers.jsonl --lang zh"
+        " --facts zh",
         show=_show_score,
     )
     command.add_argument("--references", type=LOCAL, required=True, metavar="R.jsonl")
@@ -100,6 +105,12 @@ def add_score(commands: Any) -> None:
         choices=("characters", "jieba"),
         default="characters",
         help="what a Chinese token is: a character, or a word by jieba; default: characters",
+    )
+    command.add_argument(
+        "--facts",
+        choices=("zh", "en"),
+        help="also compare what the reports state, read in this language: F1 of facts, statements "
+        "that are not the reference's, contradictions",
     )
 
 
@@ -123,8 +134,11 @@ def add_compare(commands: Any) -> None:
 
 
 def _show_eval(result: Result, args: argparse.Namespace) -> None:
+    from echovlm_jax.evaluate.fact_metrics import FACT_METRICS
+
     overall = result["overall"]
     metrics = [name for name, value in overall.items() if isinstance(value, float)]
+    metrics = [name for name in metrics if name not in FACT_METRICS or name in _WIDE]
     rows = [{"": "all"} | _row(overall, metrics)]
     rows += [{"": part} | _row(row, metrics) for part, row in result["by_organ"].items()]
     rows += [{"": part} | _row(row, metrics) for part, row in result["by_task"].items()]

@@ -8,6 +8,7 @@ from typing import Any
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.bootstrap import Statistic, paired
+from echovlm_jax.evaluate.fact_metrics import SIGNATURE
 from echovlm_jax.evaluate.folder import FIGURES, PREDICTIONS, SETTINGS, with_bertscore
 from echovlm_jax.evaluate.metrics import signature
 from echovlm_jax.evaluate.summary import METRICS, Line, statistics
@@ -53,6 +54,7 @@ def compare(
         "overall": _differences(ours, theirs, range(len(lines)), seed),
         "by_organ": {organ: _differences(ours, theirs, rows, seed) for organ, rows in at.items()},
         "signature": signature(languages, seed=seed)
+        | SIGNATURE
         | {"p": "two-sided, paired bootstrap on the same resamples, centred on their mean"},
     }
 

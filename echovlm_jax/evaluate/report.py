@@ -18,6 +18,7 @@ from echovlm_jax.evaluate.figures import heatmaps, training
 from echovlm_jax.evaluate.folder import FIGURES, PREDICTIONS, REPORT
 from echovlm_jax.evaluate.results import (
     NAMES,
+    attributes,
     chance,
     differences,
     headline,
@@ -94,6 +95,7 @@ def _results(out: Path, compared: Mapping[str, Path]) -> dict[str, Any]:
         "series": ["this model", *others],
         "by_organ": organ_figures(found, others, level),
         "tables": tables(metrics),
+        "facts": attributes(metrics),
         "differences": differences(out, compared),
         "cases": [_case(one, dataset) for one in chosen],
         "shown": (len({one.record for one in chosen}), len(_exams(predictions))),

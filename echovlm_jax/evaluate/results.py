@@ -14,17 +14,25 @@ NAMES = {
     **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)},
     **{"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
     **{"meteor": "METEOR", "bertscore": "BERTScore"},
+    **{"facts_f1": "Facts F1", "facts_precision": "Facts precision"},
+    "facts_recall": "Facts recall",
+    "hallucinated_per_report": "Statements a report that are not the reference's",
+    "contradictions_per_report": "Contradictions a report",
+    "repeated_per_report": "Repeated clauses a report",
+    "facts_unread": "Unread clauses",
+    "facts_unread_reference": "Unread clauses of the reference",
     "diagnosis_accuracy": "Diagnosis accuracy",
     "diagnosis_macro_f1": "Diagnosis macro-F1",
     "vqa_accuracy": "VQA accuracy",
 }
 HEADLINE = {
     "bleu1": "unigram precision of the reports, with a penalty for short ones",
+    "facts_f1": "statements of the reports that agree with the reference's, and cover them",
     "rougeL": "longest common subsequence of the reports",
     "diagnosis_accuracy": "answers that name the right diagnosis",
     "vqa_accuracy": "choice and judgement questions answered right",
 }
-BY_ORGAN = ("bleu1", "diagnosis_accuracy")
+BY_ORGAN = ("bleu1", "facts_f1", "diagnosis_accuracy")
 
 Metrics = Mapping[str, Any]
 
@@ -117,6 +125,22 @@ def tables(metrics: Metrics) -> list[dict[str, Any]]:
             for group, m in rows
         ]
     return out
+
+
+def attributes(metrics: Metrics) -> list[dict[str, Any]]:
+    """Of facts, a row an attribute with its columns F1, precision and recall, and the F1 of each
+    organ's reports; none where there are no reports."""
+    parts = metrics.get("facts_by_attribute") or {}
+    overall, organs = parts.get("overall") or {}, sorted(set(parts) - {"overall"})
+    if not overall:
+        return []
+    columns = ["F1", "Precision", "Recall", *organs]
+    rows = []
+    for name, row in overall.items():
+        values = [_value(row, key) for key in ("f1", "precision", "recall")]
+        values += [_value(parts[organ].get(name), "f1") for organ in organs]
+        rows.append({"name": name, "n": row["wanted"], "values": values})
+    return [{"what": "attribute", "columns": columns, "rows": rows}]
 
 
 def differences(out: Path, compared: Mapping[str, Path]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from echovlm_jax.data.sections import join_report
 from echovlm_jax.errors import InputError
+from echovlm_jax.evaluate.fact_metrics import score_facts
 from echovlm_jax.evaluate.metrics import score
 from echovlm_jax.processing.files import reading, shown
 
@@ -27,6 +28,7 @@ def score_files(
     *,
     segment: str = "characters",
     seed: int = 0,
+    facts: str | None = None,
 ) -> dict[str, Any]:
     """`metrics.score` of two files with a line `{"id", "text"}` a text, paired by id.
 
@@ -35,11 +37,14 @@ def score_files(
     dataset's *.records.jsonl, each record's report in the language. The ids 1 and "1" are one.
     A reference without a prediction is scored against an empty text.
 
+    Args:
+      facts: "zh" or "en": read the reports' statements in that language as well.
+
     Returns:
-      what `metrics.score` returns, n (references), matched (those with a prediction), missing (ids
-      without a prediction), failed (ids whose prediction is an error, among the missing),
-      unexpected (ids without a reference, which don't count) and skipped (lines of other tasks or
-      of another language).
+      what `metrics.score` returns and, with `facts`, what `fact_metrics.score_facts` does; n
+      (references), matched (those with a prediction), missing (ids without a prediction), failed
+      (ids whose prediction is an error, among the missing), unexpected (ids without a reference,
+      which don't count) and skipped (lines of other tasks or of another language).
 
     Raises:
       InputError: a file can't be read, a line is malformed or an id there twice; names file and
@@ -56,13 +61,12 @@ def score_files(
     matched = sum(name in texts for name in wanted)
     if not matched:
         raise InputError(_nothing(references, predictions, wanted, found))
-    result = score(
-        [each.text or "" for each in wanted.values()],
-        [texts.get(name, "") for name in wanted],
-        language,
-        segment=segment,
-        seed=seed,
-    )
+    pairs = [each.text or "" for each in wanted.values()], [texts.get(name, "") for name in wanted]
+    result = score(*pairs, language, segment=segment, seed=seed)
+    if facts is not None:
+        stated = score_facts(*pairs, facts, seed)
+        both = {key: result[key] | stated[key] for key in ("intervals", "signature")}
+        result |= stated | both
     return result | {
         "matched": matched,
         "missing": [each.id for name, each in wanted.items() if name not in texts],

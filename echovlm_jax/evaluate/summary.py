@@ -5,11 +5,18 @@ from typing import Any
 
 from echovlm_jax.evaluate.answers import READING, macro_f1
 from echovlm_jax.evaluate.bootstrap import Statistic, mean_of
+from echovlm_jax.evaluate.fact_metrics import (
+    FACT_METRICS,
+    SIGNATURE,
+    fact_statistics,
+    facts_by_attribute,
+)
 from echovlm_jax.evaluate.metrics import TEXT_METRICS, percentages, signature, text_statistics
 
 Line = Mapping[str, Any]
+_OF_REPORTS = (*TEXT_METRICS, *FACT_METRICS)
 METRICS = (
-    *TEXT_METRICS,
+    *_OF_REPORTS,
     *("bertscore", "diagnosis_accuracy", "diagnosis_macro_f1", "vqa_accuracy"),
 )
 KINDS = ("report", "diagnosis", "vqa")
@@ -17,15 +24,12 @@ NO_BERTSCORE = "no model folder was given"
 
 
 def statistics(lines: Sequence[Line]) -> dict[str, Statistic]:
-    """Every metric of METRICS but bertscore: text metrics over the kind "report", accuracies over
-    the samples with an answer of theirs. A metric without samples has no rows."""
+    """Every metric of METRICS but bertscore: those of texts and facts over the kind "report",
+    accuracies over the samples with an answer of theirs. A metric without samples has no rows."""
     kinds = {kind: [line for line in lines if line["kind"] == kind] for kind in KINDS}
     reports, diagnoses = kinds["report"], kinds["diagnosis"]
-    out = text_statistics(
-        [line["reference"] for line in reports],
-        [line["prediction"] for line in reports],
-        [line["language"] for line in reports],
-    )
+    texts = _texts(reports)
+    out = text_statistics(*texts) | fact_statistics(*texts)
     out["diagnosis_accuracy"] = mean_of([bool(line["correct"]) for line in diagnoses])
     out["diagnosis_macro_f1"] = macro_f1(
         [line["answer"] for line in diagnoses], [line["extracted"] for line in diagnoses]
@@ -34,6 +38,14 @@ def statistics(lines: Sequence[Line]) -> dict[str, Statistic]:
     if scored := [line["bertscore"] for line in reports if line.get("bertscore") is not None]:
         out["bertscore"] = mean_of(scored)
     return out
+
+
+def _texts(reports: Sequence[Line]) -> tuple[list[str], list[str], list[str]]:
+    """References, predictions and languages."""
+    references, predictions, languages = (
+        [line[key] for line in reports] for key in ("reference", "prediction", "language")
+    )
+    return references, predictions, languages
 
 
 def table(lines: Sequence[Line], seed: int) -> dict[str, Any]:
@@ -53,20 +65,30 @@ def undecided(lines: Iterable[Line]) -> int:
 
 
 def summarise(lines: Sequence[Line], seed: int, reasons: Mapping[str, str]) -> dict[str, Any]:
-    """overall, by_organ, by_task, signature and reasons, as in `metrics.json`."""
-    languages = [line["language"] for line in lines if line["kind"] == "report"]
+    """overall, by_organ, by_task, facts_by_attribute (overall, and of each organ), signature and
+    reasons, as in `metrics.json`."""
+    reports = [line for line in lines if line["kind"] == "report"]
+    languages = [line["language"] for line in reports]
     out = {
         "overall": table(lines, seed),
         "by_organ": _by(lines, "organ", lambda part: table(part, seed)),
         "by_task": _by(lines, "task", lambda part: table(part, seed)),
-        "signature": signature(languages, seed=seed) | READING,
+        "facts_by_attribute": {
+            "overall": _attributes(reports, seed),
+            **_by(reports, "organ", lambda part: _attributes(part, seed)),
+        },
+        "signature": signature(languages, seed=seed) | SIGNATURE | READING,
     }
     absent = {
-        name: f"no sample of the kind {'report' if name in TEXT_METRICS else name.split('_')[0]}"
+        name: f"no sample of the kind {'report' if name in _OF_REPORTS else name.split('_')[0]}"
         for name in METRICS
         if out["overall"][name] is None
     }
     return out | {"reasons": absent | dict(reasons)}
+
+
+def _attributes(reports: Sequence[Line], seed: int) -> dict[str, Any]:
+    return facts_by_attribute(*_texts(reports), seed)
 
 
 def _by(

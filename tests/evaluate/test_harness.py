@@ -15,6 +15,7 @@ from echovlm_jax.data import dataset
 from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate import harness
 from echovlm_jax.evaluate.compare import compare
+from echovlm_jax.evaluate.facts import RULES
 from echovlm_jax.evaluate.harness import EvalOptions
 from echovlm_jax.evaluate.metrics import TEXT_METRICS, score
 from echovlm_jax.evaluate.summary import METRICS
@@ -75,6 +76,22 @@ def test_what_an_evaluation_leaves(model, quick, tmp_path):
     assert stored["by_task"]["diagnosis"]["bleu1"] is None
     assert stored["settings"] == json.loads((out / "settings.json").read_text("utf-8"))
     assert stored["settings"]["images"] == "given" and stored["settings"]["split"] == "test"
+
+
+def test_facts_are_of_the_texts_and_of_the_rules_that_read_them(model, quick, tmp_path):
+    out = tmp_path / "out"
+    result = evaluate(model, "phantom", out, **FEW)
+    parts = result["facts_by_attribute"]
+    reports = [line for line in read(out) if line["kind"] == "report"]
+    assert set(parts) == {"overall", *(line["organ"] for line in reports)}
+    wanted = {name: sum(row["wanted"] for row in part.values()) for name, part in parts.items()}
+    assert wanted["overall"] == sum(wanted.values()) / 2 > 4 * len(reports)
+    assert RULES in result["signature"]["facts"]
+    # What other rules left behind is no part of the figures.
+    stored = json.loads((out / "metrics.json").read_text("utf-8"))
+    stored["overall"]["facts_f1"], stored["signature"]["facts"] = 12.5, "rules 0-other"
+    (out / "metrics.json").write_text(json.dumps(stored), "utf-8")
+    assert evaluate(model, "phantom", out, **FEW) == result
 
 
 def test_every_window_has_as_many_slots(model, quick, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate import cases, figures, results
 from echovlm_jax.evaluate.report import write_report
 from echovlm_jax.evaluate.runs import read_run
+from echovlm_jax.evaluate.summary import summarise
 from tests.evaluate.browser import browser, find_browser
 
 EVIL = "<script>fail()</script></style></title><img src=x onerror=fail()> \" ' & {{ 7*7 }} --> ]]>"
@@ -237,6 +238,21 @@ def test_little_is_a_clean_page(tmp_path: Path, lines: list[dict[str, Any]]) -> 
     assert page.count("svg") == 0 and "nan" not in page.text.lower().split()
     for word in ("None", "Training", "Experts", "Comparisons", "Undefined"):
         assert word not in page.text
+
+
+def test_facts_have_a_table_by_attribute(tmp_path: Path) -> None:
+    lines = [line(0, reference="The ducts are dilated.", prediction="The ducts are not dilated.")]
+    out = evaluation(tmp_path / "out", lines, facts_f1=41.5, hallucinated_per_report=2.25)
+    stored = json.loads((out / "metrics.json").read_text("utf-8"))
+    stored["facts_by_attribute"] = summarise(lines, 0, {})["facts_by_attribute"]
+    (out / "metrics.json").write_text(json.dumps(stored), "utf-8")
+    page = Outline(write_report(out, title="t").read_text("utf-8"))
+    for words in ("Facts F1", "41.5", "Attribute", "structure", "Statements a report that are not"):
+        assert words in page.text, words
+    assert ("section", {"id": "facts"}) in page.tags
+    assert [row["name"] for table in results.attributes(stored) for row in table["rows"]] == [
+        "structure"
+    ]
 
 
 def test_no_dataset_no_images(tmp_path: Path) -> None:

@@ -47,6 +47,30 @@ def test_the_command_prints_one_object(files, capsys):
     assert "95 % interval" in shown and "missing: 1 (c)" in shown and "unexpected: 1 (b)" in shown
 
 
+def test_facts_are_scored_where_they_are_asked_for(tmp_path, capsys):
+    references = write(
+        tmp_path / "r.jsonl", [("a", "见低回声结节，约1.2cm，边界清晰。"), ("b", "未见结节。")]
+    )
+    predictions = write(tmp_path / "p.jsonl", [("a", "见低回声结节，约12 mm，边界模糊。")])
+    plain = score_files(references, predictions)
+    assert not any("fact" in name for name in plain)
+    found = score_files(references, predictions, facts="zh")
+    assert {name: found[name] for name in TEXT_METRICS} == {
+        name: plain[name] for name in TEXT_METRICS
+    }
+    # Lesion, echo, size and margin, and no lesion; the margin is another, the last report empty.
+    assert found["facts_precision"] == 75 and found["facts_recall"] == 60
+    assert found["hallucinated_per_report"] == 0.5
+    assert found["facts_by_attribute"]["size"]["f1"] == 100
+    assert {*plain["intervals"], "facts_f1"} <= set(found["intervals"])
+    assert {*plain["signature"], "facts"} <= set(found["signature"])
+    arguments = ["score", "--references", str(references), "--predictions", str(predictions)]
+    assert main([*arguments, "--facts", "zh", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found))
+    assert main([*arguments, "--facts", "zh"]) == 0
+    assert "hallucinated_per_report" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
