@@ -23,8 +23,8 @@ def add_web(commands: Any) -> None:
         commands,
         "web",
         _run,
-        "a page in the browser; drop an exam, read its report and diagnosis, ask questions. It runs "
-        "until Ctrl-C. Not a medical device",
+        "a page in the browser; drop an exam, read its report and diagnosis, ask questions. It "
+        "runs until Ctrl-C. Not a medical device",
         "echovlm web echovlm-orbax/ --quantize int8\n  echovlm web demo_out/model --port 8080",
         keeps_programs=True,
     )
@@ -33,8 +33,8 @@ def add_web(commands: Any) -> None:
         "--host",
         default="127.0.0.1",
         metavar="H",
-        help="the address to listen at; default: %(default)s, this machine alone. Another one opens "
-        "the page, without a password, to whoever reaches it",
+        help="the address to listen at; default: %(default)s, this machine alone. Another one "
+        "opens the page, without a password, to whoever reaches it",
     )
     command.add_argument(
         "--port", type=int, default=7860, metavar="N", help="0: a free one; default: %(default)s"
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> Result:
             crop=args.crop or False,
             max_new_tokens=args.max_new_tokens,
             uploads=folder,
-            explain=lambda error: explain(error)[0],
+            explain=lambda error: explain(error)[0].removeprefix("error: "),
         )
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{at.getsockname()[1]}"

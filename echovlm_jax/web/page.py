@@ -1,7 +1,6 @@
 """The page itself: what is where, and what follows what."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,6 +76,8 @@ class Visitors:
         """Deletes these files, and uploads that were broken off."""
         for path in map(Path, paths):
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
         for path in self._settings.uploads.rglob("*"):
             with contextlib.suppress(OSError):  # another visitor's may go at the same time
                 if path.is_file() and time.time() - path.stat().st_mtime > _STALE:
@@ -110,20 +111,23 @@ def make_page(model: Any, settings: Settings) -> Any:
 
 
 def _exam_part(gr: Any) -> dict[str, Any]:
-    return {
+    parts = {
         "files": gr.File(
             label=f"Images or DICOM files of one exam, at most {MAX_FILES}",
             file_count="multiple",
-            height=150,
+            height=170,
             elem_id="files",
         ),
+        "refused": gr.HTML('<p id="refused" role="alert"></p>'),  # page.js writes there
         "exam": gr.HTML(elem_id="exam"),
         "organ": gr.Dropdown([ANY_ORGAN, *ORGANS], value=ANY_ORGAN, label="Organ"),
         "language": gr.Radio(list(LANGUAGES), value="English", label="Language of the answers"),
         "go": gr.Button("Read the exam", variant="primary", elem_id="go"),
-        "stop": gr.Button("Stop", elem_id="stop"),
-        "clear": gr.Button("Forget the exam", elem_id="clear"),
     }
+    with gr.Row():
+        parts["stop"] = gr.Button("Stop", min_width=100, elem_id="stop")
+        parts["clear"] = gr.Button("Forget the exam", min_width=100, elem_id="clear")
+    return parts
 
 
 def _answer_part(gr: Any) -> dict[str, Any]:
@@ -132,11 +136,18 @@ def _answer_part(gr: Any) -> dict[str, Any]:
         "report": gr.Textbox(
             label="Report", lines=6, max_lines=24, interactive=False, elem_id="report"
         ),
-        "diagnosis": gr.Label(label="Diagnosis, with alternatives", elem_id="diagnosis"),
+        "diagnosis": gr.HTML(
+            label="Diagnosis, with alternatives",
+            show_label=True,
+            container=True,
+            min_height=70,
+            elem_id="diagnosis",
+        ),
         # Plain text: an answer can hold no picture or link that a browser would fetch.
         "chat": gr.Chatbot(
             label="Questions about this exam",
-            height=280,
+            height=240,
+            placeholder="What is said here is asked with the exam and the turns before.",
             render_markdown=False,
             buttons=["copy"],
             feedback_options=None,
@@ -180,7 +191,7 @@ def _connect(
         return getattr(parts[component], trigger)(
             handler,
             inputs,
-            [parts[name] for name in parts if name not in ("organ", "language", "kind")],
+            [parts[name] for name in parts if name not in ("organ", "language", "kind", "refused")],
             concurrency_id=queue,
             api_visibility="private",
             show_progress="minimal",
@@ -212,7 +223,7 @@ def _connect(
 
 
 Updates = Iterator[dict[str, Any]]
-_NOTHING = {"report": "", "diagnosis": None, "chat": [], "inside": "", "question": ""}
+_NOTHING = {"report": "", "diagnosis": "", "chat": [], "inside": "", "question": ""}
 
 
 def _take(visitors: Visitors, name: str, files: Sequence[str]) -> Updates:
@@ -232,12 +243,12 @@ def _clear(visitors: Visitors, name: str) -> Updates:
 def _read(visitors: Visitors, name: str, organ: str, language: str) -> Updates:
     session = visitors.session(name)
     began = time.monotonic()
-    yield {"report": "", "diagnosis": None, "inside": "", "status": shown.status(_BUSY)}
+    yield {"report": "", "diagnosis": "", "inside": "", "status": shown.status(_BUSY)}
     for text in session.report(organ, language):
         yield {"report": text}
     found = session.diagnoses(organ, language)
     done = shown.status(f"Done in {time.monotonic() - began:.0f} s.")
-    yield {"diagnosis": {one.text or "no text": one.probability for one in found}, "status": done}
+    yield {"diagnosis": shown.diagnoses_html(found), "status": done}
 
 
 def _ask(visitors: Visitors, name: str, question: str, organ: str, language: str) -> Updates:

@@ -10,9 +10,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from echovlm_jax.web.exam import MAX_BYTES
+from echovlm_jax.web.exam import MAX_BYTES, MAX_FILES
 from echovlm_jax.web.page import Settings, make_page
-from echovlm_jax.web.shown import CSS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # The browser itself refuses what would come from another host or go there.
@@ -78,6 +77,13 @@ def serve(model: Any, settings: Settings, at: socket.socket, *, debug: bool = Fa
 
     if not debug:
         logging.disable(logging.CRITICAL)
+    here = Path(__file__).parent
+    limits = f"const MAX_BYTES = {MAX_BYTES}, MAX_FILES = {MAX_FILES};\n"
+    script = limits + (here / "page.js").read_text("utf-8")
+    # Fonts that are there: none is fetched.
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
         make_page(model, settings),
@@ -92,8 +98,9 @@ def serve(model: Any, settings: Settings, at: socket.socket, *, debug: bool = Fa
         mcp_server=False,
         enable_monitoring=False,
         pwa=False,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=CSS,
+        theme=theme,
+        css_paths=here / "page.css",
+        head=f"<script>{script}</script>",
     )
     config = uvicorn.Config(
         Guard(app, at.getsockname()[0]),

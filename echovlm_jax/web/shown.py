@@ -8,34 +8,15 @@ import numpy as np
 from PIL import Image
 
 from echovlm_jax.evaluate.mixture import KINDS, Read
+from echovlm_jax.generate.likeliest import Answer
 from echovlm_jax.web.exam import Exam, as_address, tiles
 
 NOTICE = (
     '<p id="notice" role="note"><strong>Not a medical device.</strong> For research only: not for'
     " diagnosis or treatment. Files stay on the machine that runs this page.</p>"
 )
-CSS = """
-#notice { position: fixed; top: 0; left: 0; right: 0; z-index: 1000; margin: 0; padding: 8px 16px;
-  background: #7a1f00; color: #fff; font-size: 14px; line-height: 1.35; text-align: center; }
-.gradio-container { padding-top: 64px !important; max-width: 1180px !important; margin: 0 auto; }
-.status { margin: 0; padding: 8px 12px; border-radius: 6px; overflow-wrap: anywhere;
-  background: var(--background-fill-secondary); }
-.status.alert { background: #fde8e4; color: #7a1f00; font-weight: 600; }
-.exam { display: flex; flex-wrap: wrap; gap: 8px; margin: 0; padding: 0; list-style: none; }
-.exam li { margin: 0; max-width: 100%; }
-.exam img { height: 120px; max-width: 100%; object-fit: contain; border-radius: 4px; margin: 0;
-  display: inline-block; }
-.exam small, .routing caption { color: var(--body-text-color-subdued); }
-.scroll { overflow: auto; max-height: 30rem; }
-.routing { border-collapse: collapse; font-size: 13px; }
-.routing caption { text-align: left; padding-bottom: 6px; }
-.routing th, .routing td { padding: 3px 6px; text-align: right; min-width: 2.2em; }
-.routing tbody th { text-align: left; font-weight: 500; white-space: pre; position: sticky; left: 0;
-  max-width: 9em; overflow: hidden; text-overflow: ellipsis; background: var(--background-fill-primary); }
-.routing thead th { position: sticky; top: 0; background: var(--background-fill-primary); }
-:focus-visible { outline: 3px solid #0b5cad !important; outline-offset: 2px; }
-"""
 ALL_LAYERS = "all layers"
+_RARE = 0.005  # an answer below it is not named
 
 
 def status(line: str, alert: bool = False) -> str:
@@ -55,6 +36,19 @@ def exam_html(exam: Exam) -> str:
         items.append(f"<li>{images}<br><small>{what}</small></li>")
     lines = "".join(status(line, alert=True) for line in exam.warnings)
     return f'{lines}<ul class="exam">{"".join(items)}</ul>'
+
+
+def diagnoses_html(found: Sequence[Answer]) -> str:
+    """Diagnoses with their probabilities as bars, the likeliest first; rare ones are summed up."""
+    kept = [one for n, one in enumerate(found) if n == 0 or one.probability >= _RARE]
+    rows = [("", one.text or "no text", one.probability) for one in kept]
+    rows.append(("rest", "other answers", max(0.0, 1 - sum(one.probability for one in kept))))
+    body = "".join(
+        f'<tr class="{kind}"><th scope="row">{escape(text)}'
+        f'<i style="width:{100 * share:.1f}%"></i></th><td>{100 * share:.0f} %</td></tr>'
+        for kind, text, share in rows
+    )
+    return f'<table class="diagnoses"><tbody>{body}</tbody></table>'
 
 
 def pictures_html(images: Sequence[Image.Image]) -> str:
@@ -108,9 +102,10 @@ def routing_html(read: Read, tokenizer: Any, experts: int, layer: str) -> str:
         f" dense path: {weight:.2f}."
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="routing"><table class="routing">'
-        f"<caption>{escape(caption)}</caption>"
-        f'<thead><tr><th scope="col">token</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="routing">'
+        f'<table class="routing"><caption>{escape(caption)}</caption>'
+        f'<thead><tr><th scope="col">token</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

@@ -59,9 +59,7 @@ class Page:
                 assert "error" not in found, found["error"]
                 return found["result"]
 
-    def open(
-        self, path: Path | str, *, width: int, dark: bool = False, height: int = 900
-    ) -> None:
+    def open(self, path: Path | str, *, width: int, dark: bool = False, height: int = 900) -> None:
         """Opens a file, or an address."""
         self.errors.clear()
         self.requests.clear()
