@@ -206,6 +206,7 @@ def _connect(
         event("experts.click", _experts, [parts["kind"], parts["layer"]]),
         event("look.click", _look, [parts["kind"]]),
     ]
+    event("chat.clear", _restart, [], "files")
     event("layer.change", _routing, [parts["layer"]], "files")
     parts["stop"].click(
         lambda: shown.status("Stopped."),
@@ -260,6 +261,11 @@ def _ask(visitors: Visitors, name: str, question: str, organ: str, language: str
         reply = {"role": "assistant", "content": text}
         yield {"chat": [*before, turn, reply], "question": ""}
     yield {"chat": session.turns, "status": shown.status("Done.")}
+
+
+def _restart(visitors: Visitors, name: str) -> Updates:
+    visitors.session(name).chat = None
+    yield {"chat": []}
 
 
 def _experts(visitors: Visitors, name: str, kind: str, layer: str) -> Updates:

@@ -14,7 +14,8 @@ from echovlm_jax.web.exam import MAX_BYTES, MAX_FILES
 from echovlm_jax.web.page import Settings, make_page
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# The browser itself refuses what would come from another host or go there.
+# The browser itself refuses what would come from another host or go there. Gradio's page makes code
+# of texts of its own.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self'"
     " 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:;"

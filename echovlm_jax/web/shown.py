@@ -103,7 +103,7 @@ def routing_html(read: Read, tokenizer: Any, experts: int, layer: str) -> str:
     )
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="routing">'
-        f'<table class="routing"><caption>{escape(caption)}</caption>'
+        f'<p>{escape(caption)}</p><table class="routing">'
         f'<thead><tr><th scope="col">token</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
