@@ -15,6 +15,7 @@ from echovlm_jax.web.session import ANY_ORGAN, LANGUAGES, Session
 _MAX_SESSIONS = 16  # that are kept; the oldest is forgotten for another
 _STALE = 600  # seconds after which an upload that came to nothing is deleted
 _EMPTY = "Drop the files of an exam to begin."
+_WAITING = "Waiting for its turn: the model answers one at a time."
 _BUSY = "The model is at work."
 Explain = Callable[[Exception], str]
 
@@ -113,7 +114,7 @@ def make_page(model: Any, settings: Settings) -> Any:
 def _exam_part(gr: Any) -> dict[str, Any]:
     parts = {
         "files": gr.File(
-            label=f"Images or DICOM files of one exam, at most {MAX_FILES}",
+            label=f"Files of one exam, at most {MAX_FILES}",
             file_count="multiple",
             height=170,
             elem_id="files",
@@ -178,6 +179,9 @@ def _connect(
 ) -> None:
     """What happens when. All that needs the model is one queue: one at a time, the others wait."""
     asked = [parts["organ"], parts["language"]]
+    outputs = [
+        parts[name] for name in parts if name not in ("organ", "language", "kind", "refused")
+    ]
 
     def event(part: str, does: Any, inputs: Sequence[Any], queue: str = "model") -> Any:
         def handler(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
@@ -188,15 +192,12 @@ def _connect(
                 yield {parts["status"]: shown.status(explain(error), alert=True)}
 
         component, trigger = part.split(".")
-        return getattr(parts[component], trigger)(
-            handler,
-            inputs,
-            [parts[name] for name in parts if name not in ("organ", "language", "kind", "refused")],
-            concurrency_id=queue,
-            api_visibility="private",
-            show_progress="minimal",
-            show_progress_on=parts["status"],
+        own: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        # First, past the queue, that it is in the queue.
+        first = getattr(parts[component], trigger)(
+            lambda: shown.status(_WAITING), None, parts["status"], queue=False, **own
         )
+        return first.then(handler, inputs, outputs, concurrency_id=queue, **own)
 
     event("files.upload", _take, [parts["files"]], "files")
     event("clear.click", _clear, [], "files")
@@ -265,13 +266,12 @@ def _ask(visitors: Visitors, name: str, question: str, organ: str, language: str
 
 def _restart(visitors: Visitors, name: str) -> Updates:
     visitors.session(name).chat = None
-    yield {"chat": []}
+    yield {"chat": [], "status": shown.status("The conversation is forgotten.")}
 
 
 def _experts(visitors: Visitors, name: str, kind: str, layer: str) -> Updates:
     yield {"status": shown.status(_BUSY)}
     visitors.session(name).inside(kind)
-    yield {"status": shown.status("Done.")}
     yield from _routing(visitors, name, layer)
 
 
@@ -282,6 +282,7 @@ def _routing(visitors: Visitors, name: str, layer: str) -> Updates:
             read, model.processor.tokenizer, model.config.moe.num_experts, layer
         )
         yield {"inside": table}
+    yield {"status": shown.status("Done.")}
 
 
 def _look(visitors: Visitors, name: str, kind: str) -> Updates:

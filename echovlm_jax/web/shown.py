@@ -31,7 +31,7 @@ def exam_html(exam: Exam) -> str:
     for number, picture in enumerate(exam.pictures, 1):
         height, width = picture.shape[-3:-1]
         what = f"{number}: {width} × {height}"
-        what += f", {len(picture)} frames of a loop" if picture.ndim == 4 else ""
+        what += f", {len(picture)} frames taken of a loop" if picture.ndim == 4 else ""
         images = "".join(f'<img src="{tile}" alt="picture {what}">' for tile in tiles(picture))
         items.append(f"<li>{images}<br><small>{what}</small></li>")
     lines = "".join(status(line, alert=True) for line in exam.warnings)
