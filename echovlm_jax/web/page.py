@@ -101,17 +101,19 @@ def make_page(model: Any, settings: Settings) -> Any:
         gr.Markdown("# EchoVLM\nIt reads an ultrasound exam, and can be wrong in every word.")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                parts = _exam_part(gr)
+                parts = _exam_part()
             with gr.Column(scale=3, min_width=280):
-                parts |= _answer_part(gr)
+                parts |= _answer_part()
         with gr.Accordion("Inside the model", open=False):
-            parts |= _inside_part(gr, model)
-        _connect(gr, page, visitors, parts, settings.explain)
+            parts |= _inside_part(model)
+        _connect(page, visitors, parts, settings.explain)
     page.queue(default_concurrency_limit=1, max_size=32)
     return page
 
 
-def _exam_part(gr: Any) -> dict[str, Any]:
+def _exam_part() -> dict[str, Any]:
+    import gradio as gr
+
     parts = {
         "files": gr.File(
             label=f"Files of one exam, at most {MAX_FILES}",
@@ -131,7 +133,9 @@ def _exam_part(gr: Any) -> dict[str, Any]:
     return parts
 
 
-def _answer_part(gr: Any) -> dict[str, Any]:
+def _answer_part() -> dict[str, Any]:
+    import gradio as gr
+
     return {
         "status": gr.HTML(shown.status(_EMPTY), elem_id="status"),
         "report": gr.Textbox(
@@ -160,7 +164,9 @@ def _answer_part(gr: Any) -> dict[str, Any]:
     }
 
 
-def _inside_part(gr: Any, model: Any) -> dict[str, Any]:
+def _inside_part(model: Any) -> dict[str, Any]:
+    import gradio as gr
+
     kinds = ["report", "diagnosis", "reply"]
     mixed = model.config.moe is not None
     with gr.Row():
@@ -174,10 +180,10 @@ def _inside_part(gr: Any, model: Any) -> dict[str, Any]:
     return parts | {"inside": gr.HTML(elem_id="inside")}
 
 
-def _connect(
-    gr: Any, page: Any, visitors: Visitors, parts: dict[str, Any], explain: Explain
-) -> None:
+def _connect(page: Any, visitors: Visitors, parts: dict[str, Any], explain: Explain) -> None:
     """What happens when. All that needs the model is one queue: one at a time, the others wait."""
+    import gradio as gr
+
     asked = [parts["organ"], parts["language"]]
     outputs = [
         parts[name] for name in parts if name not in ("organ", "language", "kind", "refused")

@@ -75,6 +75,7 @@ def serve(model: Any, settings: Settings, at: socket.socket, *, debug: bool = Fa
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
+    from gradio.themes import Default
 
     if not debug:
         logging.disable(logging.CRITICAL)
@@ -82,9 +83,7 @@ def serve(model: Any, settings: Settings, at: socket.socket, *, debug: bool = Fa
     limits = f"const MAX_BYTES = {MAX_BYTES}, MAX_FILES = {MAX_FILES};\n"
     script = limits + (here / "page.js").read_text("utf-8")
     # Fonts that are there: none is fetched.
-    theme = gr.themes.Default(
-        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    )
+    theme = Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
         make_page(model, settings),
