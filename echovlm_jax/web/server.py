@@ -1,6 +1,7 @@
 """The page's server: on this machine alone, and with no trace left on its disk."""
 
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -38,14 +39,16 @@ def upload_folder() -> Iterator[Path]:
     program = str(Path(__file__).with_name("sweep.py"))
     # A session of its own: Ctrl-C and a killed group end this process, not that one.
     sweeper = subprocess.Popen(
-        [sys.executable, "-S", "-P", program, folder],
+        [sys.executable, "-S", "-P", program],
         stdin=subprocess.PIPE,
+        bufsize=0,
         start_new_session=True,
     )
+    assert sweeper.stdin is not None
+    sweeper.stdin.write(os.fsencode(folder))
     try:
         yield Path(folder)
     finally:
-        assert sweeper.stdin is not None
         sweeper.stdin.close()
         sweeper.wait()
 

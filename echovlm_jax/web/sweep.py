@@ -1,9 +1,9 @@
-"""Deletes a folder once the process that started this program has ended. It imports nothing of
-ours."""
+"""Deletes the folder that its input names once that input ends, as it does with the process that
+started this program. It imports nothing of ours."""
 
+import os
 import shutil
 import sys
 
 if __name__ == "__main__":
-    sys.stdin.buffer.read()
-    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    shutil.rmtree(os.fsdecode(sys.stdin.buffer.read()), ignore_errors=True)
