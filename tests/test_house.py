@@ -70,6 +70,7 @@ MAY_IMPORT = {
         *("config", "chips", "data", "flops", "mesh", "model", "quantize", "train", "generate"),
         "progress",
     },
+    "web": {"data", "evaluate", "generate", "phantom.words", "processing"},
     # The package's front door, and the commands that go the whole way.
     "": {"load"},
     "demo": ANYTHING,
@@ -81,8 +82,9 @@ NOBODY_IMPORTS = ("cli", "launch", "configs", "tests")
 # `storage.bucket`: the endpoint, as all clients of S3 read it, in worker processes too.
 READS_THE_OUTSIDE = ("cli", "launch", "storage.bucket")
 
-# Who has files of his own: datasets and users' pictures, `demo` its folder, `cli` the terminal.
-HAVE_FILES = ("storage", "processing", "data", "phantom", "bench", "demo", "cli")
+# Who has files of his own: datasets and users' pictures, `demo` its folder, `cli` the terminal,
+# `web` uploads, which it deletes.
+HAVE_FILES = ("storage", "processing", "data", "phantom", "bench", "demo", "cli", "web")
 # Calls on what is never in a bucket.
 DISK_ONLY = {
     ("convert.safetensors", "open"),  # a bucket's objects have a reader of their own

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from echovlm_jax.cli import checkpoints, data, demo, evaluate, generate, launch, measure, train
+from echovlm_jax.cli import checkpoints, data, demo, evaluate, generate, launch, measure, train, web
 from echovlm_jax.cli.compiled import keep_programs
 from echovlm_jax.cli.frame import (
     Parser,
@@ -71,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         *(demo.add_demo, checkpoints.add_convert, checkpoints.add_export, checkpoints.add_upcycle),
         *(checkpoints.add_inspect, checkpoints.add_verify, checkpoints.add_parity, data.add_data),
         *(measure.add_plan, train.add_train, generate.add_generate, evaluate.add_eval),
-        *(evaluate.add_score, evaluate.add_compare, measure.add_bench, launch.add_launch),
+        *(evaluate.add_score, evaluate.add_compare, web.add_web, measure.add_bench),
+        *(launch.add_launch,),
     ):
         add(commands)
     return parser

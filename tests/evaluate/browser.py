@@ -59,7 +59,8 @@ class Page:
                 assert "error" not in found, found["error"]
                 return found["result"]
 
-    def open(self, path: Path, *, width: int, dark: bool = False, height: int = 900) -> None:
+    def open(self, path: Path | str, *, width: int, dark: bool = False, height: int = 900) -> None:
+        """Opens a file, or an address."""
         self.errors.clear()
         self.requests.clear()
         self._loaded = False
@@ -72,7 +73,8 @@ class Page:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        url = path if isinstance(path, str) else path.resolve().as_uri()
+        self.call("Page.navigate", url=url)
         while not self._loaded:
             self._read()
 

@@ -1,0 +1,126 @@
+"""The files of one exam as the page takes them: read at once, then forgotten but for their pixels.
+
+Neither a file's name nor its header goes further than this file; messages say "file 2".
+"""
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from echovlm_jax.data.record import Medium
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing.files import file_kind, shown
+from echovlm_jax.processing.images import load_media
+from echovlm_jax.processing.levels import picks
+
+MAX_FILES = 16  # of one exam
+MAX_BYTES = 256 * 2**20  # of one file
+_HEIGHT, _FRAMES = 180, 4  # px of a picture as it is shown; of a loop so many frames
+
+Crop = bool | Literal["require"]
+
+
+@dataclass
+class Exam:
+    """What is kept of the files.
+
+    Attributes:
+      pictures: uint8 [H, W, 3], or [T, H, W, 3] of a loop, whose frames are chosen already.
+      warnings: a line each, about the files.
+    """
+
+    pictures: list[np.ndarray] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def media(self) -> list[Medium]:
+        """The pictures as questions name them."""
+        return [
+            Medium(len(picture) if picture.ndim == 4 else 0, *picture.shape[-3:-1])
+            for picture in self.pictures
+        ]
+
+
+def read_exam(paths: Sequence[str | Path], *, num_frames: int, crop: Crop) -> Exam:
+    """Reads the files of an exam.
+
+    Args:
+      paths: its files, at least one; whatever `load_media` reads.
+      num_frames: how many frames are taken of a loop, at most.
+      crop: as of `load_media`.
+
+    Raises:
+      InputError: no file or too many, or one that can't be used.
+    """
+    if not paths:
+        raise InputError("the exam is empty; drop its images first")
+    if len(paths) > MAX_FILES:
+        raise InputError(f"an exam has at most {MAX_FILES} files here, these are {len(paths)}")
+    exam = Exam(warnings=warnings_of(paths))
+    for number, path in enumerate(paths, 1):
+
+        def say(line: str, path: str | Path = path, number: int = number) -> None:
+            exam.warnings.append(_unnamed(line, path, number))
+
+        def read(path: str | Path) -> np.ndarray:
+            return load_media(path, num_frames=num_frames, crop=crop, say=say)
+
+        exam.pictures.append(_named_by_number(read, path, number))
+    return exam
+
+
+def warnings_of(paths: Sequence[str | Path]) -> list[str]:
+    """What to warn of before the model sees an exam, a line each: names in the pixels.
+
+    Args:
+      paths: its files.
+    """
+    found = []
+    for number, path in enumerate(paths, 1):
+        if _named_by_number(_says_burned_in, path, number):
+            found.append(f"file {number}: it says that its pixels name somebody")
+    return found
+
+
+def _says_burned_in(path: str | Path) -> bool:
+    if file_kind(path) != "dicom":
+        return False
+    # Here: pydicom and its decoders take longer to import than all else.
+    from echovlm_jax.processing.dicom import read_loop
+
+    return read_loop(path, num_frames=1).burned_in
+
+
+def _named_by_number(read: Callable[[str | Path], Any], path: str | Path, number: int) -> Any:
+    try:
+        return read(path)
+    except InputError as error:
+        raise InputError(_unnamed(str(error), path, number)) from None
+
+
+def _unnamed(line: str, path: str | Path, number: int) -> str:
+    """A message about a file with its number in place of its path: a name may be a patient's."""
+    return line.replace(shown(path), f"file {number}")
+
+
+def tiles(picture: np.ndarray) -> list[str]:
+    """An image, or a few frames of a loop, small, as addresses that hold the pixels themselves."""
+    loop = picture if picture.ndim == 4 else picture[None]
+    return [
+        as_address(Image.fromarray(loop[i]), _HEIGHT)
+        for i in picks(len(loop), min(_FRAMES, len(loop)))
+    ]
+
+
+def as_address(image: Image.Image, height: int) -> str:
+    """A picture of that height as a `data:` address: it needs no file that could be left behind."""
+    size = (max(1, round(image.width * height / image.height)), height)
+    data = io.BytesIO()
+    image.resize(size, Image.Resampling.BILINEAR).save(data, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -1,0 +1,295 @@
+"""The page without a browser: what it reads, keeps, refuses and shows."""
+
+import asyncio
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from echovlm_jax import demo
+from echovlm_jax.cli import main
+from echovlm_jax.data.record import Medium
+from echovlm_jax.errors import InputError
+from echovlm_jax.evaluate.mixture import Read
+from echovlm_jax.generate.likeliest import Answer
+from echovlm_jax.load import load_model
+from echovlm_jax.web import shown
+from echovlm_jax.web.exam import MAX_FILES, Exam, read_exam, warnings_of
+from echovlm_jax.web.page import Settings, Visitors
+from echovlm_jax.web.server import Guard, listen, upload_folder
+from echovlm_jax.web.session import Session, streamed
+from tests.processing.dicom_files import plain_cases, write
+
+NAME = "SMITH^JOHN"
+has_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="gradio is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(demo.make_checkpoint(tmp_path_factory.mktemp("web") / "model"))
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "uploads" / "0" / f"{NAME}.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(np.arange(56 * 84, dtype=np.uint32).astype(np.uint8).reshape(56, 84)).save(path)
+    return path
+
+
+def visitors(model, folder: Path) -> Visitors:
+    return Visitors(model, Settings(False, 4, folder, str))
+
+
+def test_an_exam_is_its_pixels_and_no_name(picture, tmp_path) -> None:
+    loop = tmp_path / f"{NAME}.gif"
+    frames = [Image.new("L", (60, 40), 9 * n) for n in range(20)]
+    frames[0].save(loop, save_all=True, append_images=frames[1:])
+    exam = read_exam([picture, loop], num_frames=5, crop=True)
+    assert exam.media == [Medium(0, 56, 84), Medium(5, 40, 60)]
+    assert [line.split(":")[0] for line in exam.warnings] == [
+        "file 1",
+        "file 2",
+    ]  # can't be cropped
+    page = shown.exam_html(exam)
+    assert NAME not in page and str(tmp_path) not in page
+    assert page.count("<img ") == 1 + 4 and "84 × 56" in page and "5 frames" in page
+
+
+def test_a_header_that_says_burned_in_is_warned_of(tmp_path, picture) -> None:
+    path = tmp_path / f"{NAME}.dcm"
+    write(next(plain_cases()), path, np.random.default_rng(0))
+    dataset = pydicom.dcmread(path)
+    dataset.PatientName, dataset.BurnedInAnnotation = NAME, "YES"
+    dataset.save_as(path)
+    assert len(warnings_of([picture, path])) == 1
+    assert warnings_of([picture, path])[0].startswith("file 2:")
+    exam = read_exam([picture, path], num_frames=4, crop=False)
+    assert len(exam.warnings) == 1 and NAME not in repr(exam)
+
+
+def test_bad_files_are_one_line_without_a_name(tmp_path, picture) -> None:
+    text = tmp_path / f"{NAME}.dcm"
+    text.write_text(f"{NAME}, a text\n" * 40)
+    for paths, line in (
+        ([], "the exam is empty"),
+        ([picture] * (MAX_FILES + 1), f"at most {MAX_FILES}"),
+        ([picture, text], "file 2: is none of PNG"),
+        ([tmp_path / "gone"], "file 1: can't be read"),
+    ):
+        with pytest.raises(InputError, match=line) as caught:
+            read_exam(paths, num_frames=4, crop=False)
+        said = str(caught.value)
+        assert NAME not in said and str(tmp_path) not in said and "\n" not in said
+
+
+def test_files_are_deleted_whether_they_can_be_used_or_not(model, picture, tmp_path) -> None:
+    uploads = tmp_path / "uploads"
+    broken_off = uploads / "tmp0"
+    broken_off.write_bytes(b"half")
+    found = visitors(model, uploads)
+    assert len(found.begin("a", [str(picture), str(picture)]).exam.pictures) == 2
+    assert sorted(uploads.rglob("*")) == [broken_off]  # perhaps it is still coming
+    os.utime(broken_off, (0, 0))
+    text = uploads / "text"
+    text.write_text("no picture")
+    with pytest.raises(InputError):
+        found.begin("a", [str(text)])
+    assert not [path for path in uploads.rglob("*") if path.is_file()]
+    assert not found.session("a").exam.pictures
+
+
+def test_a_visitor_is_forgotten_and_so_is_the_oldest(model, picture, tmp_path) -> None:
+    found = visitors(model, tmp_path / "uploads")
+    exam = found.begin("a", [str(picture)])
+    assert found.session("a") is exam and found.session("b") is not exam
+    found.forget("a")
+    assert found.session("a") is not exam
+    for number in range(20):
+        found.begin(str(number))
+    assert len(found._sessions) == 16 and found.session("19") is not found.session("18")
+
+
+class Spoken:
+    """A model that repeats how it was asked."""
+
+    config, processor = demo.CONFIG, None
+
+    def generate(self, images, prompt, *, max_new_tokens, stream):
+        text = prompt[-1]["content"]
+        for start in range(0, len(text), 5):
+            stream(text[start : start + 5])
+        return {"text": text}
+
+
+def test_organ_and_language_are_in_the_question_and_turns_go_on() -> None:
+    exam = Exam([np.zeros((28, 28, 3), np.uint8)])
+    session = Session(Spoken(), 8, exam)
+    *_, report = session.report("heart", "中文")
+    assert "心脏" in report and "这张" in report
+    *_, report = session.report("not stated", "English")
+    assert "this ultrasound image" in report and session.said["report"].answer == report
+    *_, first = session.reply("A cyst?", "liver", "English")
+    *_, second = session.reply("Where?", "liver", "English")
+    assert first == "This is an ultrasound exam: liver. A cyst?" and second == "Where?"
+    assert [turn["content"] for turn in session.turns] == [first, first, "Where?", "Where?"]
+    assert len(session.said["reply"].asked) == 3
+    with pytest.raises(InputError, match="write a question"):
+        next(session.reply("  ", "liver", "English"))
+    with pytest.raises(InputError, match="no diagnosis yet"):
+        session.inside("diagnosis")
+    with pytest.raises(InputError, match="empty"):
+        next(Session(Spoken(), 8).report("liver", "English"))
+
+
+def test_writing_ends_when_nobody_listens() -> None:
+    ended = threading.Event()
+
+    def write(send) -> None:
+        try:
+            while True:
+                send("word ")
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    texts = streamed(write)
+    assert next(texts) == "word "
+    assert next(texts) == "word word "
+    texts.close()
+    assert ended.wait(10)
+    with pytest.raises(ZeroDivisionError):
+        list(streamed(lambda send: 1 / 0))
+    assert list(streamed(lambda send: send("next"))) == ["next"]  # the model is free again
+
+
+def test_what_is_shown_is_escaped() -> None:
+    evil = "<img src=http://elsewhere/x>"
+    found = [Answer(evil, 0.6), Answer("cyst", 0.1), Answer("rare", 0.001)]
+    table = shown.diagnoses_html(found)
+    assert evil not in table and "60 %" in table and "rare" not in table
+    assert "other answers" in table and "30 %" in table
+    assert evil not in shown.status(evil, alert=True)
+
+
+def test_routing_is_a_row_for_each_token() -> None:
+    tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
+    expert = np.array([[[0, 1], [2, 0], [3, 1]], [[0, 2], [2, 1], [3, 2]]])  # [L=2, T=3, k=2]
+    read = Read(np.arange(3), np.array([0, 1, 2]), expert, np.full((2, 3), 0.25), -1.0)
+
+    def cells(layer: str) -> list[list[str]]:
+        html = shown.routing_html(read, tokenizer, 4, layer)
+        body = html.split("<tbody>")[1]
+        return [
+            [cell.split(">")[1] for cell in row.split("<td ")[1:]] for row in body.split("<tr>")[1:]
+        ]
+
+    clean = [[int(c.split("<")[0]) for c in row] for row in cells(shown.ALL_LAYERS)]
+    assert clean == [[50, 25, 25, 0], [25, 25, 50, 0], [0, 25, 25, 50], [0, 25, 25, 50]]
+    first = [[int(c.split("<")[0]) for c in row] for row in cells("layer 0")]
+    assert first == [[50, 50, 0, 0], [50, 0, 50, 0], [0, 50, 0, 50], [0, 50, 0, 50]]
+    assert "&lt;2&gt;" in shown.routing_html(read, tokenizer, 4, "layer 1")
+
+
+def test_it_is_looked_inside_an_answer(model, picture, tmp_path) -> None:
+    session = visitors(model, tmp_path / "uploads").begin("a", [str(picture)])
+    found = session.diagnoses("not stated", "English")
+    assert 0 < sum(one.probability for one in found) <= 1.001
+    read = session.inside("diagnosis") if found[0].text else None
+    if read is not None:
+        assert (read.kind == 2).any() and shown.layers_of(model)[1] == "layer 0"
+        assert len(session.looked("diagnosis")) == 1
+
+
+KILLED = """
+import os, signal
+from echovlm_jax.web.server import upload_folder
+with upload_folder() as folder:
+    (folder / "half").write_bytes(b"half")
+    print(folder, oct(folder.stat().st_mode & 0o777), flush=True)
+    os.kill(os.getpid(), signal.SIG{signal})
+"""
+
+
+@pytest.mark.parametrize("signal", ["KILL", "TERM", "INT"])
+def test_no_upload_outlives_the_process(signal: str, tmp_path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED.format(signal=signal)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    folder, mode = run.stdout.split()
+    assert run.returncode != 0 and Path(folder).parent == tmp_path and mode == "0o700"
+    until = time.monotonic() + 20
+    while Path(folder).exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_goes_with_its_block(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with upload_folder() as folder:
+        (folder / "half").write_bytes(b"half")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "status"),
+    [
+        ("127.0.0.1", "localhost:7860", 200),
+        ("127.0.0.1", "elsewhere.example:7860", 421),
+        ("::1", "[::1]:7860", 200),
+        ("0.0.0.0", "elsewhere.example", 200),
+    ],
+)
+def test_only_this_machine_is_answered(host: str, asked: str, status: int) -> None:
+    sent: list[dict] = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"host", asked.encode())]}
+    asyncio.run(Guard(app, host)(scope, None, send))
+    assert sent[0]["status"] == status
+    if status == 200:
+        assert "default-src 'self'" in dict(sent[0]["headers"])[b"content-security-policy"].decode()
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["web", str(tmp_path / "none"), "--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"echovlm: error: 127.0.0.1:{port}: Address already in use\n"
+
+
+def test_without_gradio_the_extra_is_named(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["web", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "echovlm-jax[web]" in error
+
+
+@has_gradio
+def test_bad_settings_are_one_line(tmp_path, capsys) -> None:
+    for words in (["--port", "70000"], ["--quantize", "int3"], ["--host", "no.such.host.invalid"]):
+        assert main(["web", str(tmp_path), "--port", "0", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("echovlm: error: ")
