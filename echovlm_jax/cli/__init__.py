@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         *(checkpoints.add_inspect, checkpoints.add_verify, checkpoints.add_parity, data.add_data),
         *(measure.add_plan, train.add_train, generate.add_generate, evaluate.add_eval),
         *(evaluate.add_score, evaluate.add_compare, web.add_web, measure.add_bench),
-        *(launch.add_launch,),
+        launch.add_launch,
     ):
         add(commands)
     return parser
