@@ -1,8 +1,7 @@
 """Weights in few bits as a converted folder stores them: parameter P is P/values and P/scale.
 
-Values of 8 bits, as a table's and those of queries, keys and values always are, are int8. Values of
-4 bits are two a byte, as `quantize.pack` says. conversion.json states the recipe under `quantize`;
-nothing is told from names or sizes.
+Values of 8 bits are int8. Values of 4 bits are two a byte, as `quantize.pack` says. conversion.json
+states the recipe under `quantize`; nothing is told from names or sizes.
 """
 
 import functools
@@ -70,7 +69,7 @@ class FewBits:
         """As conversion.json has it."""
         how = self.how
         held = {"bits": how.bits, "group": how.group, "values": _HELD[how.bits]}
-        held |= {"qkv_bits": 8, "table_bits": 8, "table_group": GROUP}
+        held |= {"table_bits": 8, "table_group": GROUP, "attention_bits": 8, "expert_bits": 8}
         return {"kind": self.kind, **held, "dtype": self.dtype}
 
     @property

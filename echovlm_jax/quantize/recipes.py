@@ -31,7 +31,7 @@ _TAKEN = re.compile(
 
 GROUP = 128
 _TABLE = ("vocab", "embed")
-_HEADS = {"heads", "kv_heads"}  # that queries, keys and values have
+_EIGHT = {"heads", "kv_heads", "expert"}  # axes of attention's weights and of the experts'
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ def recipe_of(spec: ParamSpec, how: Recipe) -> Recipe:
 
     A table, embedding or head, has 8 bits in groups whatever the recipe. Groups, because XLA:TPU
     has no way to take one row of an int8 matrix, whose tiles are of 32 rows, and copies all of it
-    for every token. Tables, and what makes queries, keys and values, have 8 bits in int4 too: their
-    errors cost most. With 4 bits, those three make the divergence three times as large (of the
-    demo's model), tables six times (`tests/quantize/test_quality.py`); together they are an eighth
-    of the released weights.
+    for every token.
+
+    In int4 the dense MLP and the shared expert have 4 bits, three quarters of the released weights;
+    all else has 8, because its errors cost more for each byte.
     """
     if spec.axes == _TABLE:
         how = Recipe(8, GROUP)
-    elif how.bits == 4 and _HEADS & set(spec.cut(spec.axes)[1]):
+    elif how.bits == 4 and _EIGHT & set(spec.axes):
         how = Recipe(8)
     if how.group is None:
         return how

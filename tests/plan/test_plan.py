@@ -195,7 +195,7 @@ def test_a_token_needs_quantized_weights_at_their_width(kind):
     assert values < held < values * 1.07  # scales: 4 bytes for 128 values of half a byte each
     small = Serving(rows=1, context=16, quantize=kind)
     needed = needed_bytes(model, tree, small, jnp.dtype("bfloat16"))
-    assert 0.7 < needed / held < 0.95  # no vision tower, no table, half of the experts
+    assert 0.65 < needed / held < 0.95  # no vision tower, no table, half of the experts
 
 
 def test_a_mesh_that_is_left_open_splits_heads():

@@ -58,16 +58,17 @@ def test_values_are_the_nearest_and_the_form_is_the_described_one(params, kind):
 
 def test_int4_has_sixteen_values_and_keeps_what_costs_most_in_eight_bits(params):
     found = {p: w for p, w in quantized(params, "int4").items() if isinstance(w, Quantized)}
-    wide = {path for path, weight in found.items() if weight.values.dtype == jnp.int8}
-    names = ("embed/embedding", "lm_head/kernel", *(f"layers/attn/{n}/kernel" for n in "qkv"))
-    assert wide == {f"text/{name}" for name in names}
-    for path in found.keys() - wide:  # the largest of each group is −8 steps
+    four = {path for path, weight in found.items() if weight.values.dtype == jnp.int4}
+    names = ("gate", "up", "down")
+    assert four == {f"text/layers/{mlp}/{n}/kernel" for mlp in ("mlp", "moe/shared") for n in names}
+    for path in four:  # the largest of each group is −8 steps
         assert (found[path].values.astype(jnp.int32).min(-1) == -8).all(), path
 
 
+@pytest.mark.parametrize("path", ["moe/experts/down", "mlp/down"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_place_of_the_stacked_axes_by_itself_is_that_place_of_the_whole(params, kind):
-    path = "text/layers/moe/experts/down/kernel"
+def test_a_place_of_the_stacked_axes_by_itself_is_that_place_of_the_whole(params, kind, path):
+    path = f"text/layers/{path}/kernel"
     spec, how = param_specs(TINY)[path], recipe(kind)
     whole, one = quantize(params[path], spec, how), quantize(params[path][1], spec, how)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True):

@@ -133,11 +133,14 @@ def lookup(
     """The product of a table with one-hot tokens: each token's row."""
     if not isinstance(table, Quantized):
         return as_operand(jnp.take(table, tokens, axis=0), dtype)
-    if tokens.shape[1] == 1 and jax.sharding.get_abstract_mesh().size <= 1:
-        # While decoding: for a gather of few rows XLA:TPU copies the whole table into another form,
-        # and so it does for rows that are joined before they are wide.
-        rows = [_row(table, number, dtype) for number in jnp.unstack(tokens[:, 0])]
-        return jnp.concatenate(rows)[:, None]
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        # For a gather XLA:TPU copies the whole table into another form, and so it does for rows
+        # that are joined before they are wide.
+        if tokens.shape[1] == 1:  # while decoding
+            rows = [_row(table, number, dtype) for number in jnp.unstack(tokens[:, 0])]
+            return jnp.concatenate(rows)[:, None]
+        rows = jax.lax.map(lambda number: _row(table, number, dtype)[0], tokens.reshape(-1))
+        return rows.reshape(*tokens.shape, table.shape[-1])
     values = jnp.take(table.values, tokens, axis=0)  # [B, T, D], or [B, T, groups, size]
     scale = jnp.take(table.scale, tokens, axis=-1)  # [B, T], or [groups, B, T]
     return _wide(table, values, scale, dtype).reshape(*tokens.shape, table.shape[-1])
