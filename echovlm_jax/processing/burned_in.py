@@ -23,7 +23,7 @@ CHOICES: tuple[Choice, ...] = ("report", "mask", "refuse")
 
 _ROUNDS = 3  # of masking and looking again
 _CONTRAST = 32  # of 255: what is drawn differs by more from its ground
-_MARGIN = 8  # px around a region: a lossy picture runs over its edge by a block
+_MARGIN = 4  # px around a region: a lossy picture runs over its edge
 # A whole scan is taken for a letter or two at times. What machines write is smaller: px, share.
 _TALLEST, _TALLEST_SHARE = 80, 1 / 8
 _COVERED = 0.5  # share of a box that is masked already: nothing can be read there
@@ -100,7 +100,7 @@ def found(image: np.ndarray) -> list[Box]:
 
 
 def drawn_outside(frames: np.ndarray, regions: Sequence[Box]) -> bool:
-    """Whether anything is drawn outside all regions, by more than 8 px.
+    """Whether anything is drawn outside all regions, by more than 4 px.
 
     Args:
       frames: uint8 RGB [T, H, W, 3].
@@ -272,7 +272,7 @@ def _reader() -> Callable[[np.ndarray], Any]:
     engine()
     import rapidocr  # pyright: ignore[reportMissingImports]
 
-    models = Path(rapidocr.__file__).parent / "models"
+    models = Path(rapidocr.__path__[0]) / "models"
     params = {
         "Global.log_level": "critical",  # it says what it does in the terminal
         "Global.text_score": 0.0,  # whatever it takes for text, however it reads it

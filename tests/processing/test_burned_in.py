@@ -114,7 +114,7 @@ def test_what_is_outside_the_regions(monkeypatch):
     regions = [Box(20, 50, 10, 50), Box(20, 50, 60, 90)]
     frames = DARK.copy()
     frames[:, 20:50, 10:50] = 200
-    frames[:, 12:20, 10:50] = 90  # a lossy picture runs over
+    frames[:, 16:20, 10:50] = 90  # a lossy picture runs over
     assert not drawn_outside(frames, regions)
     frames[1, 5, 70] = 255  # in one frame
     assert drawn_outside(frames, regions) and not drawn_outside(frames, [])
