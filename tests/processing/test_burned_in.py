@@ -156,13 +156,3 @@ def test_a_name_in_one_frame_is_black_in_all(ocr, capfd, caplog):
     assert frames[1][strokes].any()  # what was given stays as it was
     said = "".join(capfd.readouterr()) + caplog.text
     assert "KOWALSKI" not in said and "Anna" not in said
-
-
-def test_a_name_over_speckle_is_found(ocr):
-    chances = np.random.default_rng(0)
-    coarse = chances.rayleigh(60, (150, 250)).clip(0, 255).astype(np.uint8)
-    speckle = np.asarray(Image.fromarray(coarse).resize((500, 300), Image.Resampling.BILINEAR))
-    picture = Image.fromarray(np.repeat(speckle[..., None], 3, axis=-1))
-    assert found(np.asarray(picture)) == []
-    ImageDraw.Draw(picture).text((60, 140), NAME, fill="white", font=ImageFont.load_default(18))
-    assert found(np.asarray(picture))
