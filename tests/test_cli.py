@@ -121,6 +121,7 @@ CALLS = [
         *((), {"size": None}),
     ),
     ("bench moe --size tiny", "echovlm_jax.bench.moe", "bench_moe", (), {"size": "tiny"}),
+    ("bench burned-in", "echovlm_jax.bench.burned_in", "bench_burned_in", (), {}),
 ]
 
 

@@ -143,6 +143,14 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
     )
     add_crop(command, "leaves out each record with a picture that can't be")
     command.add_argument(
+        "--burned-in",
+        choices=["report", "mask", "refuse"],
+        help="look for text in the pixels that may name the patient, by OCR (the extra `ocr`): "
+        "count the pictures, blacken it, or leave out their records; what could not be looked at "
+        "is left out too, but by report. Default: no OCR; DICOM headers that say so are counted, "
+        "and what is drawn outside their ultrasound regions",
+    )
+    command.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
@@ -160,6 +168,7 @@ def _options(args: argparse.Namespace, **shares: float) -> Any:
         organs=args.organs,
         group_pattern=args.group_pattern,
         allow_links=args.allow_links,
+        burned_in=args.burned_in,
         **shares,
     )
 
@@ -184,12 +193,23 @@ def _warn_of_pictures(result: Result, args: argparse.Namespace) -> None:
             " leaves them out",
             file=sys.stderr,
         )
-    if result["burned_in"]:
-        print(
-            f"echovlm: warning: {result['burned_in']} pictures have a header that says that names"
-            " are burnt into the pixels (BurnedInAnnotation); look at them before you share them",
-            file=sys.stderr,
-        )
+    for count, text in (
+        (
+            "burned_in" if args.burned_in != "mask" else "",
+            "have a header that says that names are burnt into the pixels (BurnedInAnnotation);"
+            " look at them before you share them, or use --burned-in mask or refuse",
+        ),
+        (
+            "drawn_outside" if args.burned_in == "report" else "",
+            "show something outside their ultrasound regions; --crop cuts it off, --burned-in mask"
+            " blackens it",
+        ),
+        ("text_found" if args.burned_in == "report" else "", "have text that may name a patient"),
+        ("text_unchecked", "could not be searched for text"),
+        ("masked", "were masked; look at some: OCR does not see all text"),
+    ):
+        if count and result[count]:
+            print(f"echovlm: warning: {result[count]} pictures {text}", file=sys.stderr)
 
 
 def _add_stats(commands: Any) -> None:

@@ -117,11 +117,15 @@ def _positive(text: str) -> int:
 # What `bench` can do with --what, and where it keeps the runs of phantom.
 _WORKS = {"cpu": ("train", "generate"), "phantom": ("mixture", "imbalance")}
 _PHANTOM = Path("bench_out/phantom")
-_WHAT = ("convert", "cpu", "data", "decode", "moe", "phantom", "quantize")
+_WHAT = ("burned-in", "convert", "cpu", "data", "decode", "moe", "phantom", "quantize")
 
 
 def _bench(args: argparse.Namespace) -> Result:
     _check_options(args)
+    if args.what == "burned-in":
+        from echovlm_jax.bench.burned_in import bench_burned_in
+
+        return bench_burned_in()
     if args.what == "data":
         from echovlm_jax.bench.data import bench_data
 
@@ -183,15 +187,15 @@ def add_bench(commands: Any) -> None:
         "time taken; data: images a second through make_batches against a PyTorch DataLoader with "
         "Hugging Face's processor; decode: bytes that a decoded token reads on a TPU slice that "
         "isn't here, against those it needs; quantize: a model's next tokens with weights in few "
-        "bits, against its own; phantom: what the mixture of experts, or rebalancing "
-        "organs, is worth on synthetic exams, trained and evaluated with three seeds, half an hour "
-        "or more; re-run it to resume",
+        "bits, against its own; burned-in: text drawn into synthetic exams, found by OCR; phantom: "
+        "what the mixture of experts, or rebalancing organs, is worth on synthetic exams, trained "
+        "and evaluated with three seeds, half an hour or more; re-run it to resume",
         "echovlm bench convert --size tiny --dir bench_out\n"
         "  echovlm bench convert --quantize int4\n  echovlm bench cpu --what train\n"
         "  echovlm bench cpu --what generate\n"
         "  echovlm bench decode --topology v5e:1x1 --quantize int8\n"
         "  echovlm bench quantize --model run/ --data exams/\n"
-        "  echovlm bench moe --size tiny\n  echovlm bench data\n"
+        "  echovlm bench moe --size tiny\n  echovlm bench data\n  echovlm bench burned-in\n"
         "  echovlm bench phantom --what imbalance --dir study/",
         show=_show_bench,
     )

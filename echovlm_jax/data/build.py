@@ -33,6 +33,7 @@ from echovlm_jax.data.media import NOTES
 from echovlm_jax.data.parts import Done, Part
 from echovlm_jax.data.sources import Sources, changed, compile_pattern, digest_of, read_sources
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing.burned_in import Choice, engine
 from echovlm_jax.processing.dicom import Crop
 from echovlm_jax.processing.files import allowed_links, shown
 from echovlm_jax.progress import progress
@@ -55,6 +56,8 @@ class Options(NamedTuple):
       group_pattern: a regular expression whose first group names the patient, in a record's id or
         else in its images' paths.
       allow_links: a folder that links among the images may lead to.
+      burned_in: treatment of text in the pixels, "report", "mask" or "refuse"; None: only headers
+        and what is drawn outside the ultrasound regions are counted.
     """
 
     validation: float = 0.05
@@ -64,6 +67,7 @@ class Options(NamedTuple):
     organs: Path | None = None
     group_pattern: str | None = None
     allow_links: Path | None = None
+    burned_in: Choice | None = None
 
 
 DEFAULTS = Options()
@@ -154,7 +158,7 @@ def validate(
         "kept": len(found.rows) - counts.total(),
         "quarantined": dict(sorted(counts.items())),
         **grouped,
-        **_noted(notes, counts),
+        **_noted(notes, counts, options.burned_in),
         "ignored_keys": found.ignored,
         "examples": examples,
         "warnings": dealing.warnings({"records": len(found.rows), **grouped}, found),
@@ -223,6 +227,8 @@ def _prepare(
         "organs": {stem: given.get(stem) or organs.organ_of_file(stem) for stem in found.stems},
         "num_frames": options.num_frames,
         "crop": options.crop,
+        "burned_in": options.burned_in,
+        "ocr": engine() if options.burned_in else None,  # another one finds other text
         "options": json.loads(json.dumps(options._asdict(), default=str)),
     }
     plan["key"] = folder.digest(json.dumps(plan, sort_keys=True).encode())
@@ -274,7 +280,7 @@ def _finish(work: Path, plan: dict[str, Any], counts: dict[str, Any]) -> dict[st
         "organs": dict(sorted(kept.items())),
         "bytes": sum(shard["bytes"] for entry in splits.values() for shard in entry["shards"]),
         **counts,
-        **_noted(notes, quarantined),
+        **_noted(notes, quarantined, plan["burned_in"]),
     }
     manifest = {"version": folder.VERSION, "organs": names, "splits": splits, "counts": result}
     manifest["num_frames"] = plan["num_frames"]
@@ -285,10 +291,15 @@ def _finish(work: Path, plan: dict[str, Any], counts: dict[str, Any]) -> dict[st
     return result
 
 
-def _noted(notes: Counter[str], quarantined: Counter[str]) -> dict[str, int]:
-    """Pictures by note. What could not be cropped counts whether it was kept or left out."""
-    counts = {name: notes[name] for name in NOTES}
-    return {**counts, "not_cropped": counts["not_cropped"] + quarantined["not cropped"]}
+def _noted(
+    notes: Counter[str], quarantined: Counter[str], looked: Choice | None
+) -> dict[str, int | None]:
+    """Pictures by note; None of text that nobody looked for. What could not be cropped counts
+    whether it was kept or left out."""
+    counts: dict[str, int | None] = {name: notes[name] for name in NOTES}
+    if looked is None:
+        counts |= dict.fromkeys(("text_found", "text_unchecked", "masked"))
+    return {**counts, "not_cropped": notes["not_cropped"] + quarantined["not cropped"]}
 
 
 def len_of(entry: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@ A plain PNG or JPEG keeps its compressed bytes, less every part that is not need
 picture (EXIF, comments, text, profiles, thumbnails, whatever follows the end). All else becomes
 PNG: frames of loops, other kinds of files, values of more than eight bits, and kinds of PNG and
 JPEG with room for more than the picture (palettes, several scans, tables that few files have). What
-is burnt into the pixels stays there.
+is burnt into the pixels stays there, unless `burned_in` has it masked.
 """
 
 import io
@@ -18,6 +18,7 @@ from echovlm_jax.data.quarantine import Refused
 from echovlm_jax.data.record import Medium
 from echovlm_jax.data.strip import jpeg_without_its_end, strip_jpeg, strip_png
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing.burned_in import Choice, check
 from echovlm_jax.processing.dicom import NOT_CROPPED, Crop, read_loop
 from echovlm_jax.processing.files import ExtraMissing, file_kind, read_bytes, shown
 from echovlm_jax.processing.images import MAX_ASPECT_RATIO, load_media
@@ -34,6 +35,10 @@ NOTES = {
     "not_cropped": "it was to be cropped, and is no DICOM file whose ultrasound regions all can be"
     " used",
     "burned_in": "its DICOM header says that the pixels themselves name the patient",
+    "drawn_outside": "something is drawn outside the ultrasound regions of its DICOM header",
+    "text_found": "OCR found text in it that may be a name, a date or a number of the patient",
+    "text_unchecked": "OCR failed",
+    "masked": "what was found, and what is outside the regions, is black in what is stored",
 }
 
 
@@ -43,26 +48,27 @@ class Encoded(NamedTuple):
     notes: tuple[str, ...] = ()  # of NOTES
 
 
-def read_medium(path: Path, *, num_frames: int, crop: Crop) -> Encoded:
+def read_medium(
+    path: Path, *, num_frames: int, crop: Crop, burned_in: Choice | None = None
+) -> Encoded:
     """Reads an image file.
 
     Args:
       path: a file that `load_media` reads.
       num_frames: a longer loop is sampled to so many frames.
       crop: crops of DICOM frames to their ultrasound regions; "require" refuses the others.
+      burned_in: treatment of text in the pixels, as of `processing.burned_in.check`.
 
     Raises:
       Refused: it can't be used; the detail does not quote the file's content.
     """
     said: list[str] = []
-    notes: list[str] = []
     try:
-        kind, cropped, images = file_kind(path), False, None
+        kind, cropped, images, stated, regions = file_kind(path), False, None, False, ()
         if kind == "dicom":
             # Without "require": there the file is to be refused for this reason, not as damaged.
             loop = read_loop(path, num_frames=num_frames, crop=bool(crop))
-            frames, cropped = loop.frames, loop.cropped
-            notes += ["burned_in"] * loop.burned_in
+            frames, cropped, stated, regions = loop
         elif kind in ("png", "jpeg"):
             data, name = read_bytes(path, MAX_FILE_BYTES), shown(path)
             frames = decode_stills(io.BytesIO(data), name, num_frames, say=said.append)
@@ -71,7 +77,6 @@ def read_medium(path: Path, *, num_frames: int, crop: Crop) -> Encoded:
             found = load_media(path, num_frames=num_frames, say=said.append)
             frames = found if found.ndim == 4 else found[None]
         medium = Medium(len(frames) if len(frames) > 1 else 0, *frames.shape[1:3])
-        images = images or tuple(_to_png(frame) for frame in frames)
     except InputError as error:
         detail = str(error)
         large = any(sign in detail for sign in ("is over the limit", "claims more", "larger than"))
@@ -80,11 +85,15 @@ def read_medium(path: Path, *, num_frames: int, crop: Crop) -> Encoded:
     sides = sorted(medium[1:])
     if sides[1] > MAX_ASPECT_RATIO * sides[0]:
         raise Refused("unusable shape", f"{shown(path)}: {medium.height} x {medium.width} pixels")
-    if crop and not cropped:
-        if crop == "require":
-            raise Refused("not cropped", f"{shown(path)}: {NOT_CROPPED}")
-        notes.append("not_cropped")
-    return Encoded(images, medium, (*notes, *["rescaled"] * bool(said)))
+    if crop == "require" and not cropped:
+        raise Refused("not cropped", f"{shown(path)}: {NOT_CROPPED}")
+    checked = check(frames, burned_in, stated=stated, regions=regions)
+    if checked.refused:
+        raise Refused("burned-in text", f"{shown(path)}: {checked.refused}")
+    if images is None or "masked" in checked.notes:
+        images = tuple(_to_png(frame) for frame in checked.frames)
+    notes = ["not_cropped"] * (bool(crop) and not cropped) + ["rescaled"] * bool(said)
+    return Encoded(images, medium, (*checked.notes, *notes))
 
 
 def _clean(data: bytes, pixels: np.ndarray) -> bytes:

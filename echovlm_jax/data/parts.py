@@ -186,7 +186,12 @@ def _make(
     media, images, notes, size = [], [], [], 0
     for path, file in zip(paths, files, strict=True):
         try:
-            encoded = read_medium(file, num_frames=plan["num_frames"], crop=plan["crop"])
+            encoded = read_medium(
+                file,
+                num_frames=plan["num_frames"],
+                crop=plan["crop"],
+                burned_in=plan["burned_in"],
+            )
         except Refused as refused:  # as the record names it: the list may leave this machine
             detail = refused.detail.replace(shown(file), shown(path))
             raise Refused(refused.reason, detail) from None

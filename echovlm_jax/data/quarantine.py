@@ -22,6 +22,7 @@ REASONS = {
     "extra not installed": "an image is of a kind that an extra of this project reads",
     "image too large": "an image claims or takes more than the limits let in",
     "not cropped": "--crop=require, and an image is no DICOM file whose regions all can be used",
+    "burned-in text": "--burned-in=refuse or mask, and an image may name the patient in its pixels",
     "unusable shape": "an image has sides that the image processor refuses",
 }
 

@@ -17,6 +17,7 @@ import numpy as np
 from pydicom.uid import UID
 
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing.burned_in import Box
 from echovlm_jax.processing.dicom_display import grey_to_rgb, palette_to_rgb
 from echovlm_jax.processing.dicom_frames import VIDEO, CompressedFrames, FrameDecoder
 from echovlm_jax.processing.dicom_header import GREYS, Opened, PixelHeader, read_header, whole
@@ -43,6 +44,7 @@ class Loop(NamedTuple):
     frames: np.ndarray  # uint8 [T, H, W, 3] RGB
     cropped: bool  # to all the regions that the file states
     burned_in: bool  # the file says that its pixels name somebody (BurnedInAnnotation)
+    regions: tuple[Box, ...] = ()  # the spatial ones, in `frames`; none where one can't be used
 
 
 def read_dicom(path: str | Path, *, num_frames: int = 16, crop: Crop = False) -> np.ndarray:
@@ -83,7 +85,17 @@ def read_region(path: str | Path) -> tuple[int, int, int, int] | None:
     """
     with quietly(), reading(path, "is a damaged or truncated DICOM file", (Exception,)) as file:
         opened = read_header(file)
-        return _region(opened.dataset, opened.header)[0]
+        return _union(_regions(opened.dataset, opened.header)[0])
+
+
+def states_burned_in(path: str | Path) -> bool:
+    """Whether a DICOM file's header says that its pixels name somebody (BurnedInAnnotation).
+
+    Raises:
+      InputError: one line with the file and what is wrong; never a value of a patient or text tag.
+    """
+    with quietly(), reading(path, "is a damaged or truncated DICOM file", (Exception,)) as file:
+        return _burned_in(read_header(file).dataset)
 
 
 def _read(file: BinaryIO, num_frames: int, crop: Crop) -> Loop:
@@ -91,21 +103,27 @@ def _read(file: BinaryIO, num_frames: int, crop: Crop) -> Loop:
     dataset, header = opened.dataset, opened.header
     count = min(num_frames, header.frames)
     check_loop(header.frames, header.rows, header.columns, count, sequential=False)
-    box, cropped = _region(dataset, header) if crop else (None, False)
+    boxes, all_used = _regions(dataset, header)
+    box, cropped = (_union(boxes), all_used) if crop else (None, False)
     if crop == "require" and not cropped:
         raise InputError(NOT_CROPPED)
     top, bottom, left, right = box or (0, header.rows, 0, header.columns)
     cut = np.s_[top:bottom, left:right]
-    burned_in = str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES"
+    moved = [Box(b.top - top, b.bottom - top, b.left - left, b.right - left) for b in boxes]
+    said = (cropped, _burned_in(dataset), tuple(moved) if all_used else ())
     if header.syntax in VIDEO:
-        return Loop(_video(opened, num_frames)[:, *cut], cropped, burned_in)
+        return Loop(_video(opened, num_frames)[:, *cut], *said)
     colour = palette_to_rgb(header, dataset) if header.is_palette else np.copy
     with FrameDecoder(opened) as decode:
         # A copy each, so that a crop lets go of the whole frame.
         frames = np.stack([colour(decode(i)[cut]) for i in picks(header.frames, count)])
     if header.photometric in GREYS:
         frames = grey_to_rgb(frames, dataset, header)
-    return Loop(frames, cropped, burned_in)
+    return Loop(frames, *said)
+
+
+def _burned_in(dataset: Any) -> bool:
+    return str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES"
 
 
 def _video(opened: Opened, num_frames: int) -> np.ndarray:
@@ -140,9 +158,8 @@ def quietly() -> Iterator[None]:
                 logger.disabled = disabled
 
 
-def _region(dataset: Any, header: PixelHeader) -> tuple[tuple[int, int, int, int] | None, bool]:
-    """The union of the spatial regions, (top, bottom, left, right) with ends excluded, or None
-    where none can be used; and whether all of them could be.
+def _regions(dataset: Any, header: PixelHeader) -> tuple[list[Box], bool]:
+    """The spatial regions that can be used, and whether there are any and that are all.
 
     A region that reaches far outside describes some other frame size (files that were scaled down
     keep such): cut to the frame it would show what it was to hide. One that reaches out by a few
@@ -163,10 +180,15 @@ def _region(dataset: Any, header: PixelHeader) -> tuple[tuple[int, int, int, int
             for start, end, side in ((left, right, header.columns), (top, bottom, header.rows))
         )
         if format in _SPATIAL_FORMATS and all(fits):
-            boxes.append((top, min(bottom + 1, header.rows), left, min(right + 1, header.columns)))
+            ends = min(bottom + 1, header.rows), min(right + 1, header.columns)
+            boxes.append(Box(top, ends[0], left, ends[1]))
         else:
             unused += 1
+    return boxes, bool(boxes) and not unused
+
+
+def _union(boxes: list[Box]) -> Box | None:
     if not boxes:
-        return None, False
+        return None
     tops, bottoms, lefts, rights = zip(*boxes, strict=True)
-    return (min(tops), max(bottoms), min(lefts), max(rights)), not unused
+    return Box(min(tops), max(bottoms), min(lefts), max(rights))

@@ -280,8 +280,9 @@ def load_media(
             # which every data worker would wait for.
             from echovlm_jax.processing.dicom import NOT_CROPPED, read_loop
 
-            frames, cropped, _ = read_loop(item, num_frames=num_frames, crop=crop)
-            if crop and not cropped:
+            loop = read_loop(item, num_frames=num_frames, crop=crop)
+            frames = loop.frames
+            if crop and not loop.cropped:
                 say(f"{shown(item)}: {NOT_CROPPED}")
         return frames[0] if len(frames) == 1 else frames
     array = np.asarray(item)

@@ -1,0 +1,158 @@
+"""Text in pixels: found where a person reads it, masked in every frame, refused where in doubt."""
+
+import importlib.metadata
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from echovlm_jax.errors import InputError
+from echovlm_jax.processing import burned_in
+from echovlm_jax.processing.burned_in import Box, check, drawn_outside, found
+
+NAME = "KOWALSKI, Anna"
+DARK = np.zeros((2, 60, 90, 3), np.uint8)
+
+
+def written(text: str, height: int = 120, width: int = 320) -> np.ndarray:
+    picture = Image.new("RGB", (width, height))
+    ImageDraw.Draw(picture).text((20, 20), text, fill="white", font=ImageFont.load_default(24))
+    return np.asarray(picture)
+
+
+def reader(*texts, boxes=None, error=None):
+    """What stands for OCR: it finds these texts in every picture, each in a box of its own."""
+    places = boxes or [Box(10, 20, 10 + 20 * n, 25 + 20 * n) for n in range(len(texts))]
+
+    def read(picture):
+        if error:
+            raise error
+        corners = [
+            [(b.left, b.top), (b.right, b.top), (b.right, b.bottom), (b.left, b.bottom)]
+            for b in places
+        ]
+        return SimpleNamespace(boxes=np.array(corners, float) if texts else None, txts=texts)
+
+    return lambda: read
+
+
+@pytest.fixture
+def ocr():
+    pytest.importorskip("rapidocr", reason="the extra `ocr` is not installed")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("SMITH", "Li", "Zoë", "É", "王", "张伟", "J.S.", "12/03/1961", "1961", "12 03 61"),
+        *("4481920", "123 456", "61Y", "12:34:56", "Min", "5 mm Smith", "SYNTHETICS", "3 Mai"),
+    ],
+)
+def test_what_may_name_somebody_counts(text, monkeypatch):
+    monkeypatch.setattr(burned_in, "_reader", reader(text))
+    assert len(found(DARK[0])) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("5", "10", "12.5", "-3", "100%", "3.5 MHz", "15 cm", "MI 1.2", "TIs 0.4", "56 fps", "R"),
+        *("cm", "|", "+", "65 dB", "12 cm MI 1.2", "SYNTHETIC"),
+    ],
+)
+def test_scales_marks_and_the_phantoms_label_do_not(text, monkeypatch):
+    monkeypatch.setattr(burned_in, "_reader", reader(text))
+    assert found(DARK[0]) == []
+
+
+def test_what_was_seen_and_not_read_counts(monkeypatch):
+    result = SimpleNamespace(boxes=np.array([[(1, 1), (9, 1), (9, 5), (1, 5)]], float))
+    monkeypatch.setattr(burned_in, "_reader", lambda: lambda picture: result)
+    assert found(DARK[0]) == [Box(1, 6, 1, 10)]
+
+
+def test_a_scan_taken_for_a_letter_does_not_count_and_a_tall_name_does(monkeypatch):
+    picture, whole = np.zeros((400, 500, 3), np.uint8), [Box(0, 399, 0, 499)]
+    for text, count in (("三", 0), ("三三三", 1)):
+        monkeypatch.setattr(burned_in, "_reader", reader(text, boxes=whole))
+        assert len(found(picture)) == count
+
+
+def test_a_failing_search_says_nothing_and_lets_nothing_through(monkeypatch):
+    monkeypatch.setattr(burned_in, "_reader", reader(error=ValueError(f"can't read {NAME}")))
+    with pytest.raises(InputError) as raised:
+        found(DARK)
+    assert NAME not in str(raised.value) and raised.value.__suppress_context__
+    assert check(DARK, "mask").refused and check(DARK, "refuse").refused
+    reported = check(DARK, "report")
+    assert reported.notes == ("text_unchecked",) and not reported.refused
+
+
+def test_without_the_package_it_is_one_line_with_the_mend(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(burned_in, "version", missing)
+    burned_in._reader.cache_clear()
+    with pytest.raises(InputError, match=r"pip install 'echovlm-jax\[ocr\]'"):
+        burned_in.engine()
+    assert check(DARK, "mask").refused and check(DARK, "refuse").refused
+
+
+def test_a_header_is_believed(monkeypatch):
+    monkeypatch.setattr(burned_in, "_reader", reader())
+    assert check(DARK, None, stated=True).notes == ("burned_in",)
+    assert check(DARK, "report", stated=True).notes == ("burned_in",)
+    assert "header" in check(DARK, "refuse", stated=True).refused
+    assert "no text was found to mask" in check(DARK, "mask", stated=True).refused
+    assert not check(DARK, "mask").refused and not check(DARK, "refuse").refused
+
+
+def test_what_is_outside_the_regions(monkeypatch):
+    monkeypatch.setattr(burned_in, "_reader", reader())
+    regions = [Box(20, 50, 10, 50), Box(20, 50, 60, 90)]
+    frames = DARK.copy()
+    frames[:, 20:50, 10:50] = 200
+    frames[:, 16:20, 10:50] = 90  # a lossy picture runs over
+    assert not drawn_outside(frames, regions)
+    frames[1, 5, 70] = 255  # in one frame
+    assert drawn_outside(frames, regions) and not drawn_outside(frames, [])
+    assert check(frames, None, regions=regions).notes == ("drawn_outside",)
+    assert "outside" in check(frames, "refuse", regions=regions).refused
+    masked = check(frames, "mask", regions=regions, stated=True)
+    assert masked.notes == ("burned_in", "drawn_outside", "masked")
+    outside = np.ones(frames.shape[1:3], bool)
+    outside[20:50, 10:50] = outside[20:50, 60:90] = False
+    assert not masked.frames[:, outside].any()
+    np.testing.assert_array_equal(masked.frames[:, ~outside], frames[:, ~outside])
+
+
+def test_text_that_stays_is_refused(monkeypatch):
+    places = iter(range(0, 10_000, 12))
+
+    def read(picture):  # somewhere else at each look
+        left = next(places)
+        corners = [(left, 2), (left + 8, 2), (left + 8, 8), (left, 8)]
+        return SimpleNamespace(boxes=np.array([corners], float), txts=(NAME,))
+
+    monkeypatch.setattr(burned_in, "_reader", lambda: read)
+    assert "still found" in check(DARK[:1], "mask").refused
+
+
+def test_a_name_in_one_frame_is_black_in_all(ocr, capfd, caplog):
+    frames = np.stack([written(""), written(NAME), written("15 cm")])
+    frames[0, 20:60, 20:200] = 77  # what the other frames have there
+    boxes = found(frames)
+    assert len(boxes) == 1 and found(written("15 cm")) == []
+    strokes = written(NAME).max(axis=-1) > 0
+    assert check(frames, "report").notes == ("text_found",)
+    assert check(frames, "refuse").refused
+    masked = check(frames, "mask")
+    assert masked.notes == ("text_found", "masked") and found(masked.frames) == []
+    assert not masked.frames[:, strokes].any()
+    far = np.s_[:, 80:]
+    np.testing.assert_array_equal(masked.frames[far], frames[far])
+    assert frames[1][strokes].any()  # what was given stays as it was
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert "KOWALSKI" not in said and "Anna" not in said
