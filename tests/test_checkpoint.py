@@ -494,7 +494,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         assert int(lines[0]) >= whole
         whole = told
         assert whole in (0, *steps(tmp_path / "run")) or max(steps(tmp_path / "run")) > whole
-    assert whole > 20
+    assert whole >= 19  # each process saved one at least
 
 
 def jobs(folder: Path, *modes: tuple[int, str]) -> None:

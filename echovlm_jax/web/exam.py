@@ -15,6 +15,7 @@ from PIL import Image
 
 from echovlm_jax.data.record import Medium
 from echovlm_jax.errors import InputError
+from echovlm_jax.processing import burned_in
 from echovlm_jax.processing.files import file_kind, shown
 from echovlm_jax.processing.images import load_media
 from echovlm_jax.processing.levels import picks
@@ -72,6 +73,7 @@ def read_exam(paths: Sequence[str | Path], *, num_frames: int, crop: Crop) -> Ex
             return load_media(path, num_frames=num_frames, crop=crop, say=say)
 
         exam.pictures.append(_named_by_number(read, path, number))
+    exam.warnings += text_warnings(exam.pictures)
     return exam
 
 
@@ -88,13 +90,31 @@ def warnings_of(paths: Sequence[str | Path]) -> list[str]:
     return found
 
 
+def text_warnings(pictures: Sequence[np.ndarray]) -> list[str]:
+    """What OCR says of the pixels, a line for each file that has text, or why it did not look.
+
+    Args:
+      pictures: of the files, in order; of a loop the first and the last frame are looked at.
+    """
+    warnings = []
+    for number, picture in enumerate(pictures, 1):
+        ends = picture[[0, -1]] if picture.ndim == 4 else picture
+        try:
+            boxes = burned_in.found(ends)
+        except InputError as error:
+            return [*warnings, f"names in the pixels were not looked for: {error}"]
+        if boxes:
+            warnings.append(f"file {number}: text was found in its pixels; it may name somebody")
+    return warnings
+
+
 def _says_burned_in(path: str | Path) -> bool:
     if file_kind(path) != "dicom":
         return False
     # Here: pydicom and its decoders take longer to import than all else.
-    from echovlm_jax.processing.dicom import read_loop
+    from echovlm_jax.processing.dicom import states_burned_in
 
-    return read_loop(path, num_frames=1).burned_in
+    return states_burned_in(path)
 
 
 def _named_by_number(read: Callable[[str | Path], Any], path: str | Path, number: int) -> Any:

@@ -22,8 +22,10 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.evaluate.mixture import Read
 from echovlm_jax.generate.likeliest import Answer
 from echovlm_jax.load import load_model
+from echovlm_jax.processing import burned_in
+from echovlm_jax.processing.burned_in import Box
 from echovlm_jax.web import shown
-from echovlm_jax.web.exam import MAX_FILES, Exam, read_exam, warnings_of
+from echovlm_jax.web.exam import MAX_FILES, Exam, read_exam, text_warnings, warnings_of
 from echovlm_jax.web.page import Settings, Visitors
 from echovlm_jax.web.server import Guard, listen, upload_folder
 from echovlm_jax.web.session import Session, streamed
@@ -293,3 +295,29 @@ def test_bad_settings_are_one_line(tmp_path, capsys) -> None:
         assert main(["web", str(tmp_path), "--port", "0", *words]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("echovlm: error: ")
+
+
+def test_text_in_pixels_is_warned_of_and_so_is_a_search_that_was_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = np.zeros((64, 96, 3), np.uint8)
+    named = plain.copy()
+    named[8:20, 10:80] = 255
+    looked: list[tuple[int, ...]] = []
+
+    def found(picture: np.ndarray) -> list[Box]:
+        looked.append(picture.shape)
+        return [Box(8, 20, 10, 80)] * bool(picture.any())
+
+    monkeypatch.setattr(burned_in, "found", found)
+    told = text_warnings([plain, np.stack([plain, plain, named])])
+    assert [line.split(":")[0] for line in told] == ["file 2"]
+    assert looked == [(64, 96, 3), (2, 64, 96, 3)]
+
+    def missing(picture: np.ndarray) -> list[Box]:
+        raise InputError("not installed")
+
+    monkeypatch.setattr(burned_in, "found", missing)
+    assert text_warnings([plain, named]) == [
+        "names in the pixels were not looked for: not installed"
+    ]
