@@ -173,7 +173,7 @@ def _masked(frames: np.ndarray, notes: list[str], regions: Sequence[Box]) -> Che
             notes = [*notes, "text_found"]
     else:
         return Checked(frames, (), "text is still found after it was masked")
-    if "burned_in" in notes and len(notes) == 1:
+    if "burned_in" in notes and "text_found" not in notes:
         why = "its header says that its pixels name somebody, and no text was found to mask"
         return Checked(frames, (), why)
     changed = not np.array_equal(shown, frames)

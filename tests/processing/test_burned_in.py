@@ -120,8 +120,9 @@ def test_what_is_outside_the_regions(monkeypatch):
     assert drawn_outside(frames, regions) and not drawn_outside(frames, [])
     assert check(frames, None, regions=regions).notes == ("drawn_outside",)
     assert "outside" in check(frames, "refuse", regions=regions).refused
-    masked = check(frames, "mask", regions=regions, stated=True)
-    assert masked.notes == ("burned_in", "drawn_outside", "masked")
+    assert "no text was found" in check(frames, "mask", regions=regions, stated=True).refused
+    masked = check(frames, "mask", regions=regions)
+    assert masked.notes == ("drawn_outside", "masked")
     outside = np.ones(frames.shape[1:3], bool)
     outside[20:50, 10:50] = outside[20:50, 60:90] = False
     assert not masked.frames[:, outside].any()
