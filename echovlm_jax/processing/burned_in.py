@@ -30,6 +30,8 @@ _COVERED = 0.5  # share of a box that is masked already: nothing can be read the
 
 _WINDOW, _ABOVE = 31, 0.5  # px; standard deviations: what stands out of speckle around it
 
+_MAKING = threading.Lock()  # functools.cache alone makes one for each thread that comes early
+
 # What is no name, no date and no number of anybody: a number of a scale (up to three digits before
 # the point), numbers with units or a mark of the machine, a unit, one Latin letter (a mark of
 # orientation), strokes, and the phantoms' label.
@@ -87,9 +89,16 @@ def found(image: np.ndarray) -> list[Box]:
       Boxes of all frames together, from top to bottom; those that overlap by half are one.
 
     Raises:
-      InputError: the OCR packages are not installed, or failed.
+      InputError: the OCR packages are not installed, can't be used, or failed.
     """
-    read = _reader()
+    try:
+        with _MAKING:
+            read = _reader()
+    except InputError:
+        raise
+    except Exception as error:  # a library of the system is missing, or a model is damaged
+        why = f"the OCR packages can't be used ({type(error).__name__})"
+        raise InputError(why) from None
     boxes: set[Box] = set()
     for frame in image if image.ndim == 4 else image[None]:
         try:

@@ -1,6 +1,9 @@
 """Text in pixels: found where a person reads it, masked in every frame, refused where in doubt."""
 
+import functools
 import importlib.metadata
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,6 +101,40 @@ def test_without_the_package_it_is_one_line_with_the_mend(monkeypatch):
     with pytest.raises(InputError, match=r"pip install 'echovlm-jax\[ocr\]'"):
         burned_in.engine()
     assert check(DARK, "mask").refused and check(DARK, "refuse").refused
+
+
+def test_packages_that_cannot_be_used_are_one_line(monkeypatch):
+    def broken():
+        raise ImportError(f"libGL.so.1 of {NAME}")
+
+    monkeypatch.setattr(burned_in, "_reader", broken)
+    with pytest.raises(InputError, match=r"can't be used \(ImportError\)$") as raised:
+        found(DARK)
+    assert raised.value.__suppress_context__
+    assert check(DARK, "mask").refused and check(DARK, "refuse").refused
+    assert check(DARK, "report").notes == ("text_unchecked",)
+
+
+def test_threads_that_come_at_once_share_one_reader(monkeypatch):
+    made, start = [], threading.Barrier(4)
+
+    @functools.cache
+    def make():
+        made.append(1)
+        time.sleep(0.2)  # as loading the models does
+        return reader()()
+
+    def look():
+        start.wait()
+        found(DARK[0])
+
+    monkeypatch.setattr(burned_in, "_reader", make)
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
 
 
 def test_a_header_is_believed(monkeypatch):
