@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import threading
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,6 +165,18 @@ def test_what_is_outside_the_regions(monkeypatch):
     outside[20:50, 10:50] = outside[20:50, 60:90] = False
     assert not masked.frames[:, outside].any()
     np.testing.assert_array_equal(masked.frames[:, ~outside], frames[:, ~outside])
+
+
+def test_a_long_loop_is_looked_at_frame_by_frame():
+    frames = np.zeros((64, 200, 200, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        assert not drawn_outside(frames, [Box(0, 20, 0, 20)])
+        assert tracemalloc.get_traced_memory()[1] < frames.nbytes / 2
+    finally:
+        tracemalloc.stop()
+    frames[63, 199, 199, 2] = 33
+    assert drawn_outside(frames, [Box(0, 20, 0, 20)])
 
 
 def test_text_that_stays_is_refused(monkeypatch):
