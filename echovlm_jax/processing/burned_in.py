@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,8 @@ CHOICES: tuple[Choice, ...] = ("report", "mask", "refuse")
 _ROUNDS = 3  # of masking and looking again
 _CONTRAST = 32  # of 255: what is drawn differs by more from its ground
 _MARGIN = 4  # px around a region: a lossy picture runs over its edge
-# A whole scan is taken for a letter or two at times. What machines write is smaller: px, share.
+# A whole scan is taken for a letter or two at times, or for text that can't be read. What machines
+# write is smaller: px, share.
 _TALLEST, _TALLEST_SHARE = 80, 1 / 8
 _COVERED = 0.5  # share of a box that is masked already: nothing can be read there
 
@@ -51,6 +52,13 @@ class Box(NamedTuple):
     bottom: int
     left: int
     right: int
+
+
+class Read(NamedTuple):
+    """What OCR says of a picture."""
+
+    boxes: np.ndarray | None = None  # [N, 4, 2], the corners (x, y) of each text that it sees
+    texts: Sequence[str] | None = None  # "" where it can't read one; None: it reads none
 
 
 class Checked(NamedTuple):
@@ -231,7 +239,7 @@ def _slices(box: Box, more: int = 0) -> tuple[slice, slice]:
     return np.s_[max(0, top - more) : bottom + more, max(0, left - more) : right + more]
 
 
-def _boxes(read: Callable[[np.ndarray], Any], frame: np.ndarray) -> set[Box]:
+def _boxes(read: Callable[[np.ndarray], Read], frame: np.ndarray) -> set[Box]:
     return _boxes_of(read(np.ascontiguousarray(frame[..., ::-1])), frame) | _boxes_of(
         read(_raised(frame)), frame
     )
@@ -257,18 +265,19 @@ def _mean(levels: np.ndarray) -> np.ndarray:
     return sums / _WINDOW**2
 
 
-def _boxes_of(result: Any, frame: np.ndarray) -> set[Box]:
+def _harmless(letters: str, tall: bool) -> bool:
+    return bool(_HARMLESS.fullmatch(letters)) or (tall and len(letters) <= 2)
+
+
+def _boxes_of(result: Read, frame: np.ndarray) -> set[Box]:
     if result.boxes is None:
         return set()
-    texts = getattr(result, "txts", None) or [None] * len(result.boxes)  # None: it wasn't read
+    texts = result.texts or [None] * len(result.boxes)
     tallest = max(_TALLEST, _TALLEST_SHARE * min(frame.shape[:2]))
     boxes = set()
     for corners, text in zip(result.boxes, texts, strict=True):
         height = np.linalg.norm(corners - np.roll(corners, 1, axis=0), axis=1).min()
-        letters = None if text is None else "".join(text.split())
-        if letters is not None and (
-            _HARMLESS.fullmatch(letters) or (len(letters) <= 2 and height > tallest)
-        ):
+        if text is not None and _harmless("".join(text.split()), height > tallest):
             continue
         left, top = np.floor(corners.min(axis=0)).astype(int).tolist()
         right, bottom = np.ceil(corners.max(axis=0)).astype(int).tolist()
@@ -277,16 +286,18 @@ def _boxes_of(result: Any, frame: np.ndarray) -> set[Box]:
 
 
 @functools.cache
-def _reader() -> Callable[[np.ndarray], Any]:
+def _reader() -> Callable[[np.ndarray], Read]:
     """OCR of a picture uint8 BGR [H, W, 3]. One thread: the same boxes on every machine, and
     `data build` has its own processes."""
     engine()
     import rapidocr  # pyright: ignore[reportMissingImports]
+    from rapidocr.utils.process_img import (  # pyright: ignore[reportMissingImports]
+        map_boxes_to_original,
+    )
 
     models = Path(rapidocr.__path__[0]) / "models"
     params = {
         "Global.log_level": "critical",  # it says what it does in the terminal
-        "Global.text_score": 0.0,  # whatever it takes for text, however it reads it
         "Det.limit_side_len": 480,  # px that a smaller picture's shorter side is enlarged to
         "Global.use_cls": False,  # whether it is upside down
         "EngineConfig.onnxruntime.intra_op_num_threads": 1,
@@ -300,8 +311,14 @@ def _reader() -> Callable[[np.ndarray], Any]:
         params[f"{part.capitalize()}.model_path"] = str(path)
     ocr, lock = rapidocr.RapidOCR(params=params), threading.Lock()
 
-    def read(picture: np.ndarray) -> Any:
+    def read(picture: np.ndarray) -> Read:
         with lock:
-            return ocr(picture)
+            # Not ocr(picture), which leaves out what is seen and can't be read.
+            image, steps = ocr.preprocess_img(picture)
+            seen, _, said, _ = ocr.run_ocr_steps(image, steps)
+        if seen.boxes is None:
+            return Read()
+        boxes = map_boxes_to_original(seen.boxes, steps, *picture.shape[:2])
+        return Read(boxes, said.txts)
 
     return read

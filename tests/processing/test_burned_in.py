@@ -5,7 +5,6 @@ import importlib.metadata
 import threading
 import time
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing import burned_in
-from echovlm_jax.processing.burned_in import Box, check, drawn_outside, found
+from echovlm_jax.processing.burned_in import Box, Read, check, drawn_outside, found
 
 NAME = "KOWALSKI, Anna"
 DARK = np.zeros((2, 60, 90, 3), np.uint8)
@@ -36,7 +35,7 @@ def reader(*texts, boxes=None, error=None):
             [(b.left, b.top), (b.right, b.top), (b.right, b.bottom), (b.left, b.bottom)]
             for b in places
         ]
-        return SimpleNamespace(boxes=np.array(corners, float) if texts else None, txts=texts)
+        return Read(np.array(corners, float), texts) if texts else Read()
 
     return lambda: read
 
@@ -71,14 +70,29 @@ def test_scales_marks_and_the_phantoms_label_do_not(text, monkeypatch):
 
 
 def test_what_was_seen_and_not_read_counts(monkeypatch):
-    result = SimpleNamespace(boxes=np.array([[(1, 1), (9, 1), (9, 5), (1, 5)]], float))
-    monkeypatch.setattr(burned_in, "_reader", lambda: lambda picture: result)
-    assert found(DARK[0]) == [Box(1, 6, 1, 10)]
+    for texts in (None, [""], [" "]):
+        result = Read(np.array([[(1, 1), (9, 1), (9, 5), (1, 5)]], float), texts)
+        monkeypatch.setattr(burned_in, "_reader", lambda result=result: lambda picture: result)
+        assert found(DARK[0]) == [Box(1, 6, 1, 10)]
+
+
+def test_ocr_itself_keeps_what_it_cannot_read(ocr, monkeypatch):
+    import rapidocr.main
+
+    real = rapidocr.main.TextRecognizer.__call__
+
+    def blank(self, given):
+        result = real(self, given)
+        result.txts = tuple("" for _ in result.txts)
+        return result
+
+    monkeypatch.setattr(rapidocr.main.TextRecognizer, "__call__", blank)
+    assert len(found(written(NAME))) == 1
 
 
 def test_a_scan_taken_for_a_letter_does_not_count_and_a_tall_name_does(monkeypatch):
     picture, whole = np.zeros((400, 500, 3), np.uint8), [Box(0, 399, 0, 499)]
-    for text, count in (("三", 0), ("三三三", 1)):
+    for text, count in (("三", 0), ("", 0), ("三三三", 1)):
         monkeypatch.setattr(burned_in, "_reader", reader(text, boxes=whole))
         assert len(found(picture)) == count
 
@@ -185,7 +199,7 @@ def test_text_that_stays_is_refused(monkeypatch):
     def read(picture):  # somewhere else at each look
         left = next(places)
         corners = [(left, 2), (left + 8, 2), (left + 8, 8), (left, 8)]
-        return SimpleNamespace(boxes=np.array([corners], float), txts=(NAME,))
+        return Read(np.array([corners], float), (NAME,))
 
     monkeypatch.setattr(burned_in, "_reader", lambda: read)
     assert "still found" in check(DARK[:1], "mask").refused
