@@ -266,7 +266,9 @@ def _mean(levels: np.ndarray) -> np.ndarray:
 
 
 def _harmless(letters: str, tall: bool) -> bool:
-    return bool(_HARMLESS.fullmatch(letters)) or (tall and len(letters) <= 2)
+    # Two characters can be a Chinese name: of those, one alone is left out for its size.
+    taken = len(letters) <= (2 if letters.isascii() else 1)
+    return bool(_HARMLESS.fullmatch(letters)) or (tall and taken)
 
 
 def _boxes_of(result: Read, frame: np.ndarray) -> set[Box]:

@@ -92,7 +92,7 @@ def test_ocr_itself_keeps_what_it_cannot_read(ocr, monkeypatch):
 
 def test_a_scan_taken_for_a_letter_does_not_count_and_a_tall_name_does(monkeypatch):
     picture, whole = np.zeros((400, 500, 3), np.uint8), [Box(0, 399, 0, 499)]
-    for text, count in (("三", 0), ("", 0), ("三三三", 1)):
+    for text, count in (("三", 0), ("", 0), ("Ab", 0), ("王芳", 1), ("Abc", 1)):
         monkeypatch.setattr(burned_in, "_reader", reader(text, boxes=whole))
         assert len(found(picture)) == count
 
