@@ -35,11 +35,13 @@ _MAKING = threading.Lock()  # functools.cache alone makes one for each thread th
 
 # What is no name, no date and no number of anybody: a number of a scale (up to three digits before
 # the point), numbers with units or a mark of the machine, a unit, one Latin letter (a mark of
-# orientation), strokes, and the phantoms' label.
+# orientation), strokes, and the phantoms' label. A number alone that is written as an id or as a
+# day and a month is none of a scale.
 _NUMBER = r"[-+±<>~]?\d{1,3}(?:[.,]\d{1,3})?"
+_ID = r"\d{3}[.,]\d{3}|(?:0[1-9]|[12]\d|3[01])[.,](?:0[1-9]|1[0-2])"
 _UNITS = r"[cm]m|[kM]?Hz|dB|fps|bpm|[cm]?m/s|%|°C|W/cm2"
 _HARMLESS = re.compile(
-    rf"{_NUMBER}°?|(?:{_NUMBER}(?:{_UNITS}|m?s|min|m|ml)|(?:MI|TI[SBC]?)[:=]?{_NUMBER})+"
+    rf"(?!(?:{_ID})\Z){_NUMBER}°?|(?:{_NUMBER}(?:{_UNITS}|m?s|min|m|ml)|(?:MI|TI[SBC]?)[:=]?{_NUMBER})+"
     rf"|{_UNITS}|[A-Z]|[^\w\s]+|SY[NM]THETIC",
     re.IGNORECASE,
 )

@@ -50,6 +50,7 @@ def ocr():
     [
         *("SMITH", "Li", "Zoë", "É", "王", "张伟", "J.S.", "12/03/1961", "1961", "12 03 61"),
         *("4481920", "123 456", "61Y", "12:34:56", "Min", "5 mm Smith", "SYNTHETICS", "3 Mai"),
+        *("123.456", "123,456", "12.03", "03.12", "31,01"),
     ],
 )
 def test_what_may_name_somebody_counts(text, monkeypatch):
@@ -62,6 +63,7 @@ def test_what_may_name_somebody_counts(text, monkeypatch):
     [
         *("5", "10", "12.5", "-3", "100%", "3.5 MHz", "15 cm", "MI 1.2", "TIs 0.4", "56 fps", "R"),
         *("cm", "|", "+", "65 dB", "12 cm MI 1.2", "SYNTHETIC"),
+        *("5.0", "15.0", "12.13", "32.05", "1.05", "123.45", "12.03 cm", "123.456 ms", "-12.03"),
     ],
 )
 def test_scales_marks_and_the_phantoms_label_do_not(text, monkeypatch):
