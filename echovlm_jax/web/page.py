@@ -1,8 +1,7 @@
 """The page itself: what is where, and what follows what."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from echovlm_jax.data.record import ORGANS
 from echovlm_jax.web import shown
 from echovlm_jax.web.exam import MAX_FILES, Crop, read_exam
 from echovlm_jax.web.session import ANY_ORGAN, LANGUAGES, Session
+from echovlm_jax.web.uploads import taken
 
 _MAX_SESSIONS = 16  # that are kept; the oldest is forgotten for another
-_STALE = 600  # seconds after which an upload that came to nothing is deleted
 _EMPTY = "Drop the files of an exam to begin."
 _WAITING = "Waiting for its turn: the model answers one at a time."
 _BUSY = "The model is at work."
@@ -38,8 +37,14 @@ class Settings:
 class Visitors:
     """The sessions of those whose page is open, by the name that gradio gives each."""
 
-    def __init__(self, model: Any, settings: Settings) -> None:
-        self.model, self._settings = model, settings
+    def __init__(self, model: Any, settings: Settings, sent: Container[str] | None = None) -> None:
+        """
+        Args:
+          model: what `load_model` gives.
+          settings: how exams are read and answered.
+          sent: as of `taken`.
+        """
+        self.model, self._settings, self._sent = model, settings, sent
         self._sessions: dict[str, Session] = {}
 
     def session(self, name: str) -> Session:
@@ -60,29 +65,15 @@ class Visitors:
             del self._sessions[next(iter(self._sessions))]
         session = Session(self.model, self._settings.max_new_tokens)
         self._sessions[name] = session
-        try:
-            if paths:
+        if paths:
+            with taken(self._settings.uploads, paths, self._sent) as own:
                 frames = self.model.processor.num_frames
-                session.exam = read_exam(paths, num_frames=frames, crop=self._settings.crop)
-        finally:
-            self._delete(paths)
+                session.exam = read_exam(own, num_frames=frames, crop=self._settings.crop)
         return session
 
     def forget(self, name: str) -> None:
         """A visitor has left."""
         self._sessions.pop(name, None)
-        self._delete(())
-
-    def _delete(self, paths: Sequence[str]) -> None:
-        """Deletes these files, and uploads that were broken off."""
-        for path in map(Path, paths):
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
-        for path in self._settings.uploads.rglob("*"):
-            with contextlib.suppress(OSError):  # another visitor's may go at the same time
-                if path.is_file() and time.time() - path.stat().st_mtime > _STALE:
-                    path.unlink()
 
 
 def make_page(model: Any, settings: Settings) -> Any:
@@ -94,9 +85,9 @@ def make_page(model: Any, settings: Settings) -> Any:
     """
     import gradio as gr
 
-    visitors = Visitors(model, settings)
     # analytics_enabled: no message to gradio's makers.
     with gr.Blocks(title="EchoVLM", analytics_enabled=False) as page:
+        visitors = Visitors(model, settings, page.upload_file_set)
         gr.HTML(shown.NOTICE)
         gr.Markdown("# EchoVLM\nIt reads an ultrasound exam, and can be wrong in every word.")
         with gr.Row():
