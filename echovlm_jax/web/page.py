@@ -1,7 +1,8 @@
 """The page itself: what is where, and what follows what."""
 
+import contextlib
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,15 @@ from echovlm_jax.web.uploads import taken
 
 _MAX_SESSIONS = 16  # that are kept; the oldest is forgotten for another
 _EMPTY = "Drop the files of an exam to begin."
-_WAITING = "Waiting for its turn: the model answers one at a time."
+# What is said of an event until its turn comes. Each is a queue: one at a time, the others wait.
+_WAITING = {
+    "model": "Waiting for its turn: the model answers one at a time.",
+    "files": "Waiting for its turn: the files of one exam are read at a time.",
+    "screen": "",
+}
 _BUSY = "The model is at work."
 Explain = Callable[[Exception], str]
+Updates = Generator[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,24 @@ class Visitors:
     def forget(self, name: str) -> None:
         """A visitor has left."""
         self._sessions.pop(name, None)
+
+    def has(self, name: str, session: Session) -> bool:
+        """Whether a session is still the visitor's."""
+        return self._sessions.get(name) is session
+
+    def while_it_lasts(self, name: str, updates: Updates) -> Updates:
+        """The updates until the visitor's session is forgotten or another: what is still said of an
+        exam that is gone would stand under the next one."""
+        session = self.session(name)
+        with contextlib.closing(updates):
+            try:
+                for update in updates:
+                    if not self.has(name, session):
+                        return
+                    yield update
+            except Exception:
+                if self.has(name, session):
+                    raise
 
 
 def make_page(model: Any, settings: Settings) -> Any:
@@ -172,47 +197,53 @@ def _inside_part(model: Any) -> dict[str, Any]:
 
 
 def _connect(page: Any, visitors: Visitors, parts: dict[str, Any], explain: Explain) -> None:
-    """What happens when. All that needs the model is one queue: one at a time, the others wait."""
+    """What happens when."""
     import gradio as gr
 
     asked = [parts["organ"], parts["language"]]
     outputs = [
         parts[name] for name in parts if name not in ("organ", "language", "kind", "refused")
     ]
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def event(part: str, does: Any, inputs: Sequence[Any], queue: str = "model") -> Any:
-        def handler(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        def handler(request: gr.Request, *values: Any) -> Generator[dict[Any, Any]]:
+            name = request.session_hash or ""
             try:
-                for update in does(visitors, request.session_hash, *values):
+                updates = does(visitors, name, *values)
+                if queue == "model":
+                    updates = visitors.while_it_lasts(name, updates)
+                for update in updates:
                     yield {parts[name]: value for name, value in update.items()}
             except Exception as error:
                 yield {parts["status"]: shown.status(explain(error), alert=True)}
 
         component, trigger = part.split(".")
-        own: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        # First, past the queue, that it is in the queue.
-        first = getattr(parts[component], trigger)(
-            lambda: shown.status(_WAITING), None, parts["status"], queue=False, **own
-        )
-        return first.then(handler, inputs, outputs, concurrency_id=queue, **own)
+        listen = getattr(parts[component], trigger)
+        if _WAITING[queue]:  # first, past the queue, that it is in the queue
+            line = shown.status(_WAITING[queue])
+            listen = listen(lambda: line, None, parts["status"], queue=False, **private).then
+        return listen(handler, inputs, outputs, concurrency_id=queue, **private)
 
-    event("files.upload", _take, [parts["files"]], "files")
-    event("clear.click", _clear, [], "files")
     running = [
         event("go.click", _read, asked),
-        event("question.submit", _ask, [parts["question"], *asked]),
+        (reply := event("question.submit", _ask, [parts["question"], *asked])),
         event("experts.click", _experts, [parts["kind"], parts["layer"]]),
         event("look.click", _look, [parts["kind"]]),
     ]
-    event("chat.clear", _restart, [], "files")
-    event("layer.change", _routing, [parts["layer"]], "files")
+    for trigger, ended in (
+        (parts["files"].upload, running),
+        (parts["clear"].click, running),
+        (parts["chat"].clear, [reply]),
+    ):
+        trigger(None, None, None, cancels=ended, queue=False, **private)
+    event("files.upload", _take, [parts["files"]], "files")
+    event("clear.click", _clear, [], "screen")
+    event("chat.clear", _restart, [], "screen")
+    event("layer.change", _routing, [parts["layer"]], "screen")
+    line = shown.status("Stopped.")
     parts["stop"].click(
-        lambda: shown.status("Stopped."),
-        None,
-        parts["status"],
-        cancels=running,
-        queue=False,
-        api_visibility="private",
+        lambda: line, None, parts["status"], cancels=running, queue=False, **private
     )
 
     def left(request: gr.Request) -> None:
@@ -221,13 +252,16 @@ def _connect(page: Any, visitors: Visitors, parts: dict[str, Any], explain: Expl
     page.unload(left)
 
 
-Updates = Iterator[dict[str, Any]]
 _NOTHING = {"report": "", "diagnosis": "", "chat": [], "inside": "", "question": ""}
 
 
 def _take(visitors: Visitors, name: str, files: Sequence[str]) -> Updates:
+    visitors.forget(name)  # first: what is still said of the exam before comes to nothing
     yield {"files": None, "exam": "", "status": shown.status("The files are read."), **_NOTHING}
-    exam = visitors.begin(name, files).exam
+    session = visitors.begin(name, files)
+    if not visitors.has(name, session):  # it was forgotten while it was read
+        return
+    exam = session.exam
     ready = (
         f"Ready: an exam of {len(exam.pictures)}. The files are deleted, their pixels kept here."
     )
