@@ -22,6 +22,7 @@ _WAITING = {
     "screen": "",
 }
 _BUSY = "The model is at work."
+_ANEW = "Done. Organ or language is another: the conversation began anew."
 Explain = Callable[[Exception], str]
 Updates = Generator[dict[str, Any]]
 
@@ -286,13 +287,15 @@ def _read(visitors: Visitors, name: str, organ: str, language: str) -> Updates:
 
 def _ask(visitors: Visitors, name: str, question: str, organ: str, language: str) -> Updates:
     session = visitors.session(name)
-    before = list(session.turns)
     turn = {"role": "user", "content": question}
     yield {"status": shown.status(_BUSY)}
-    for text in session.reply(question, organ, language):
+    had, texts = session.turns, session.reply(question, organ, language)
+    before = session.turns
+    done = _ANEW if had and not before else "Done."
+    for text in texts:
         reply = {"role": "assistant", "content": text}
         yield {"chat": [*before, turn, reply], "question": ""}
-    yield {"chat": session.turns, "status": shown.status("Done.")}
+    yield {"chat": session.turns, "status": shown.status(done)}
 
 
 def _restart(visitors: Visitors, name: str) -> Updates:

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from echovlm_jax.processing import burned_in
 from echovlm_jax.processing.burned_in import Box
 from echovlm_jax.web import shown
 from echovlm_jax.web.exam import MAX_FILES, Exam, read_exam, text_warnings, warnings_of
-from echovlm_jax.web.page import Settings, Visitors
+from echovlm_jax.web.page import Settings, Updates, Visitors, _read, _take, make_page
 from echovlm_jax.web.server import Guard, listen, upload_folder
 from echovlm_jax.web.session import Session, streamed
 from echovlm_jax.web.uploads import sweep
@@ -149,12 +150,87 @@ def test_organ_and_language_are_in_the_question_and_turns_go_on() -> None:
     assert first == "This is an ultrasound exam: liver. A cyst?" and second == "Where?"
     assert [turn["content"] for turn in session.turns] == [first, first, "Where?", "Where?"]
     assert len(session.said["reply"].asked) == 3
+    *_, third = session.reply("Where?", "thyroid", "English")  # of another organ: anew
+    assert third == "This is an ultrasound exam: thyroid. Where?" and len(session.turns) == 2
+    *_, fourth = session.reply("Wo?", "thyroid", "中文")
+    assert "甲状腺" in fourth and len(session.turns) == 2
     with pytest.raises(InputError, match="write a question"):
         next(session.reply("  ", "liver", "English"))
     with pytest.raises(InputError, match="no diagnosis yet"):
         session.inside("diagnosis")
     with pytest.raises(InputError, match="empty"):
         next(Session(Spoken(), 8).report("liver", "English"))
+
+
+def test_the_organ_is_stated_although_the_first_question_failed(monkeypatch) -> None:
+    session = Session(Spoken(), 8, Exam([np.zeros((28, 28, 3), np.uint8)]))
+    monkeypatch.setattr(session.model, "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(session.reply("A cyst?", "liver", "English"))
+    monkeypatch.undo()
+    *_, answer = session.reply("Where?", "liver", "English")
+    assert answer == "This is an ultrasound exam: liver. Where?"
+
+
+def test_nothing_is_said_of_an_exam_that_is_gone(picture, tmp_path) -> None:
+    page = Visitors(Spoken(), Settings(False, 4, tmp_path / "uploads", str))
+    for gone in (page.forget, page.begin):
+        page.begin("a").exam.pictures.append(np.zeros((28, 28, 3), np.uint8))
+        updates = page.while_it_lasts("a", _read(page, "a", "liver", "English"))
+        assert "status" in next(updates) and next(updates)["report"]
+        gone("a")
+        assert not list(updates)
+
+    def failing() -> Updates:
+        yield {"status": ""}
+        raise InputError("of the exam before")
+
+    updates = page.while_it_lasts("a", failing())
+    next(updates)
+    page.begin("a")
+    assert not list(updates)
+    with pytest.raises(InputError):
+        list(page.while_it_lasts("a", failing()))
+
+
+def test_an_exam_forgotten_while_it_is_read_is_not_shown(monkeypatch, tmp_path) -> None:
+    page = Visitors(Spoken(), Settings(False, 4, tmp_path, str))
+    updates = _take(page, "a", [])
+    before = page.session("a")
+    next(updates)
+    assert not page.has("a", before)
+    begin = page.begin
+
+    def forgotten(name: str, files: list[str]) -> Session:
+        session = begin(name, files)
+        page.forget(name)
+        return session
+
+    monkeypatch.setattr(page, "begin", forgotten)
+    assert not list(updates)
+
+
+@has_gradio
+def test_what_ends_answers_waits_for_none_of_them(tmp_path) -> None:
+    made = make_page(SimpleNamespace(config=demo.CONFIG), Settings(False, 4, tmp_path, str))
+    names = {block: part for part, block in _elements(made).items()}
+    events = [
+        (names.get(component), trigger, fn)
+        for fn in made.fns.values()
+        for component, trigger in fn.targets
+    ]
+    model = {n for n, fn in made.fns.items() if fn.concurrency_id == "model"}
+    assert len(model) == 4
+    for part, trigger in (("files", "upload"), ("clear", "click"), ("stop", "click")):
+        own = [fn for name, on, fn in events if (name, on) == (part, trigger)]
+        assert any(set(fn.cancels) == model for fn in own)
+        assert not any(fn.concurrency_id in ("model", "files") for fn in own if fn.queue)
+    queues = {name: fn.concurrency_id for name, on, fn in events if on == "change"}
+    assert set(queues.values()) == {"screen"}
+
+
+def _elements(made) -> dict[str, int]:
+    return {block.elem_id: n for n, block in made.blocks.items() if block.elem_id}
 
 
 def test_writing_ends_when_nobody_listens() -> None:
@@ -297,6 +373,42 @@ def test_bad_settings_are_one_line(tmp_path, capsys) -> None:
         assert main(["web", str(tmp_path), "--port", "0", *words]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("echovlm: error: ")
+
+
+@has_gradio
+def test_numbers_that_no_answer_can_have_are_refused_before_the_weights_are_read(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    folder = demo.make_checkpoint(tmp_path / "model")
+    monkeypatch.setattr("echovlm_jax.load.load_model", lambda *_, **__: 1 / 0)
+    for words in (
+        ["--max-new-tokens", "0"],
+        ["--max-new-tokens", str(2**20)],
+        ["--num-frames", "0"],
+        ["--num-frames", str(2**20)],
+    ):
+        assert main(["web", str(folder), "--port", "0", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words[0][2:].replace("-", "_") in error.replace("-", "_")
+
+
+@has_gradio
+def test_ctrl_c_is_a_good_end(tmp_path, capsys, monkeypatch) -> None:
+    folder = demo.make_checkpoint(tmp_path / "model")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):  # the command sets them
+        monkeypatch.setenv(name, "")
+
+    def interrupted(model, settings, at, debug) -> None:
+        assert settings.uploads.is_dir()
+        at.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("echovlm_jax.web.server.serve", interrupted)
+    assert main(["web", str(folder), "--port", "0", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["url"] in said.err
+    assert not list(tmp_path.glob("echovlm-web-*"))
 
 
 def test_text_in_pixels_is_warned_of_and_so_is_a_search_that_was_not_made(
