@@ -224,7 +224,7 @@ def test_an_exam_forgotten_while_it_is_read_is_not_shown(monkeypatch, tmp_path) 
 @has_gradio
 def test_what_ends_answers_waits_for_none_of_them(tmp_path) -> None:
     made = make_page(SimpleNamespace(config=demo.CONFIG), Settings(False, 4, tmp_path, str))
-    names = {block: part for part, block in _elements(made).items()}
+    names = {n: block.elem_id for n, block in made.blocks.items() if block.elem_id}
     events = [
         (names.get(component), trigger, fn)
         for fn in made.fns.values()
@@ -238,10 +238,6 @@ def test_what_ends_answers_waits_for_none_of_them(tmp_path) -> None:
         assert not any(fn.concurrency_id in ("model", "files") for fn in own if fn.queue)
     queues = {name: fn.concurrency_id for name, on, fn in events if on == "change"}
     assert set(queues.values()) == {"screen"}
-
-
-def _elements(made) -> dict[str, int]:
-    return {block.elem_id: n for n, block in made.blocks.items() if block.elem_id}
 
 
 def test_writing_ends_when_nobody_listens() -> None:
