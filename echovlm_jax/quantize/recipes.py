@@ -71,8 +71,8 @@ def recipe_of(spec: ParamSpec, how: Recipe) -> Recipe:
     for every token.
 
     In int4 the dense MLP and the shared expert have 4 bits, two thirds of the released weights; all
-    else has 8. With 4 bits in attention's and the experts' too, the divergence of the demo's model
-    is three times as large, and its reports lose two points of BLEU-1.
+    else has 8. With 4 bits in attention's output and the experts too, the divergence of the demo's
+    model was 2.5 times as large, and its reports lost two points of BLEU-1.
     """
     if spec.axes == _TABLE:
         how = Recipe(8, GROUP)
