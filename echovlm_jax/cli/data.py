@@ -201,8 +201,8 @@ def _warn_of_pictures(result: Result, args: argparse.Namespace) -> None:
         ),
         (
             "drawn_outside" if args.burned_in == "report" else "",
-            "show something outside their ultrasound regions; --crop cuts it off, --burned-in mask"
-            " blackens it",
+            "show something outside their ultrasound regions; --crop cuts to the box around all of"
+            " these, not what is between them; --burned-in mask blackens all of it",
         ),
         ("text_found" if args.burned_in == "report" else "", "have text that may name a patient"),
         ("text_unchecked", "could not be searched for text"),

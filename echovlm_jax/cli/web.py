@@ -1,6 +1,7 @@
 """`echovlm web`: the page."""
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
@@ -24,7 +25,8 @@ def add_web(commands: Any) -> None:
         "web",
         _run,
         "a page in the browser; drop an exam, read its report and diagnosis, ask questions. It "
-        "runs until Ctrl-C. Not a medical device",
+        "runs until Ctrl-C, which is its good end: exit code 0, and --json prints the address "
+        "then. Not a medical device",
         "echovlm web echovlm-orbax/ --quantize int8\n  echovlm web demo_out/model --port 8080",
         keeps_programs=True,
     )
@@ -64,10 +66,16 @@ def _run(args: argparse.Namespace) -> Result:
         raise InputError("gradio is not installed; pip install 'echovlm-jax[web]' to have the page")
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be from 0 to 65535, found {args.port}")
+    from echovlm_jax.convert.folder import open_model
+    from echovlm_jax.generate.prompts import check_new_tokens
     from echovlm_jax.load import load_model
+    from echovlm_jax.processing.processor import MAX_FRAMES
     from echovlm_jax.web.server import LOOPBACK, listen, serve, upload_folder
 
+    if args.num_frames is not None and not 1 <= args.num_frames <= MAX_FRAMES:
+        raise InputError(f"--num-frames must be from 1 to {MAX_FRAMES}, found {args.num_frames}")
     at = listen(args.host, args.port)  # before minutes of loading
+    check_new_tokens(open_model(args.model, quantized=True).config, args.max_new_tokens)
     names = ("dtype", "quantize", "num_frames", "max_pixels")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     model = load_model(args.model, **given)
@@ -87,7 +95,8 @@ def _run(args: argparse.Namespace) -> Result:
         print(f"echovlm: {url} (Ctrl-C ends it). Not a medical device.", file=sys.stderr)
         if args.host not in LOOPBACK:
             print("echovlm: whoever reaches this address can use the page", file=sys.stderr)
-        serve(model, settings, at, debug=args.debug)
+        with contextlib.suppress(KeyboardInterrupt):
+            serve(model, settings, at, debug=args.debug)
     return {"url": url}
 
 

@@ -69,7 +69,9 @@ class FewBits:
         """As conversion.json has it."""
         how = self.how
         held = {"bits": how.bits, "group": how.group, "values": _HELD[how.bits]}
-        held |= {"table_bits": 8, "table_group": GROUP, "attention_bits": 8, "expert_bits": 8}
+        held |= {"qkv_bits": 8, "table_bits": 8, "table_group": GROUP}
+        if how.bits == 4:
+            held |= {"o_bits": 8, "expert_bits": 8}
         return {"kind": self.kind, **held, "dtype": self.dtype}
 
     @property

@@ -114,6 +114,8 @@ _HEDGES = re.compile(
     r"|(?:建议|需要?|须|请|进一步|穿刺|活检|复查|随访)[^,。;]{0,8}(?:排除|除外)"
     r"|(?:probability|likelihood|chance|risk|可能性?|概率|风险)[^\d,。;]{0,12}[0-4]?\d(?:\.\d+)?\s?%"
     r"|(?<![\d.])[0-4]?\d(?:\.\d+)?\s?%,? ?(?:\w+ )?(?:probability|likelihood|chance|risk|likely)"
+    r"|(?<![\d.])(?:[0-4]?\d(?:\.\d+)?|50)\s?% ?(?:malignan|benign|[恶良]性)"
+    r"|(?:malignan(?:t|cy)|benign|[恶良]性) ?[(:=]? ?(?:[0-4]?\d(?:\.\d+)?|50)\s?%"
     rf"|{_NOT_OUT}|不(?:排除|除外)|待(?:排|除外|鉴别)"
 )
 _IS = r"(?:is|are|was|were|does|do|can|could|would|should|has|have|seems|looks)"

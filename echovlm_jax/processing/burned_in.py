@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -24,19 +24,24 @@ CHOICES: tuple[Choice, ...] = ("report", "mask", "refuse")
 _ROUNDS = 3  # of masking and looking again
 _CONTRAST = 32  # of 255: what is drawn differs by more from its ground
 _MARGIN = 4  # px around a region: a lossy picture runs over its edge
-# A whole scan is taken for a letter or two at times. What machines write is smaller: px, share.
+# A whole scan is taken for a letter or two at times, or for text that can't be read. What machines
+# write is smaller: px, share.
 _TALLEST, _TALLEST_SHARE = 80, 1 / 8
 _COVERED = 0.5  # share of a box that is masked already: nothing can be read there
 
 _WINDOW, _ABOVE = 31, 0.5  # px; standard deviations: what stands out of speckle around it
 
+_MAKING = threading.Lock()  # functools.cache alone makes one for each thread that comes early
+
 # What is no name, no date and no number of anybody: a number of a scale (up to three digits before
 # the point), numbers with units or a mark of the machine, a unit, one Latin letter (a mark of
-# orientation), strokes, and the phantoms' label.
+# orientation), strokes, and the phantoms' label. A number alone that is written as an id or as a
+# day and a month is none of a scale.
 _NUMBER = r"[-+±<>~]?\d{1,3}(?:[.,]\d{1,3})?"
+_ID = r"\d{3}[.,]\d{3}|(?:0[1-9]|[12]\d|3[01])[.,](?:0[1-9]|1[0-2])"
 _UNITS = r"[cm]m|[kM]?Hz|dB|fps|bpm|[cm]?m/s|%|°C|W/cm2"
 _HARMLESS = re.compile(
-    rf"{_NUMBER}°?|(?:{_NUMBER}(?:{_UNITS}|m?s|min|m|ml)|(?:MI|TI[SBC]?)[:=]?{_NUMBER})+"
+    rf"(?!(?:{_ID})\Z){_NUMBER}°?|(?:{_NUMBER}(?:{_UNITS}|m?s|min|m|ml)|(?:MI|TI[SBC]?)[:=]?{_NUMBER})+"
     rf"|{_UNITS}|[A-Z]|[^\w\s]+|SY[NM]THETIC",
     re.IGNORECASE,
 )
@@ -49,6 +54,13 @@ class Box(NamedTuple):
     bottom: int
     left: int
     right: int
+
+
+class Read(NamedTuple):
+    """What OCR says of a picture."""
+
+    boxes: np.ndarray | None = None  # [N, 4, 2], the corners (x, y) of each text that it sees
+    texts: Sequence[str] | None = None  # "" where it can't read one; None: it reads none
 
 
 class Checked(NamedTuple):
@@ -87,9 +99,16 @@ def found(image: np.ndarray) -> list[Box]:
       Boxes of all frames together, from top to bottom; those that overlap by half are one.
 
     Raises:
-      InputError: the OCR packages are not installed, or failed.
+      InputError: the OCR packages are not installed, can't be used, or failed.
     """
-    read = _reader()
+    try:
+        with _MAKING:
+            read = _reader()
+    except InputError:
+        raise
+    except Exception as error:  # a library of the system is missing, or a model is damaged
+        why = f"the OCR packages can't be used ({type(error).__name__})"
+        raise InputError(why) from None
     boxes: set[Box] = set()
     for frame in image if image.ndim == 4 else image[None]:
         try:
@@ -106,10 +125,12 @@ def drawn_outside(frames: np.ndarray, regions: Sequence[Box]) -> bool:
       frames: uint8 RGB [T, H, W, 3].
       regions: boxes of the ultrasound; none where they are not known, and so nothing outside.
     """
-    far = frames[:, _outside(frames, regions, _MARGIN)].astype(np.int16)  # [T, pixels, 3]
-    if not far.size:
+    outside = _outside(frames, regions, _MARGIN)
+    if not outside.any():
         return False
-    return bool((np.abs(far - np.median(far[0], axis=0)) > _CONTRAST).any())
+    ground = np.median(frames[0, outside], axis=0).astype(np.float32)
+    # One frame at a time: a loop's copy in wider numbers takes gigabytes.
+    return any(np.abs(frame[outside] - ground).max() > _CONTRAST for frame in frames)
 
 
 def check(
@@ -173,7 +194,7 @@ def _masked(frames: np.ndarray, notes: list[str], regions: Sequence[Box]) -> Che
             notes = [*notes, "text_found"]
     else:
         return Checked(frames, (), "text is still found after it was masked")
-    if "burned_in" in notes and len(notes) == 1:
+    if "burned_in" in notes and "text_found" not in notes:
         why = "its header says that its pixels name somebody, and no text was found to mask"
         return Checked(frames, (), why)
     changed = not np.array_equal(shown, frames)
@@ -220,7 +241,7 @@ def _slices(box: Box, more: int = 0) -> tuple[slice, slice]:
     return np.s_[max(0, top - more) : bottom + more, max(0, left - more) : right + more]
 
 
-def _boxes(read: Callable[[np.ndarray], Any], frame: np.ndarray) -> set[Box]:
+def _boxes(read: Callable[[np.ndarray], Read], frame: np.ndarray) -> set[Box]:
     return _boxes_of(read(np.ascontiguousarray(frame[..., ::-1])), frame) | _boxes_of(
         read(_raised(frame)), frame
     )
@@ -246,18 +267,21 @@ def _mean(levels: np.ndarray) -> np.ndarray:
     return sums / _WINDOW**2
 
 
-def _boxes_of(result: Any, frame: np.ndarray) -> set[Box]:
+def _harmless(letters: str, tall: bool) -> bool:
+    # Two characters can be a Chinese name: of those, one alone is left out for its size.
+    taken = len(letters) <= (2 if letters.isascii() else 1)
+    return bool(_HARMLESS.fullmatch(letters)) or (tall and taken)
+
+
+def _boxes_of(result: Read, frame: np.ndarray) -> set[Box]:
     if result.boxes is None:
         return set()
-    texts = getattr(result, "txts", None) or [None] * len(result.boxes)  # None: it wasn't read
+    texts = result.texts or [None] * len(result.boxes)
     tallest = max(_TALLEST, _TALLEST_SHARE * min(frame.shape[:2]))
     boxes = set()
     for corners, text in zip(result.boxes, texts, strict=True):
         height = np.linalg.norm(corners - np.roll(corners, 1, axis=0), axis=1).min()
-        letters = None if text is None else "".join(text.split())
-        if letters is not None and (
-            _HARMLESS.fullmatch(letters) or (len(letters) <= 2 and height > tallest)
-        ):
+        if text is not None and _harmless("".join(text.split()), height > tallest):
             continue
         left, top = np.floor(corners.min(axis=0)).astype(int).tolist()
         right, bottom = np.ceil(corners.max(axis=0)).astype(int).tolist()
@@ -266,16 +290,18 @@ def _boxes_of(result: Any, frame: np.ndarray) -> set[Box]:
 
 
 @functools.cache
-def _reader() -> Callable[[np.ndarray], Any]:
+def _reader() -> Callable[[np.ndarray], Read]:
     """OCR of a picture uint8 BGR [H, W, 3]. One thread: the same boxes on every machine, and
     `data build` has its own processes."""
     engine()
     import rapidocr  # pyright: ignore[reportMissingImports]
+    from rapidocr.utils.process_img import (  # pyright: ignore[reportMissingImports]
+        map_boxes_to_original,
+    )
 
     models = Path(rapidocr.__path__[0]) / "models"
     params = {
         "Global.log_level": "critical",  # it says what it does in the terminal
-        "Global.text_score": 0.0,  # whatever it takes for text, however it reads it
         "Det.limit_side_len": 480,  # px that a smaller picture's shorter side is enlarged to
         "Global.use_cls": False,  # whether it is upside down
         "EngineConfig.onnxruntime.intra_op_num_threads": 1,
@@ -289,8 +315,14 @@ def _reader() -> Callable[[np.ndarray], Any]:
         params[f"{part.capitalize()}.model_path"] = str(path)
     ocr, lock = rapidocr.RapidOCR(params=params), threading.Lock()
 
-    def read(picture: np.ndarray) -> Any:
+    def read(picture: np.ndarray) -> Read:
         with lock:
-            return ocr(picture)
+            # Not ocr(picture), which leaves out what is seen and can't be read.
+            image, steps = ocr.preprocess_img(picture)
+            seen, _, said, _ = ocr.run_ocr_steps(image, steps)
+        if seen.boxes is None:
+            return Read()
+        boxes = map_boxes_to_original(seen.boxes, steps, *picture.shape[:2])
+        return Read(boxes, said.txts)
 
     return read

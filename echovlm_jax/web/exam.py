@@ -25,6 +25,7 @@ MAX_BYTES = 256 * 2**20  # of one file
 _HEIGHT, _FRAMES = 180, 4  # px of a picture as it is shown; of a loop so many frames
 
 Crop = bool | Literal["require"]
+Say = Callable[[str], None]
 
 
 @dataclass
@@ -69,12 +70,30 @@ def read_exam(paths: Sequence[str | Path], *, num_frames: int, crop: Crop) -> Ex
         def say(line: str, path: str | Path = path, number: int = number) -> None:
             exam.warnings.append(_unnamed(line, path, number))
 
-        def read(path: str | Path) -> np.ndarray:
-            return load_media(path, num_frames=num_frames, crop=crop, say=say)
+        def read(path: str | Path, say: Say = say) -> tuple[np.ndarray, bool]:
+            return _read(path, num_frames, crop, say)
 
-        exam.pictures.append(_named_by_number(read, path, number))
+        picture, drawn = _named_by_number(read, path, number)
+        exam.pictures.append(picture)
+        if drawn:
+            line = "something is drawn outside its ultrasound regions; it may name somebody"
+            exam.warnings.append(f"file {number}: {line}")
     exam.warnings += text_warnings(exam.pictures)
     return exam
+
+
+def _read(path: str | Path, num_frames: int, crop: Crop, say: Say) -> tuple[np.ndarray, bool]:
+    """As `load_media`, and whether anything is drawn outside the regions that a DICOM states."""
+    if file_kind(path) != "dicom":
+        return load_media(path, num_frames=num_frames, crop=crop, say=say), False
+    # Here: pydicom and its decoders take longer to import than all else.
+    from echovlm_jax.processing.dicom import NOT_CROPPED, read_loop
+
+    loop = read_loop(path, num_frames=num_frames, crop=crop)
+    if crop and not loop.cropped:
+        say(f"{shown(path)}: {NOT_CROPPED}")
+    drawn = burned_in.drawn_outside(loop.frames, loop.regions)
+    return loop.frames[0] if len(loop.frames) == 1 else loop.frames, drawn
 
 
 def warnings_of(paths: Sequence[str | Path]) -> list[str]:
@@ -91,7 +110,8 @@ def warnings_of(paths: Sequence[str | Path]) -> list[str]:
 
 
 def text_warnings(pictures: Sequence[np.ndarray]) -> list[str]:
-    """What OCR says of the pixels, a line for each file that has text, or why it did not look.
+    """What OCR says of the pixels, a line for each file that has text, for each loop of which not
+    all was looked at, or why it did not look.
 
     Args:
       pictures: of the files, in order; of a loop the first and the last frame are looked at.
@@ -105,13 +125,15 @@ def text_warnings(pictures: Sequence[np.ndarray]) -> list[str]:
             return [*warnings, f"names in the pixels were not looked for: {error}"]
         if boxes:
             warnings.append(f"file {number}: text was found in its pixels; it may name somebody")
+        elif picture.ndim == 4 and len(picture) > 2:
+            line = "only the first and the last frame of this loop were searched for text"
+            warnings.append(f"file {number}: {line}; none was found")
     return warnings
 
 
 def _says_burned_in(path: str | Path) -> bool:
     if file_kind(path) != "dicom":
         return False
-    # Here: pydicom and its decoders take longer to import than all else.
     from echovlm_jax.processing.dicom import states_burned_in
 
     return states_burned_in(path)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,20 @@ from echovlm_jax.data.record import ORGANS
 from echovlm_jax.web import shown
 from echovlm_jax.web.exam import MAX_FILES, Crop, read_exam
 from echovlm_jax.web.session import ANY_ORGAN, LANGUAGES, Session
+from echovlm_jax.web.uploads import taken
 
 _MAX_SESSIONS = 16  # that are kept; the oldest is forgotten for another
-_STALE = 600  # seconds after which an upload that came to nothing is deleted
 _EMPTY = "Drop the files of an exam to begin."
-_WAITING = "Waiting for its turn: the model answers one at a time."
+# What is said of an event until its turn comes. Each is a queue: one at a time, the others wait.
+_WAITING = {
+    "model": "Waiting for its turn: the model answers one at a time.",
+    "files": "Waiting for its turn: the files of one exam are read at a time.",
+    "screen": "",
+}
 _BUSY = "The model is at work."
+_ANEW = "Done. Organ or language is another: the conversation began anew."
 Explain = Callable[[Exception], str]
+Updates = Generator[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,14 @@ class Settings:
 class Visitors:
     """The sessions of those whose page is open, by the name that gradio gives each."""
 
-    def __init__(self, model: Any, settings: Settings) -> None:
-        self.model, self._settings = model, settings
+    def __init__(self, model: Any, settings: Settings, sent: Container[str] | None = None) -> None:
+        """
+        Args:
+          model: what `load_model` gives.
+          settings: how exams are read and answered.
+          sent: as of `taken`.
+        """
+        self.model, self._settings, self._sent = model, settings, sent
         self._sessions: dict[str, Session] = {}
 
     def session(self, name: str) -> Session:
@@ -60,29 +73,33 @@ class Visitors:
             del self._sessions[next(iter(self._sessions))]
         session = Session(self.model, self._settings.max_new_tokens)
         self._sessions[name] = session
-        try:
-            if paths:
+        if paths:
+            with taken(self._settings.uploads, paths, self._sent) as own:
                 frames = self.model.processor.num_frames
-                session.exam = read_exam(paths, num_frames=frames, crop=self._settings.crop)
-        finally:
-            self._delete(paths)
+                session.exam = read_exam(own, num_frames=frames, crop=self._settings.crop)
         return session
 
     def forget(self, name: str) -> None:
         """A visitor has left."""
         self._sessions.pop(name, None)
-        self._delete(())
 
-    def _delete(self, paths: Sequence[str]) -> None:
-        """Deletes these files, and uploads that were broken off."""
-        for path in map(Path, paths):
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
-        for path in self._settings.uploads.rglob("*"):
-            with contextlib.suppress(OSError):  # another visitor's may go at the same time
-                if path.is_file() and time.time() - path.stat().st_mtime > _STALE:
-                    path.unlink()
+    def has(self, name: str, session: Session) -> bool:
+        """Whether a session is still the visitor's."""
+        return self._sessions.get(name) is session
+
+    def while_it_lasts(self, name: str, updates: Updates) -> Updates:
+        """The updates until the visitor's session is forgotten or another: what is still said of an
+        exam that is gone would stand under the next one."""
+        session = self.session(name)
+        with contextlib.closing(updates):
+            try:
+                for update in updates:
+                    if not self.has(name, session):
+                        return
+                    yield update
+            except Exception:
+                if self.has(name, session):
+                    raise
 
 
 def make_page(model: Any, settings: Settings) -> Any:
@@ -94,9 +111,9 @@ def make_page(model: Any, settings: Settings) -> Any:
     """
     import gradio as gr
 
-    visitors = Visitors(model, settings)
     # analytics_enabled: no message to gradio's makers.
     with gr.Blocks(title="EchoVLM", analytics_enabled=False) as page:
+        visitors = Visitors(model, settings, page.upload_file_set)
         gr.HTML(shown.NOTICE)
         gr.Markdown("# EchoVLM\nIt reads an ultrasound exam, and can be wrong in every word.")
         with gr.Row():
@@ -181,47 +198,53 @@ def _inside_part(model: Any) -> dict[str, Any]:
 
 
 def _connect(page: Any, visitors: Visitors, parts: dict[str, Any], explain: Explain) -> None:
-    """What happens when. All that needs the model is one queue: one at a time, the others wait."""
+    """What happens when."""
     import gradio as gr
 
     asked = [parts["organ"], parts["language"]]
     outputs = [
         parts[name] for name in parts if name not in ("organ", "language", "kind", "refused")
     ]
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def event(part: str, does: Any, inputs: Sequence[Any], queue: str = "model") -> Any:
-        def handler(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        def handler(request: gr.Request, *values: Any) -> Generator[dict[Any, Any]]:
+            name = request.session_hash or ""
             try:
-                for update in does(visitors, request.session_hash, *values):
+                updates = does(visitors, name, *values)
+                if queue == "model":
+                    updates = visitors.while_it_lasts(name, updates)
+                for update in updates:
                     yield {parts[name]: value for name, value in update.items()}
             except Exception as error:
                 yield {parts["status"]: shown.status(explain(error), alert=True)}
 
         component, trigger = part.split(".")
-        own: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        # First, past the queue, that it is in the queue.
-        first = getattr(parts[component], trigger)(
-            lambda: shown.status(_WAITING), None, parts["status"], queue=False, **own
-        )
-        return first.then(handler, inputs, outputs, concurrency_id=queue, **own)
+        listen = getattr(parts[component], trigger)
+        if _WAITING[queue]:  # first, past the queue, that it is in the queue
+            line = shown.status(_WAITING[queue])
+            listen = listen(lambda: line, None, parts["status"], queue=False, **private).then
+        return listen(handler, inputs, outputs, concurrency_id=queue, **private)
 
-    event("files.upload", _take, [parts["files"]], "files")
-    event("clear.click", _clear, [], "files")
     running = [
         event("go.click", _read, asked),
-        event("question.submit", _ask, [parts["question"], *asked]),
+        (reply := event("question.submit", _ask, [parts["question"], *asked])),
         event("experts.click", _experts, [parts["kind"], parts["layer"]]),
         event("look.click", _look, [parts["kind"]]),
     ]
-    event("chat.clear", _restart, [], "files")
-    event("layer.change", _routing, [parts["layer"]], "files")
+    for trigger, ended in (
+        (parts["files"].upload, running),
+        (parts["clear"].click, running),
+        (parts["chat"].clear, [reply]),
+    ):
+        trigger(None, None, None, cancels=ended, queue=False, **private)
+    event("files.upload", _take, [parts["files"]], "files")
+    event("clear.click", _clear, [], "screen")
+    event("chat.clear", _restart, [], "screen")
+    event("layer.change", _routing, [parts["layer"]], "screen")
+    line = shown.status("Stopped.")
     parts["stop"].click(
-        lambda: shown.status("Stopped."),
-        None,
-        parts["status"],
-        cancels=running,
-        queue=False,
-        api_visibility="private",
+        lambda: line, None, parts["status"], cancels=running, queue=False, **private
     )
 
     def left(request: gr.Request) -> None:
@@ -230,13 +253,16 @@ def _connect(page: Any, visitors: Visitors, parts: dict[str, Any], explain: Expl
     page.unload(left)
 
 
-Updates = Iterator[dict[str, Any]]
 _NOTHING = {"report": "", "diagnosis": "", "chat": [], "inside": "", "question": ""}
 
 
 def _take(visitors: Visitors, name: str, files: Sequence[str]) -> Updates:
+    visitors.forget(name)  # first: what is still said of the exam before comes to nothing
     yield {"files": None, "exam": "", "status": shown.status("The files are read."), **_NOTHING}
-    exam = visitors.begin(name, files).exam
+    session = visitors.begin(name, files)
+    if not visitors.has(name, session):  # it was forgotten while it was read
+        return
+    exam = session.exam
     ready = (
         f"Ready: an exam of {len(exam.pictures)}. The files are deleted, their pixels kept here."
     )
@@ -261,13 +287,15 @@ def _read(visitors: Visitors, name: str, organ: str, language: str) -> Updates:
 
 def _ask(visitors: Visitors, name: str, question: str, organ: str, language: str) -> Updates:
     session = visitors.session(name)
-    before = list(session.turns)
     turn = {"role": "user", "content": question}
     yield {"status": shown.status(_BUSY)}
-    for text in session.reply(question, organ, language):
+    had, texts = session.turns, session.reply(question, organ, language)
+    before = session.turns
+    done = _ANEW if had and not before else "Done."
+    for text in texts:
         reply = {"role": "assistant", "content": text}
         yield {"chat": [*before, turn, reply], "question": ""}
-    yield {"chat": session.turns, "status": shown.status("Done.")}
+    yield {"chat": session.turns, "status": shown.status(done)}
 
 
 def _restart(visitors: Visitors, name: str) -> Updates:

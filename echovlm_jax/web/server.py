@@ -13,6 +13,7 @@ from typing import Any
 
 from echovlm_jax.web.exam import MAX_BYTES, MAX_FILES
 from echovlm_jax.web.page import Settings, make_page
+from echovlm_jax.web.uploads import swept
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # The browser itself refuses what would come from another host or go there. Gradio's page makes code
@@ -34,7 +35,7 @@ Message = dict[str, Any]
 @contextmanager
 def upload_folder() -> Iterator[Path]:
     """A folder that nobody else can read, gone when this process ends, however that ends: another
-    process waits for it."""
+    process waits for it. Uploads that came to nothing are deleted meanwhile."""
     folder = mkdtemp(prefix="echovlm-web-")
     program = str(Path(__file__).with_name("sweep.py"))
     # A session of its own: Ctrl-C and a killed group end this process, not that one.
@@ -47,7 +48,8 @@ def upload_folder() -> Iterator[Path]:
     assert sweeper.stdin is not None
     sweeper.stdin.write(os.fsencode(folder))
     try:
-        yield Path(folder)
+        with swept(Path(folder)):
+            yield Path(folder)
     finally:
         sweeper.stdin.close()
         sweeper.wait()
@@ -76,24 +78,41 @@ def serve(model: Any, settings: Settings, at: socket.socket, *, debug: bool = Fa
       at: where it listens.
       debug: whether libraries log; they may name files.
     """
-    import gradio as gr
     import uvicorn
-    from fastapi import FastAPI
-    from gradio.themes import Default
 
     if not debug:
         logging.disable(logging.CRITICAL)
+    config = uvicorn.Config(
+        make_app(model, settings, *at.getsockname()[:2]),
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=1,
+    )
+    uvicorn.Server(config).run(sockets=[at])
+
+
+def make_app(model: Any, settings: Settings, host: str, port: int) -> "Guard":
+    """The page as an ASGI application, for a server at that address."""
+    import gradio as gr
+    from fastapi import FastAPI
+    from gradio.themes import Default
+
     here = Path(__file__).parent
     limits = f"const MAX_BYTES = {MAX_BYTES}, MAX_FILES = {MAX_FILES};\n"
     script = limits + (here / "page.js").read_text("utf-8")
     # Fonts that are there: none is fetched.
     theme = Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    page = make_page(model, settings)
+    # Until it is told that it has launched, gradio copies any path or URL that a client names to
+    # its uploads; mounting does not tell it.
+    # until: gradio 7
+    page.has_launched = True
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
-        make_page(model, settings),
+        page,
         path="/",
-        server_name=at.getsockname()[0],
-        server_port=at.getsockname()[1],
+        server_name=host,
+        server_port=port,
         max_file_size=MAX_BYTES,
         footer_links=[],
         run_history=False,  # which would keep what was asked in the browser
@@ -106,13 +125,7 @@ def serve(model: Any, settings: Settings, at: socket.socket, *, debug: bool = Fa
         css_paths=here / "page.css",
         head=f"<script>{script}</script>",
     )
-    config = uvicorn.Config(
-        Guard(app, at.getsockname()[0]),
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=1,
-    )
-    uvicorn.Server(config).run(sockets=[at])
+    return Guard(app, host)
 
 
 class Guard:

@@ -37,6 +37,7 @@ class Session:
     exam: the pictures; a new exam is a new session.
     said: the newest answer of each kind: "report", "diagnosis" and "reply".
     read: what the mixture did while it read the answer that was looked at last.
+    about: organ and language of the conversation.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class Session:
     said: dict[str, Said] = field(default_factory=dict)
     read: Read | None = None
     chat: Chat | None = None
+    about: tuple[str, str] | None = None
 
     def report(self, organ: str, language: str) -> Iterator[str]:
         """The report, as far as it is written."""
@@ -61,21 +63,26 @@ class Session:
         return found
 
     def reply(self, question: str, organ: str, language: str) -> Iterator[str]:
-        """The answer to the next question of a conversation, as far as it is written."""
+        """The answer to the next question of a conversation, as far as it is written. Another organ
+        or language than it began with begins it anew; its first question states them.
+
+        Raises:
+          InputError: at once: there is no exam or no question.
+        """
         self._pictures()
         if not question.strip():
             raise InputError("write a question first")
-        if self.chat is None:
-            self.chat, question = (
-                Chat(self.model, self.exam.pictures),
-                _stated(organ, language) + question,
-            )
-        chat, asked = self.chat, [*self.chat.messages, {"role": "user", "content": question}]
+        if self.chat is None or self.about != (organ, language):
+            self.chat, self.about = Chat(self.model, self.exam.pictures), (organ, language)
+        chat = self.chat
+        if not chat.messages:  # nor where the first question came to nothing
+            question = _stated(organ, language) + question
+        asked = [*chat.messages, {"role": "user", "content": question}]
 
         def ask(send: Callable[[str], None]) -> str:
             return chat.ask(question, max_new_tokens=self.max_new_tokens, stream=send)
 
-        yield from self._keep("reply", asked, streamed(ask))
+        return self._keep("reply", asked, streamed(ask))
 
     @property
     def turns(self) -> list[dict[str, str]]:

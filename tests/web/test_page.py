@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -26,10 +27,12 @@ from echovlm_jax.processing import burned_in
 from echovlm_jax.processing.burned_in import Box
 from echovlm_jax.web import shown
 from echovlm_jax.web.exam import MAX_FILES, Exam, read_exam, text_warnings, warnings_of
-from echovlm_jax.web.page import Settings, Visitors
+from echovlm_jax.web.page import Settings, Updates, Visitors, _read, _take, make_page
 from echovlm_jax.web.server import Guard, listen, upload_folder
 from echovlm_jax.web.session import Session, streamed
+from echovlm_jax.web.uploads import sweep
 from tests.processing.dicom_files import plain_cases, write
+from tests.processing.test_dicom import new_dicom, region, save
 
 NAME = "SMITH^JOHN"
 has_gradio = pytest.mark.skipif(
@@ -60,10 +63,8 @@ def test_an_exam_is_its_pixels_and_no_name(picture, tmp_path) -> None:
     frames[0].save(loop, save_all=True, append_images=frames[1:])
     exam = read_exam([picture, loop], num_frames=5, crop=True)
     assert exam.media == [Medium(0, 56, 84), Medium(5, 40, 60)]
-    assert [line.split(":")[0] for line in exam.warnings] == [
-        "file 1",
-        "file 2",
-    ]  # can't be cropped
+    crops = [line.split(":")[0] for line in exam.warnings if "can't be cropped" in line]
+    assert crops == ["file 1", "file 2"]
     page = shown.exam_html(exam)
     assert NAME not in page and str(tmp_path) not in page
     assert page.count("<img ") == 1 + 4 and "84 × 56" in page and "5 frames" in page
@@ -79,6 +80,18 @@ def test_a_header_that_says_burned_in_is_warned_of(tmp_path, picture) -> None:
     assert warnings_of([picture, path])[0].startswith("file 2:")
     exam = read_exam([picture, path], num_frames=4, crop=False)
     assert len(exam.warnings) == 1 and NAME not in repr(exam)
+
+
+@pytest.mark.parametrize(("crop", "warned"), [(False, True), (True, False)])
+def test_what_is_drawn_outside_the_regions_is_warned_of(crop, warned, tmp_path, picture) -> None:
+    pixels = np.zeros((1, 64, 96, 3), np.uint8)
+    pixels[:, 4:12, 4:60] = 255
+    for top, drawn in ((32, warned), (0, False)):
+        dataset = new_dicom(pixels, "RGB", SequenceOfUltrasoundRegions=[region(1, 0, top, 95, 63)])
+        path = save(dataset, tmp_path / f"{NAME}.dcm")
+        told = read_exam([picture, path], num_frames=4, crop=crop).warnings
+        line = "file 2: something is drawn outside its ultrasound regions; it may name somebody"
+        assert (line in told) == drawn
 
 
 def test_bad_files_are_one_line_without_a_name(tmp_path, picture) -> None:
@@ -104,11 +117,12 @@ def test_files_are_deleted_whether_they_can_be_used_or_not(model, picture, tmp_p
     assert len(found.begin("a", [str(picture), str(picture)]).exam.pictures) == 2
     assert sorted(uploads.rglob("*")) == [broken_off]  # perhaps it is still coming
     os.utime(broken_off, (0, 0))
+    sweep(uploads)
     text = uploads / "text"
     text.write_text("no picture")
     with pytest.raises(InputError):
         found.begin("a", [str(text)])
-    assert not [path for path in uploads.rglob("*") if path.is_file()]
+    assert not list(uploads.rglob("*"))
     assert not found.session("a").exam.pictures
 
 
@@ -147,12 +161,83 @@ def test_organ_and_language_are_in_the_question_and_turns_go_on() -> None:
     assert first == "This is an ultrasound exam: liver. A cyst?" and second == "Where?"
     assert [turn["content"] for turn in session.turns] == [first, first, "Where?", "Where?"]
     assert len(session.said["reply"].asked) == 3
+    *_, third = session.reply("Where?", "thyroid", "English")  # of another organ: anew
+    assert third == "This is an ultrasound exam: thyroid. Where?" and len(session.turns) == 2
+    *_, fourth = session.reply("Wo?", "thyroid", "中文")
+    assert "甲状腺" in fourth and len(session.turns) == 2
     with pytest.raises(InputError, match="write a question"):
         next(session.reply("  ", "liver", "English"))
     with pytest.raises(InputError, match="no diagnosis yet"):
         session.inside("diagnosis")
     with pytest.raises(InputError, match="empty"):
         next(Session(Spoken(), 8).report("liver", "English"))
+
+
+def test_the_organ_is_stated_although_the_first_question_failed(monkeypatch) -> None:
+    session = Session(Spoken(), 8, Exam([np.zeros((28, 28, 3), np.uint8)]))
+    monkeypatch.setattr(session.model, "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(session.reply("A cyst?", "liver", "English"))
+    monkeypatch.undo()
+    *_, answer = session.reply("Where?", "liver", "English")
+    assert answer == "This is an ultrasound exam: liver. Where?"
+
+
+def test_nothing_is_said_of_an_exam_that_is_gone(picture, tmp_path) -> None:
+    page = Visitors(Spoken(), Settings(False, 4, tmp_path / "uploads", str))
+    for gone in (page.forget, page.begin):
+        page.begin("a").exam.pictures.append(np.zeros((28, 28, 3), np.uint8))
+        updates = page.while_it_lasts("a", _read(page, "a", "liver", "English"))
+        assert "status" in next(updates) and next(updates)["report"]
+        gone("a")
+        assert not list(updates)
+
+    def failing() -> Updates:
+        yield {"status": ""}
+        raise InputError("of the exam before")
+
+    updates = page.while_it_lasts("a", failing())
+    next(updates)
+    page.begin("a")
+    assert not list(updates)
+    with pytest.raises(InputError):
+        list(page.while_it_lasts("a", failing()))
+
+
+def test_an_exam_forgotten_while_it_is_read_is_not_shown(monkeypatch, tmp_path) -> None:
+    page = Visitors(Spoken(), Settings(False, 4, tmp_path, str))
+    updates = _take(page, "a", [])
+    before = page.session("a")
+    next(updates)
+    assert not page.has("a", before)
+    begin = page.begin
+
+    def forgotten(name: str, files: list[str]) -> Session:
+        session = begin(name, files)
+        page.forget(name)
+        return session
+
+    monkeypatch.setattr(page, "begin", forgotten)
+    assert not list(updates)
+
+
+@has_gradio
+def test_what_ends_answers_waits_for_none_of_them(tmp_path) -> None:
+    made = make_page(SimpleNamespace(config=demo.CONFIG), Settings(False, 4, tmp_path, str))
+    names = {n: block.elem_id for n, block in made.blocks.items() if block.elem_id}
+    events = [
+        (names.get(component), trigger, fn)
+        for fn in made.fns.values()
+        for component, trigger in fn.targets
+    ]
+    model = {n for n, fn in made.fns.items() if fn.concurrency_id == "model"}
+    assert len(model) == 4
+    for part, trigger in (("files", "upload"), ("clear", "click"), ("stop", "click")):
+        own = [fn for name, on, fn in events if (name, on) == (part, trigger)]
+        assert any(set(fn.cancels) == model for fn in own)
+        assert not any(fn.concurrency_id in ("model", "files") for fn in own if fn.queue)
+    queues = {name: fn.concurrency_id for name, on, fn in events if on == "change"}
+    assert set(queues.values()) == {"screen"}
 
 
 def test_writing_ends_when_nobody_listens() -> None:
@@ -297,6 +382,42 @@ def test_bad_settings_are_one_line(tmp_path, capsys) -> None:
         assert error.count("\n") == 1 and error.startswith("echovlm: error: ")
 
 
+@has_gradio
+def test_numbers_that_no_answer_can_have_are_refused_before_the_weights_are_read(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    folder = demo.make_checkpoint(tmp_path / "model")
+    monkeypatch.setattr("echovlm_jax.load.load_model", lambda *_, **__: 1 / 0)
+    for words in (
+        ["--max-new-tokens", "0"],
+        ["--max-new-tokens", str(2**20)],
+        ["--num-frames", "0"],
+        ["--num-frames", str(2**20)],
+    ):
+        assert main(["web", str(folder), "--port", "0", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words[0][2:].replace("-", "_") in error.replace("-", "_")
+
+
+@has_gradio
+def test_ctrl_c_is_a_good_end(tmp_path, capsys, monkeypatch) -> None:
+    folder = demo.make_checkpoint(tmp_path / "model")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):  # the command sets them
+        monkeypatch.setenv(name, "")
+
+    def interrupted(model, settings, at, debug) -> None:
+        assert settings.uploads.is_dir()
+        at.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("echovlm_jax.web.server.serve", interrupted)
+    assert main(["web", str(folder), "--port", "0", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["url"] in said.err
+    assert not list(tmp_path.glob("echovlm-web-*"))
+
+
 def test_text_in_pixels_is_warned_of_and_so_is_a_search_that_was_not_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -313,6 +434,9 @@ def test_text_in_pixels_is_warned_of_and_so_is_a_search_that_was_not_made(
     told = text_warnings([plain, np.stack([plain, plain, named])])
     assert [line.split(":")[0] for line in told] == ["file 2"]
     assert looked == [(64, 96, 3), (2, 64, 96, 3)]
+    line = "file 2: only the first and the last frame of this loop were searched for text"
+    told = text_warnings([np.stack([plain] * 2), np.stack([plain, named, plain])])
+    assert told == [f"{line}; none was found"]
 
     def missing(picture: np.ndarray) -> list[Box]:
         raise InputError("not installed")
