@@ -457,7 +457,17 @@ def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
 DOORS = (frame.PLACE, frame.LOCAL, frame.NAMED)
 # What takes words that are no paths.
 WORDS = {
-    *("dtype", "prompt", "system", "split", "tasks", "max_shard_size", "group_pattern", "topology"),
+    *(
+        "dtype",
+        "prompt",
+        "system",
+        "split",
+        "tasks",
+        "max_shard_size",
+        "group_pattern",
+        "topology",
+        "host",
+    ),
     *("size", "beam", "images", "language", "quantize"),
 }
 

@@ -70,7 +70,8 @@ def test_an_exam_is_its_pixels_and_no_name(picture, tmp_path) -> None:
     assert page.count("<img ") == 1 + 4 and "84 × 56" in page and "5 frames" in page
 
 
-def test_a_header_that_says_burned_in_is_warned_of(tmp_path, picture) -> None:
+def test_a_header_that_says_burned_in_is_warned_of(tmp_path, picture, monkeypatch) -> None:
+    monkeypatch.setattr(burned_in, "found", lambda pixels: [])
     path = tmp_path / f"{NAME}.dcm"
     write(next(plain_cases()), path, np.random.default_rng(0))
     dataset = pydicom.dcmread(path)
