@@ -70,8 +70,8 @@ def recipe_of(spec: ParamSpec, how: Recipe) -> Recipe:
     has no way to take one row of an int8 matrix, whose tiles are of 32 rows, and copies all of it
     for every token.
 
-    In int4 the dense MLP and the shared expert have 4 bits, two thirds of the released weights; all
-    else has 8. With 4 bits in attention's output and the experts too, the divergence of the demo's
+    In int4 the dense MLP and the shared expert have 4 bits, 63 % of the released weights; all else
+    has 8. With 4 bits in attention's output and the experts too, the divergence of the demo's
     model was 2.5 times as large, and its reports lost two points of BLEU-1.
     """
     if spec.axes == _TABLE:
