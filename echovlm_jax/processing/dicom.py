@@ -88,16 +88,6 @@ def read_region(path: str | Path) -> tuple[int, int, int, int] | None:
         return _union(_regions(opened.dataset, opened.header)[0])
 
 
-def states_burned_in(path: str | Path) -> bool:
-    """Whether a DICOM file's header says that its pixels name somebody (BurnedInAnnotation).
-
-    Raises:
-      InputError: one line with the file and what is wrong; never a value of a patient or text tag.
-    """
-    with quietly(), reading(path, "is a damaged or truncated DICOM file", (Exception,)) as file:
-        return _burned_in(read_header(file).dataset)
-
-
 def _read(file: BinaryIO, num_frames: int, crop: Crop) -> Loop:
     opened = read_header(file)
     dataset, header = opened.dataset, opened.header

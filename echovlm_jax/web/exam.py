@@ -5,10 +5,10 @@ Neither a file's name nor its header goes further than this file; messages say "
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,6 @@ MAX_BYTES = 256 * 2**20  # of one file
 _HEIGHT, _FRAMES = 180, 4  # px of a picture as it is shown; of a loop so many frames
 
 Crop = bool | Literal["require"]
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -64,49 +63,37 @@ def read_exam(paths: Sequence[str | Path], *, num_frames: int, crop: Crop) -> Ex
         raise InputError("the exam is empty; drop its images first")
     if len(paths) > MAX_FILES:
         raise InputError(f"an exam has at most {MAX_FILES} files here, these are {len(paths)}")
-    exam = Exam(warnings=warnings_of(paths))
+    exam = Exam()
     for number, path in enumerate(paths, 1):
-
-        def say(line: str, path: str | Path = path, number: int = number) -> None:
-            exam.warnings.append(_unnamed(line, path, number))
-
-        def read(path: str | Path, say: Say = say) -> tuple[np.ndarray, bool]:
-            return _read(path, num_frames, crop, say)
-
-        picture, drawn = _named_by_number(read, path, number)
+        try:
+            picture, said = _read(path, num_frames, crop)
+        except InputError as error:
+            raise InputError(_unnamed(str(error), path, number)) from None
         exam.pictures.append(picture)
-        if drawn:
-            line = "something is drawn outside its ultrasound regions; it may name somebody"
-            exam.warnings.append(f"file {number}: {line}")
+        exam.warnings += [
+            f"file {number}: {_unnamed(line, path, number).removeprefix(f'file {number}: ')}"
+            for line in said
+        ]
     exam.warnings += text_warnings(exam.pictures)
     return exam
 
 
-def _read(path: str | Path, num_frames: int, crop: Crop, say: Say) -> tuple[np.ndarray, bool]:
-    """As `load_media`, and whether anything is drawn outside the regions that a DICOM states."""
+def _read(path: str | Path, num_frames: int, crop: Crop) -> tuple[np.ndarray, list[str]]:
+    """As `load_media`, and what to warn of."""
+    said: list[str] = []
     if file_kind(path) != "dicom":
-        return load_media(path, num_frames=num_frames, crop=crop, say=say), False
+        return load_media(path, num_frames=num_frames, crop=crop, say=said.append), said
     # Here: pydicom and its decoders take longer to import than all else.
     from echovlm_jax.processing.dicom import NOT_CROPPED, read_loop
 
     loop = read_loop(path, num_frames=num_frames, crop=crop)
     if crop and not loop.cropped:
-        say(f"{shown(path)}: {NOT_CROPPED}")
-    drawn = burned_in.drawn_outside(loop.frames, loop.regions)
-    return loop.frames[0] if len(loop.frames) == 1 else loop.frames, drawn
-
-
-def warnings_of(paths: Sequence[str | Path]) -> list[str]:
-    """What to warn of before the model sees an exam, a line each: names in the pixels.
-
-    Args:
-      paths: its files.
-    """
-    found = []
-    for number, path in enumerate(paths, 1):
-        if _named_by_number(_says_burned_in, path, number):
-            found.append(f"file {number}: it says that its pixels name somebody")
-    return found
+        said.append(NOT_CROPPED)
+    if loop.burned_in:
+        said.append("it says that its pixels name somebody")
+    if burned_in.drawn_outside(loop.frames, loop.regions):
+        said.append("something is drawn outside its ultrasound regions; it may name somebody")
+    return loop.frames[0] if len(loop.frames) == 1 else loop.frames, said
 
 
 def text_warnings(pictures: Sequence[np.ndarray]) -> list[str]:
@@ -129,21 +116,6 @@ def text_warnings(pictures: Sequence[np.ndarray]) -> list[str]:
             line = "only the first and the last frame of this loop were searched for text"
             warnings.append(f"file {number}: {line}; none was found")
     return warnings
-
-
-def _says_burned_in(path: str | Path) -> bool:
-    if file_kind(path) != "dicom":
-        return False
-    from echovlm_jax.processing.dicom import states_burned_in
-
-    return states_burned_in(path)
-
-
-def _named_by_number(read: Callable[[str | Path], Any], path: str | Path, number: int) -> Any:
-    try:
-        return read(path)
-    except InputError as error:
-        raise InputError(_unnamed(str(error), path, number)) from None
 
 
 def _unnamed(line: str, path: str | Path, number: int) -> str:
