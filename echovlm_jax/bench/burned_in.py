@@ -86,7 +86,9 @@ def bench_burned_in(
             inside[box.top : box.bottom, box.left : box.right] = True
         for text in texts:
             strokes = text.drawn
-            rows.append((text, inside[strokes].mean() >= 0.5, black[strokes].mean() >= 0.95))
+            rows.append(
+                (text, bool(inside[strokes].mean() >= 0.5), bool(black[strokes].mean() >= 0.95))
+            )
     alarms = {"plain": 0, "scale": 0}
     clean = max(1, images // 2)
     for kind in alarms:
