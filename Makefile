@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-all lint format demo interpreter clean clean-all
+.PHONY: help setup test test-only test-all lint format demo interpreter clean clean-all
 
 PYTHON ?= python3
 ARGS ?=
@@ -49,7 +49,9 @@ $(DEV): pyproject.toml
 
 setup: $(DEV)  ## make the virtual environment; again when pyproject.toml changes
 
-test: lint  ## linters and every test that is not slow
+test: lint test-only  ## linters and every test that is not slow
+
+test-only: $(DEV)  # the tests alone: what a linter finds is the same with each Python
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: lint  ## the slow proofs too

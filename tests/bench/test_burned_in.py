@@ -49,7 +49,8 @@ def test_readable_text_is_found_and_scales_are_not(monkeypatch):
     monkeypatch.setattr(bench, "_SIZES", SMALL)
     monkeypatch.setattr(bench, "CAPS", (10, 14, 20))
     monkeypatch.setattr(bench, "INKS", {"white": (255, 255, 255), "yellow": (255, 220, 60)})
-    result = bench.bench_burned_in(6, seed=3)
+    # Only Pillow's own font: those of machines differ.
+    result = bench.bench_burned_in(6, seed=3, fonts=())
     assert result["found"] >= 0.9 and result["hidden"] >= 0.9
     assert result["false_alarms"]["plain"] == 0 and result["seconds"] > 0
 

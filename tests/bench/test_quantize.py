@@ -12,6 +12,7 @@ from echovlm_jax.quantize import KINDS
 from tests.evaluate.models import make_model
 
 
+@pytest.mark.slow
 def test_a_model_beside_itself_in_few_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(tmp_path / "model")
     found = bench.bench_quantize(model, exams=2)

@@ -432,6 +432,7 @@ def test_a_split_that_can_not_be_evaluated_is_told_before_compiling(monkeypatch,
     assert evaluate(None) == {"eval_error": "none of its samples can be used"}
 
 
+@pytest.mark.slow
 def test_a_kill_while_evaluating_costs_no_step(undisturbed, model_folder, tmp_path, monkeypatch):
     def kill():
         raise KeyboardInterrupt
@@ -552,7 +553,8 @@ train(load_config(sys.argv[1], json.loads(sys.argv[3])), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow  # one kill, of a run in a bucket, is in tests/test_buckets.py
+@pytest.mark.parametrize("kills", [1, 30])
 def test_kills_at_any_moment_change_nothing(kills, model_folder, tmp_path):
     """Once undisturbed and once killed again and again, during saves too, in processes alike."""
     steps = 6 if kills == 1 else 60
