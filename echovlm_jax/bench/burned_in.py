@@ -18,6 +18,7 @@ from echovlm_jax.processing.burned_in import Box, blacken, engine, found
 CAPS = (8, 10, 14, 20, 28, 40)  # px: the height of a capital letter
 INKS = {"white": (255, 255, 255), "yellow": (255, 220, 60), "grey": (170, 170, 170)}
 PLACES = ("on black", "over speckle")
+CONTRAST = 3.0  # what WCAG 2.2 asks of large text (1.4.3)
 _FONTS = ("/usr/share/fonts", "/usr/local/share/fonts")
 _LATIN = (
     "DejaVuSans.ttf",
@@ -42,6 +43,7 @@ class Text(NamedTuple):
     kind: str
     cap: int
     ink: str  # and what it is on
+    legible: bool  # `CONTRAST` at least between its ink and what it is on, on average
     drawn: np.ndarray  # bool [H, W]: its strokes
 
 
@@ -58,9 +60,9 @@ def bench_burned_in(
 
     Returns:
       texts; found, the share of them of whose strokes at least half are in a box; hidden, that of
-      whose strokes 95 % are black where these boxes are masked; by_cap, by_kind and by_ink, of each
-      the same; false_alarms: of plain phantoms, and of those with a scale, the share with a box;
-      seconds (of one core, median of the images); fonts, engine.
+      whose strokes 95 % are black where these boxes are masked; by_legible, by_cap, by_kind and
+      by_ink, of each the same; false_alarms: of plain phantoms, and of those with a scale, the
+      share with a box; seconds (of one core, median of the images); fonts, engine.
 
     Raises:
       InputError: the OCR packages are not installed.
@@ -102,6 +104,7 @@ def bench_burned_in(
         "images": images,
         "seed": seed,
         **_shares(rows),
+        "by_legible": _by(rows, "legible"),
         "by_cap": _by(rows, "cap"),
         "by_kind": _by(rows, "kind"),
         "by_ink": _by(rows, "ink"),
@@ -153,9 +156,23 @@ def _write(
     ImageDraw.Draw(alpha).text((left - x0, top - y0), text, fill=255, font=font)
     strokes = np.asarray(alpha)
     ink = str(chances.choice(list(INKS)))
+    ground = picture[top : top + height, left : left + width].reshape(-1, 3)
+    legible = _contrast(np.array(INKS[ink]), ground) >= CONTRAST
     share = strokes[..., None] / np.float32(255)
     picture[:] = np.round(picture * (1 - share) + np.array(INKS[ink]) * share)
-    return Text(kind, cap, f"{ink} {place}", strokes > 128)
+    return Text(kind, cap, f"{ink} {place}", legible, strokes > 128)
+
+
+def _contrast(ink: np.ndarray, ground: np.ndarray) -> float:
+    """WCAG's contrast ratio of a colour (uint8 [3]) and the mean of others ([N, 3])."""
+
+    def luminance(colours: np.ndarray) -> np.ndarray:
+        x = colours / 255
+        linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+        return linear @ np.array([0.2126, 0.7152, 0.0722]) + 0.05
+
+    of = sorted((float(luminance(ink)), float(luminance(ground).mean())))
+    return of[1] / of[0]
 
 
 def _words(kind: str, chances: np.random.Generator) -> str:

@@ -21,7 +21,7 @@ def test_what_a_reader_finds_is_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "_SIZES", SMALL)
     result = bench.bench_burned_in(12, fonts=[tmp_path])
     assert result["texts"] == 24 and 0.2 < result["found"] < 0.8
-    for table in ("by_cap", "by_kind", "by_ink"):
+    for table in ("by_legible", "by_cap", "by_kind", "by_ink"):
         rows = result[table].values()
         assert sum(row["texts"] for row in rows) == 24
         found = sum(row["texts"] * row["found"] for row in rows) / 24
@@ -30,6 +30,13 @@ def test_what_a_reader_finds_is_counted(monkeypatch, tmp_path):
     assert result["false_alarms"] == {"plain": 1, "scale": 1}
     assert result["fonts"] == ["Pillow's"] and "chinese" not in result["by_kind"]
     json.dumps(result)
+
+
+def test_contrast_is_that_of_the_guidelines():
+    """WCAG 2.2, "contrast ratio": black and white have 21, #777777 on white 4.48."""
+    for ink, ground, ratio in ((0, 255, 21), (255, 0, 21), (0x77, 255, 4.48), (80, 80, 1)):
+        found = bench._contrast(np.full(3, ink), np.full((5, 3), ground))
+        assert found == pytest.approx(ratio, abs=0.01)
 
 
 def test_strokes_are_where_the_text_was_drawn():

@@ -290,11 +290,12 @@ def test_every_setting_merges_as_peft_does_or_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_five_thousand_adapters(tmp_path):
-    counts = run(range(5_000), tmp_path)
+@pytest.mark.parametrize("first", range(0, 5_000, 1_000))
+def test_five_thousand_adapters(first, tmp_path):
+    counts = run(range(first, first + 1_000), tmp_path)
     print(counts)
-    assert counts["merged"] > 1_000 and counts["refused"] > 1_000, counts
-    assert counts["PEFT fails"] < 100, counts
+    assert counts["merged"] > 200 and counts["refused"] > 200, counts
+    assert counts["PEFT fails"] < 20, counts
 
 
 def test_the_table_of_settings_is_pefts():
