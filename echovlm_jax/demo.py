@@ -251,7 +251,9 @@ def small_model(
     asked = {"exams": exams, "steps": list(steps), "organs": list(organs), "seed": seed}
     begun = _begun(out)
     if out.exists() and begun != asked:
-        raise InputError(f"{out}: holds something else; name a new folder")
+        raise InputError(
+            f"{out}: holds a model of other sizes, or something else; name a new folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).write_text(json.dumps(asked))
     if not (out / "tokenizer").is_dir():

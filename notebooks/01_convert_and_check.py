@@ -56,13 +56,17 @@ if os.environ.get("ECHOVLM_NOTEBOOK") == "short":  # as the tests run it
     STREAM, NEW_TOKENS = True, 1
 
 # %%
+from echovlm_jax.cli.frame import look_for_no_tpu
+
+look_for_no_tpu()  # before anything imports jax
+
+# %%
 import time
 from pathlib import Path
 
 import numpy as np
 
 from echovlm_jax import demo, load_model
-from echovlm_jax.cli.frame import look_for_no_tpu
 from echovlm_jax.convert import convert, export
 from echovlm_jax.convert.inspect import inspect
 from echovlm_jax.convert.parity import parity
@@ -70,7 +74,6 @@ from echovlm_jax.memory import spent
 from echovlm_jax.storage.verify import verify
 
 began = time.monotonic()
-look_for_no_tpu()
 work = Path(WORK)
 work.mkdir(exist_ok=True)
 

@@ -42,6 +42,8 @@ if importlib.util.find_spec("echovlm_jax") is None:
 
 # %%
 # @title Sizes
+PICTURE = ""  # @param {type:"string"}
+LOOP = ""  # @param {type:"string"}
 MODEL = ""  # @param {type:"string"}
 QUANTIZE = ""  # @param ["", "int8", "int4"]
 EXAMS = 800  # @param {type:"integer"}
@@ -49,17 +51,23 @@ DIAGNOSIS_STEPS = 400  # @param {type:"integer"}
 REPORT_STEPS = 300  # @param {type:"integer"}
 NEW_TOKENS = 128  # @param {type:"integer"}
 MAX_PIXELS = 0  # @param {type:"integer"}
-WORK = "read_an_exam"
+WORK = "read_an_exam"  # @param {type:"string"}
 if SHORT := os.environ.get("ECHOVLM_NOTEBOOK") == "short":  # as the tests run it: random weights
     NEW_TOKENS, MAX_PIXELS = 8, 112 * 112
 
 # %%
+from echovlm_jax.cli.frame import look_for_no_tpu
+
+look_for_no_tpu()  # before anything imports jax
+
+# %%
 import json
+import math
 import time
+from collections import Counter
 from pathlib import Path
 
 from echovlm_jax import load_model
-from echovlm_jax.cli.frame import look_for_no_tpu
 from echovlm_jax.demo import example_exam, make_checkpoint, small_model
 from echovlm_jax.evaluate.looked import overlay, where_looked
 from echovlm_jax.evaluate.mixture import KINDS, mixture_of, read_answer
@@ -71,7 +79,6 @@ from echovlm_jax.processing.sheet import exam_sheet
 from echovlm_jax.train.heatmap import heatmap
 
 began = time.monotonic()
-look_for_no_tpu()
 keep_freed_memory()
 work = Path(WORK)
 
@@ -79,8 +86,8 @@ work = Path(WORK)
 # ## The exam
 #
 # A synthetic exam of a liver, with the report that belongs to it. Your own file does as well: put its
-# path into `picture`. PNG, JPEG, DICOM, TIFF, video and NIfTI are read; the content of a file
-# decides, not its name.
+# path into `PICTURE` (relative paths begin in this notebook's folder). PNG, JPEG, DICOM, TIFF, video
+# and NIfTI are read; the content of a file decides, not its name.
 
 # %%
 organs = ("heart", "liver", "thyroid")
@@ -88,16 +95,23 @@ if not (work / "exams").exists():
     write_exams(work / "exams", 12, 7, balanced=organs, cine=1.0, views=1, language="en")
 exams = json.loads((work / "exams" / "phantom.json").read_text("utf-8"))
 exam = next(e for e in exams if e["organ"] == "liver")
-picture = work / "exams" / exam["image"][0]
-print(exam["conversations"][-1]["value"])
-exam_sheet([picture])
+picture = Path(PICTURE) if PICTURE else work / "exams" / exam["image"][0]
+sheet = exam_sheet([picture], height=360)
+if not PICTURE:
+    print(exam["conversations"][-1]["value"])
+sheet
 
 # %% [markdown]
 # ## The model
 #
 # `MODEL` is a folder in Hugging Face's form, one that `echovlm convert` made, or a training run. Where
-# it is empty, a model of 1.4 M parameters is trained here. `crop=True` cuts DICOM frames to their
-# ultrasound regions; of a PNG it says that it can't.
+# it is empty, a model of 1.4 M parameters is trained here, from `EXAMS` synthetic exams: first
+# `DIAGNOSIS_STEPS` (called alignment below), then `REPORT_STEPS` (instruction). That takes most of this
+# notebook's minutes, and is kept: the next time it is found. Other sizes need another `WORK`.
+#
+# `crop=True` cuts DICOM frames to their ultrasound regions; of a PNG it says that it can't. A model reads
+# pictures at the size that it was trained with: `MAX_PIXELS` 0. For the small one that is about 10,000
+# pixels, a thumbnail.
 
 # %%
 if SHORT:
@@ -109,6 +123,9 @@ model = load_model(folder, quantize=QUANTIZE or None, crop=True, max_pixels=MAX_
 
 # %% [markdown]
 # ## A report, as it is written
+#
+# The first answer compiles the model, which takes longer than the answer. **The small model is often
+# wrong**: compare with the report above.
 
 # %%
 asked = "Read this ultrasound image and write the report: findings first, then the impression."
@@ -123,22 +140,26 @@ print(f"\n\n{report['new_tokens']} tokens, {report['decode_tokens_per_second']:.
 # %% [markdown]
 # ## A diagnosis
 #
-# Greedy decoding gives the likeliest name. Sampling shows what else the model holds possible.
+# Always taking the likeliest word gives the likeliest name. Drawing words by their probabilities, eight
+# times, shows what else the model holds possible. That all agree does not make them right: of a picture
+# of nothing they may agree as well.
 
 # %%
 question = "What is the diagnosis in this ultrasound image? The name alone."
 diagnosis = model.generate([picture], question, max_new_tokens=32)["text"]
-others = {
+others = Counter(
     model.generate([picture], question, max_new_tokens=32, temperature=1.0, seed=seed)["text"]
     for seed in range(8)
-}
-print(f"{diagnosis}\nof eight samples: {', '.join(sorted(others))}")
+)
+print(f"the likeliest: {diagnosis!r}\nof eight draws:")
+for name, count in others.most_common():
+    print(f"  {count} × {name!r}")
 
 # %% [markdown]
 # ## A conversation about the same exam
 #
 # `Chat` keeps what was said. The images stand before the first question. The small model has seen one
-# question an exam in training, so its later answers mean little.
+# question an exam in training: its later answers show that the conversation is kept, and nothing else.
 
 # %%
 chat = Chat(model, [picture])
@@ -148,20 +169,25 @@ for question_of_turn in (question, "Where is it?", "Write the report of this ult
 # %% [markdown]
 # ## Where it looked
 #
-# One part of the picture after the other is made grey. Where the answer becomes less likely without a
-# part, it is red. This is what the answer depends on; it is no proof of a reason.
+# One part of the picture after the other is made grey, at most 8 × 8, each an image token or more. Where
+# the answer becomes less likely without a part, it is red: full red where half of its probability goes.
+# A pale picture depends on no part alone. This is what the answer depends on; it is no proof of a
+# reason, and grey where all was black is something new as well.
 
 # %%
 inputs = model.prepare([picture], question, max_new_tokens=32)
 heat = where_looked(model, inputs, diagnosis or "normal", cells=8)[0]
-print(f"the largest loss of a part: {heat.max():.2f} nats, of the answer {diagnosis!r}")
+print(f"{heat.shape[1]} × {heat.shape[0]} parts, of the answer {diagnosis!r}")
+print(f"without the one that counts most it is {1 - math.exp(-max(0, heat.max())):.0%} less likely")
 overlay(load_media(picture), heat)
 
 # %% [markdown]
 # ## Which experts answered
 #
-# Every token goes to two experts in each layer. Red: more than an even share; blue: less. The
-# coefficient says how much the mixture counts beside the dense path.
+# Every token, of the picture, of the question with its chat template, and of the answer, goes to two
+# experts in each layer. A column is an expert: white is an even share, red more, blue less; an answer of
+# few tokens can't use all. The coefficient is the mixture's share of a layer: of 0.67, a third is the
+# dense path's.
 
 # %%
 read = read_answer(model, inputs, diagnosis or "normal")
@@ -178,19 +204,23 @@ heatmap(mixture.shares, KINDS)
 #
 # A synthetic loop of a heart. The yellow outline is the ultrasound region that the header states: what
 # lies outside, on a real machine often a name, is cut away before the model sees it. Nothing else of a
-# header is shown, logged or kept. The small model has seen hearts in stills alone.
+# header is shown, logged or kept. All frames are read, in pairs; four are shown. The small model has seen
+# hearts in stills alone: of a loop expect nonsense. `LOOP` is a file of your own.
 
 # %%
-loop = next(work / "exams" / name for e in exams for name in e["image"] if name.endswith(".dcm"))
+cines = [work / "exams" / name for e in exams for name in e["image"] if name.endswith(".dcm")]
+loop = Path(LOOP) if LOOP else cines[0]
 print(model.generate([loop], asked, max_new_tokens=NEW_TOKENS)["text"])
 exam_sheet([loop])
 
 # %% [markdown]
 # ## DICOM: real files
 #
-# A still and a loop that come with pydicom. They were scaled down, and their headers state regions of
-# the old size: such a region can't be used, and a line says so. `crop="require"` refuses such a file.
-# For the small model these exams are OUTSIDE what it was trained on: expect nonsense.
+# A still and a loop that come with pydicom. They were made smaller, and their headers state regions of
+# the old size. Such a region can't be used: all of the picture is read, with what is written in it (the
+# package's guide to data has how to find and blacken that), and a line says so. `crop="require"` refuses
+# such a file. For the small model these exams are OUTSIDE what it was trained on: expect nonsense, in
+# fluent sentences too, about an organ that is not there.
 
 # %%
 still, cine = example_exam().with_name("examples_palette.dcm"), example_exam()

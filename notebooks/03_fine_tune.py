@@ -59,11 +59,15 @@ if SHORT := os.environ.get("ECHOVLM_NOTEBOOK") == "short":  # as the tests run i
     OWN_EXAMS, STEPS, SEQ_LEN = 24, 1, 256  # of which a token is a byte
 
 # %%
+from echovlm_jax.cli.frame import look_for_no_tpu
+
+look_for_no_tpu()  # before anything imports jax
+
+# %%
 import json
 import time
 from pathlib import Path
 
-from echovlm_jax.cli.frame import look_for_no_tpu
 from echovlm_jax.convert.peft import export_adapter
 from echovlm_jax.data.build import Options, build, validate
 from echovlm_jax.data.dataset import open_dataset
@@ -79,7 +83,6 @@ from echovlm_jax.train.config_file import load_config, own_config
 from echovlm_jax.train.loop import train
 
 began = time.monotonic()
-look_for_no_tpu()
 keep_freed_memory()
 work = Path(WORK)
 

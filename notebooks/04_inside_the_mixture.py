@@ -55,11 +55,15 @@ if SHORT := os.environ.get("ECHOVLM_NOTEBOOK") == "short":  # as the tests run i
     READ = 3
 
 # %%
+from echovlm_jax.cli.frame import look_for_no_tpu
+
+look_for_no_tpu()  # before anything imports jax
+
+# %%
 import time
 from pathlib import Path
 
 from echovlm_jax import load_model
-from echovlm_jax.cli.frame import look_for_no_tpu
 from echovlm_jax.data.dataset import open_dataset
 from echovlm_jax.demo import make_checkpoint, small_model
 from echovlm_jax.evaluate.mixture import (
@@ -74,7 +78,6 @@ from echovlm_jax.processing.sheet import exam_sheet
 from echovlm_jax.train.heatmap import heatmap
 
 began = time.monotonic()
-look_for_no_tpu()
 keep_freed_memory()
 work = Path(WORK)
 

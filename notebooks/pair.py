@@ -41,7 +41,6 @@ def notebook(text: Path) -> str:
     whole = {
         "cells": cells,
         "metadata": {
-            "accelerator": "GPU",
             "colab": {"provenance": []},
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},

@@ -124,14 +124,16 @@ def overlay(picture: np.ndarray, heat: np.ndarray, *, width: int = 320) -> Image
     """A picture with what `where_looked` found drawn over it in red: the more, the redder.
 
     Args:
-      picture: uint8 [H, W, 3]; of a video one frame.
-      heat: [rows, columns]; values below 0 are drawn as 0.
+      picture: uint8 [H, W, 3]; of a loop, [T, H, W, 3], the frame in the middle is shown.
+      heat: [rows, columns], nats; values below 0 are drawn as 0. Full red is the largest of them,
+        and at least log 2, which halves the answer's probability.
       width: of the result, px.
     """
+    picture = picture[len(picture) // 2] if picture.ndim == 4 else picture
     height = max(1, round(width * picture.shape[0] / picture.shape[1]))
     base = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
     shown = np.clip(heat, 0.0, None)
-    shown = 255 * shown / shown.max() if shown.max() > 0 else shown
+    shown = 255 * shown / max(float(np.log(2)), shown.max())
     mask = Image.fromarray((0.6 * shown).astype(np.uint8)).resize(
         (width, height), Image.Resampling.NEAREST
     )

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw
 
-CELL, GAP, LABEL, LINE = 18, 10, 92, 14  # pixels
+CELL, GAP, LABEL, LINE = 18, 10, 92, 14  # pixels; a panel has two lines of text above it
 
 
 def heatmap(loads: Float[np.ndarray, "L O E"], organs: Sequence[str]) -> Image.Image:
@@ -18,19 +18,22 @@ def heatmap(loads: Float[np.ndarray, "L O E"], organs: Sequence[str]) -> Image.I
       organs: their names.
 
     Returns:
-      A picture with a row of panels, a panel a layer (at most eight panels in a row).
+      A picture with a row of panels, a panel a layer (at most eight panels in a row), a column an
+      expert, by its number.
     """
     layers, count, experts = loads.shape
     across = min(layers, 8)
     down = -(-layers // across)
-    panel = (experts * CELL + GAP, count * CELL + LINE + GAP)
+    panel = (experts * CELL + GAP, count * CELL + 2 * LINE + GAP)
     size = (LABEL + across * panel[0], down * panel[1] + GAP)
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for layer in range(layers):
         x0 = LABEL + layer % across * panel[0]
-        y0 = layer // across * panel[1] + LINE
-        draw.text((x0, y0 - LINE), f"layer {layer}", fill="black")
+        y0 = layer // across * panel[1] + 2 * LINE
+        draw.text((x0, y0 - 2 * LINE), f"layer {layer}", fill="black")
+        for e in range(experts):
+            draw.text((x0 + e * CELL + 5, y0 - LINE), str(e), fill="black")
         for o in range(count):
             if layer % across == 0:
                 draw.text((2, y0 + o * CELL + 2), organs[o][:14], fill="black")
