@@ -7,6 +7,7 @@ models are in its package, and no picture leaves this machine). What a text says
 """
 
 import functools
+import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -294,6 +295,9 @@ def _reader() -> Callable[[np.ndarray], Read]:
     """OCR of a picture uint8 BGR [H, W, 3]. One thread: the same boxes on every machine, and
     `data build` has its own processes."""
     engine()
+    # Since 1.29 its wheels for Linux report what they run to their maker (onnxruntime #27379), and
+    # leave a file in the folder for temporary ones. It is read when the library is loaded.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import rapidocr  # pyright: ignore[reportMissingImports]
     from rapidocr.utils.process_img import (  # pyright: ignore[reportMissingImports]
         map_boxes_to_original,

@@ -2,6 +2,9 @@
 
 import functools
 import importlib.metadata
+import os
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -223,3 +226,30 @@ def test_a_name_in_one_frame_is_black_in_all(ocr, capfd, caplog):
     assert frames[1][strokes].any()  # what was given stays as it was
     said = "".join(capfd.readouterr()) + caplog.text
     assert "KOWALSKI" not in said and "Anna" not in said
+
+
+_LOOKS = """
+import socket, sys
+import numpy as np
+
+def no(*args, **words):
+    raise AssertionError("a connection")
+
+socket.socket.connect = no
+from echovlm_jax.processing.burned_in import found
+found(np.zeros((120, 160, 3), np.uint8))
+"""
+
+
+def test_ocr_reports_to_nobody(tmp_path):
+    """Its engine does, where nothing says otherwise: it then leaves a file of its own."""
+    pytest.importorskip("rapidocr", reason="the extra `ocr` is not installed")
+    without = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")
+    env = {name: value for name, value in os.environ.items() if name not in without}
+    paths = os.pathsep.join(sys.path)
+    subprocess.run(
+        [sys.executable, "-c", _LOOKS],
+        env={**env, "TMPDIR": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": paths},
+        check=True,
+    )
+    assert [path.name for path in tmp_path.rglob("*")] == []
