@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from echovlm_jax.cards import CARDS
 from echovlm_jax.errors import InputError
 
 GIB = 2**30
@@ -22,6 +23,9 @@ class Chip:
     and bytes/s. `ici_rate` counts both directions of all links to other chips of a slice.
     `usable_hbm` is what the compiler lets one device's program have: the limit that libtpu 0.0.52
     names when it refuses a program that is too large. On GPUs nothing plays that part.
+    `network_rate` is what reaches one chip from other slices, or other hosts' cards, one direction:
+    a TPU's share of the data centre's network; of cards the adapter that a node of the maker's has
+    for each (HDR or NDR InfiniBand).
     """
 
     name: str
@@ -31,6 +35,7 @@ class Chip:
     ici_rate: float | None
     usable_hbm: int | None
     devices: int = 1
+    network_rate: float | None = None
 
     @property
     def device_hbm(self) -> int:
@@ -46,11 +51,17 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", 275e12, 32 * GIB, 1_200e9, None, _limit(15.25), devices=2),
-        Chip("v5e", 197e12, 16 * 10**9, 819e9, 400e9, _limit(15.75)),
-        Chip("v5p", 459e12, 95 * 10**9, 2_765e9, 1_200e9, _limit(95.73)),
-        Chip("v6e", 918e12, 32 * 10**9, 1_638e9, 800e9, _limit(31.24)),
+        Chip("v5e", 197e12, 16 * 10**9, 819e9, 400e9, _limit(15.75), network_rate=25e9 / 8),
+        Chip("v5p", 459e12, 95 * 10**9, 2_765e9, 1_200e9, _limit(95.73), network_rate=50e9 / 8),
+        Chip("v6e", 918e12, 32 * 10**9, 1_638e9, 800e9, _limit(31.24), network_rate=100e9 / 8),
         Chip("tpu7x", 2_307e12, 192 * GIB, None, None, _limit(94.74), devices=2),
-        Chip("h100", 989e12, 80 * 10**9, 3_350e9, 900e9, None),
+        # In float32, as `defaults` has it: it has no bfloat16 (float16: 65e12).
+        Chip("t4", 8.1e12, 16 * 10**9, 320e9, 32e9, _limit(14.7)),
+        Chip("l4", 121e12, 24 * 10**9, 300e9, 64e9, None),
+        Chip("a100", 312e12, 80 * 10**9, 2_039e9, 600e9, None, network_rate=200e9 / 8),
+        Chip("h100", 989e12, 80 * 10**9, 3_350e9, 900e9, None, network_rate=400e9 / 8),
+        Chip("h200", 989e12, 141 * 10**9, 4_800e9, 900e9, None, network_rate=400e9 / 8),
+        Chip("b200", 2_250e12, 180 * 10**9, 8_000e9, 1_800e9, None, network_rate=400e9 / 8),
     )
 }
 
@@ -65,7 +76,12 @@ _KINDS = (
     ("tpu v5", "v5p"),
     ("tpu v4", "v4"),
     ("7x", "tpu7x"),
+    ("t4", "t4"),
+    ("l4", "l4"),
+    ("a100", "a100"),
     ("h100", "h100"),
+    ("h200", "h200"),
+    ("b200", "b200"),
 )
 
 
@@ -135,7 +151,7 @@ def topology(name: str, slices: int = 1) -> Topology:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", size):
         raise InputError(
             f"topology {name!r}: its size must be one to three numbers, such as {kind}:"
-            + {"v5e": "4x4", "v6e": "4x4", "h100": "8"}.get(kind, "2x2x4")
+            + {"v5e": "4x4", "v6e": "4x4"}.get(kind, "8" if kind in CARDS else "2x2x4")
         )
     chips = slices * math.prod(int(side) for side in size.split("x"))
     return Topology(name, CHIPS[kind], chips, chips * CHIPS[kind].devices)
@@ -147,6 +163,7 @@ class Roofline(NamedTuple):
     compute: float
     hbm: float | None
     ici: float | None
+    network: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -159,7 +176,14 @@ class Roofline(NamedTuple):
         return max(self._fields, key=lambda field: getattr(self, field) or 0.0)
 
 
-def roofline(*, flops: float, hbm_bytes: float, collective_bytes: float, chip: Chip) -> Roofline:
+def roofline(
+    *,
+    flops: float,
+    hbm_bytes: float,
+    collective_bytes: float,
+    chip: Chip,
+    network_bytes: float = 0.0,
+) -> Roofline:
     """The shortest time that one device's work can take.
 
     Args:
@@ -167,15 +191,16 @@ def roofline(*, flops: float, hbm_bytes: float, collective_bytes: float, chip: C
       hbm_bytes: what goes between the device and its memory.
       collective_bytes: what the device receives from others (`hlo.Module.collective_bytes`). Half
         of `ici_rate` is for receiving, over all links at once: a collective over one axis of a
-        torus that can't use every link takes longer. Slices joined by a data centre's network
-        (DCN), and hosts joined by one, are not modelled.
+        torus that can't use every link takes longer.
       chip: its rates are shared by its devices.
+      network_bytes: what it receives from other slices or hosts (`hlo.Module.network_bytes`).
     """
     share = 1 / chip.devices
     return Roofline(
         compute=flops / (chip.flops * share),
         hbm=None if chip.hbm_rate is None else hbm_bytes / (chip.hbm_rate * share),
         ici=None if chip.ici_rate is None else collective_bytes / (chip.ici_rate / 2 * share),
+        network=None if chip.network_rate is None else network_bytes / (chip.network_rate * share),
     )
 
 

@@ -29,7 +29,7 @@ def test_names(name, chip, chips, devices):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9:4x4", "'v9' is unknown; choose among v4, v5e, v5p, v6e, tpu7x, h100"),
+        ("v9:4x4", "'v9' is unknown; choose among v4, v5e, v5p, v6e, tpu7x, t4, l4, a100"),
         ("", "'' is unknown"),
         ("v5e", "such as v5e:4x4"),
         ("v5e:4x", "such as v5e:4x4"),
@@ -70,7 +70,7 @@ def test_a_device_has_what_it_can_compute(platform, capability, attention, dtype
 def test_roofline():
     # 197 TFLOP/s, 819 GB/s, and 200 of 400 GB/s for receiving.
     bound = roofline(flops=394e12, hbm_bytes=819e9, collective_bytes=100e9, chip=CHIPS["v5e"])
-    assert tuple(bound) == (2.0, 1.0, 0.5)
+    assert bound == (2.0, 1.0, 0.5, 0.0)
     assert (bound.seconds, bound.limit) == (2.0, "compute")
     assert mfu_upper_bound(197e12, bound, CHIPS["v5e"]) == pytest.approx(0.5)
     slow = roofline(flops=394e12, hbm_bytes=819e9, collective_bytes=800e9, chip=CHIPS["v5e"])
@@ -80,7 +80,7 @@ def test_roofline():
 
 def test_a_device_that_is_half_a_chip():
     bound = roofline(flops=137.5e12, hbm_bytes=600e9, collective_bytes=1e12, chip=CHIPS["v4"])
-    assert tuple(bound) == (1.0, 1.0, None)  # the network of a v4 isn't in the table
+    assert bound == (1.0, 1.0, None, None)  # the network of a v4 isn't in the table
     assert mfu_upper_bound(137.5e12, bound, CHIPS["v4"]) == pytest.approx(1.0)
     assert roofline(flops=0, hbm_bytes=1, collective_bytes=0, chip=CHIPS["tpu7x"]).hbm is None
 

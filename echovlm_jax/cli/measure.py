@@ -31,6 +31,9 @@ SERVING = {
 def _plan(args: argparse.Namespace) -> Result:
     for name, value in COMPILER_ONLY.items():
         os.environ.setdefault(name, value)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_autotune_level" not in flags:  # choosing kernels by trying them needs a card
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
     from echovlm_jax.plan import Serving, plan
     from echovlm_jax.train.config_file import load_config
 
@@ -58,8 +61,9 @@ def add_plan(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "compile a configuration's step for a TPU slice that isn't here and say what it needs; "
-        "exit code 1 if it does not fit. --config.KEY=VALUE changes a key of the configuration",
+        "compile a configuration's step for a TPU slice, or NVIDIA cards, that aren't here and say "
+        "what it needs; exit code 1 if it does not fit. --config.KEY=VALUE changes a key of the "
+        "configuration",
         "echovlm plan --config configs/full_finetune.py --topology v5e:4x4\n"
         "  echovlm plan --config configs/full_finetune.py --topology v5p:4x4x8 --rows-per-chip 2 "
         "--config.remat=full\n"
@@ -71,7 +75,10 @@ def add_plan(commands: Any) -> None:
         "--config", type=LOCAL, required=True, metavar="F.py", help="a file as in configs/"
     )
     command.add_argument(
-        "--topology", required=True, metavar="T", help="generation:shape, e.g. v5e:4x4"
+        "--topology",
+        required=True,
+        metavar="T",
+        help="generation:shape, e.g. v5e:4x4; or cards, h100:8, or hosts × cards, h100:4x8",
     )
     command.add_argument(
         "--slices",

@@ -10,7 +10,10 @@ import functools
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from echovlm_jax.plan.hlo_loops import Loop, count_runs
 from echovlm_jax.plan.hlo_memory import COLLECTIVES, SCHEDULING, START, arrays_made, traffic
@@ -32,6 +35,9 @@ class Collective(NamedTuple):
     result · (n-1)/n; reduce-scatter operand · (n-1)/n; all-reduce 2 · operand · (n-1)/n; all-to-all
     operand · (n-1)/n; collective-permute and broadcast the result. A ragged all-to-all moves what
     sizes at run time say: an even load is assumed, operand · (n-1)/n.
+
+    `network_bytes` is the part that comes from other granules (slices, or hosts), where a group's
+    n = m · g devices are in g of them: first among the m, then each device for its 1/m among the g.
     """
 
     kind: str
@@ -41,6 +47,7 @@ class Collective(NamedTuple):
     result_bytes: float
     op_name: str
     count: int
+    network_bytes: float = 0.0
 
 
 class CustomCall(NamedTuple):
@@ -127,17 +134,23 @@ class Module(NamedTuple):
         return {kind: dict(dtypes) for kind, dtypes in total.items()}
 
     @property
+    def network_bytes(self) -> float:
+        """What one device receives from other granules."""
+        return sum(c.network_bytes * c.count for c in self.collectives)
+
+    @property
     def unknown_loops(self) -> tuple[str, ...]:
         """Loops whose turns can't be read; their bodies counted once."""
         return tuple(loop.name for loop in self.loops if loop.trips is None)
 
 
-def read(text: str, *, buffers: int = 20) -> Module:
+def read(text: str, *, buffers: int = 20, granules: Sequence[int] = ()) -> Module:
     """Reads a compiled module.
 
     Args:
-      text: `compiled.as_text()`, of CPU or TPU.
+      text: `compiled.as_text()`, of CPU, TPU or GPU.
       buffers: how many of the largest arrays, and of the largest transfers, to return.
+      granules: the slice or host of each device, in the mesh's order; empty: all are in one.
 
     Raises:
       ValueError: the text has no ENTRY computation.
@@ -155,7 +168,9 @@ def read(text: str, *, buffers: int = 20) -> Module:
                 matmuls.append(Matmul(i.op_name, flops, count))
             elif (kind := i.opcode.removesuffix("-start")) in COLLECTIVES:
                 if _begins(i, here):
-                    collectives.append(_collective(kind, i, here, module.devices, count, fused))
+                    found = _collective(kind, i, here, module.devices, count, fused)
+                    crossing = _crossing(found, _groups(i, module.devices), granules)
+                    collectives.append(found._replace(network_bytes=crossing))
             elif i.opcode == "custom-call" and i.attribute("custom_call_target") is not None:
                 call = _custom_call(i, here, count)
                 calls += [call] if call.target not in SCHEDULING else []
@@ -304,25 +319,84 @@ def _only_sliced(i: Instruction, here: Computation) -> bool:
     return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
+def _crossing(
+    collective: Collective, groups: list[tuple[int, ...]], granules: Sequence[int]
+) -> float:
+    """What one device receives from other granules: on average where groups are unlike."""
+    if len(set(granules)) < 2:
+        return 0.0
+    sent = sum(shape.bytes for shape in collective.operands)
+    if collective.kind in (
+        "collective-permute",
+        "collective-broadcast",
+    ):  # pairs, or from the first
+        pairs = [(group[0], other) for group in groups for other in group[1:]]
+        return sent * sum(granules[a] != granules[b] for a, b in pairs) / len(granules)
+    total = 0.0
+    for group in groups:
+        g = len({granules[device] for device in group})
+        m, share = len(group) / g, (g - 1) / g
+        each = {
+            "all-gather": collective.result_bytes / m,
+            "reduce-scatter": sent / m,
+            "all-reduce": 2 * sent / m,
+        }.get(collective.kind, sent)
+        total += len(group) * each * share
+    return total / sum(len(group) for group in groups)
+
+
 def _group_size(i: Instruction, devices: int) -> int:
-    """Devices that take part in one group; of a permute, those that receive something.
+    """Devices that take part in one group; of a permute, those that receive something."""
+    groups = _groups(i, devices)
+    if "source_target_pairs" in i.rest:
+        return len({target for _, target in groups})
+    return len(groups[0])
+
+
+def _groups(i: Instruction, devices: int) -> list[tuple[int, ...]]:
+    """Who takes part together; of a permute, pairs of (source, target).
 
     Groups come as lists, {{0,1},{2,3}}; counted, [2,8]<=[8,2]T(1,0) (2 groups of 8); by mesh axes,
-    mesh['x'=8,'y'=2] {'x'}, where 'x':(2)4 is a piece of an axis, of size 4; {} is everybody.
+    mesh['x'=8,'y'=2] {'x'}, where 'x':(2)4 is a piece of an axis, of size 4, after the 2 before it;
+    {} is everybody.
     """
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", i.rest)
-    if pairs:
-        return len(set(re.findall(r",(\d+)(?:\}|$)", pairs[1])))
-    counted = re.search(r"replica_groups=\[(\d+(?:,\d+)*)\]<=", i.rest)
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", i.rest)
+    if listed:
+        inner = re.findall(r"\{([\d,]+)\}", listed[1])
+        return [tuple(int(n) for n in group.split(",")) for group in inner]
+    counted = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", i.rest)
     if counted:
-        return int(counted[1].split(",")[-1])
+        shape, dims, order = (
+            [int(n) for n in (part or "").split(",") if n] for part in counted.groups()
+        )
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        ids = ids.transpose(order) if order else ids
+        return [tuple(group) for group in ids.reshape(-1, shape[-1]).tolist()]
     named = re.search(r"replica_groups=@?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", i.rest)
     if named:
-        sizes = dict(re.findall(r"([^\s,=]+)=(\d+)", named[1]))
-        axes = [axis.split(":(") for axis in named[2].replace(" ", "").split(",")]
-        return math.prod(int(a[1].split(")")[1]) if a[1:] else int(sizes[a[0]]) for a in axes)
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", i.rest)
-    return len(listed[1].split(",")) if listed else devices
+        return _mesh_groups(named[1], named[2])
+    return [tuple(range(devices))]
+
+
+def _mesh_groups(mesh: str, axes: str) -> list[tuple[int, ...]]:
+    sizes = {name: int(size) for name, size in re.findall(r"([^\s,=]+)=(\d+)", mesh)}
+    dims: list[int] = []
+    chosen: list[int] = []
+    pieces = dict(
+        part.split(":") if ":" in part else (part, "") for part in re.split(r",\s*", axes)
+    )
+    for name, size in sizes.items():
+        if pieces.get(name):
+            before, own = (int(n) for n in re.findall(r"\d+", pieces[name]))
+            chosen.append(len(dims) + 1)
+            dims += [before, own, size // before // own]
+        else:
+            chosen += [len(dims)] if name in pieces else []
+            dims.append(size)
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    group = math.prod(dims[axis] for axis in chosen)
+    last = range(len(dims) - len(chosen), len(dims))
+    return [tuple(g) for g in np.moveaxis(ids, chosen, last).reshape(-1, group).tolist()]
 
 
 def _custom_call(i: Instruction, here: Computation, count: int) -> CustomCall:

@@ -10,6 +10,9 @@ from echovlm_jax.plan.hlo_text import Shape
 # forward; going back q·k again, and what each gradient needs.
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 _BLOCK = 512  # ops/splash.py's blocks of scores: those without a common segment are skipped
+# The same of JAX's kernel for NVIDIA's cards, which skips nothing but a causal half. Going back it
+# walks twice over the scores: k and v take q·k, v·gradient and two more, q those two and one.
+_MHA = {"forward": 2, "backward": 7}
 
 
 def kernel_flops(call: CustomCall, frame_patches: int) -> float:
@@ -24,6 +27,10 @@ def kernel_flops(call: CustomCall, frame_patches: int) -> float:
     """
     if call.flops:
         return call.flops * call.count
+    if mha := re.search(r"/mha_(forward|backward)/", call.op_name):
+        batch, length, heads, dim = call.operands[0].dims
+        seen = length if "/vision/" in call.op_name else length / 2
+        return _MHA[mha[1]] * 2.0 * batch * heads * length * dim * seen * call.count
     # A kernel in a loop over rows has no name of its own, but its place in the program names it.
     kind = re.search(r"splash_mha_(fwd|dq|dkv)", f"{call.name} {call.op_name}")
     if kind is None:

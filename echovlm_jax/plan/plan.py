@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from echovlm_jax.cards import CARDS, card_devices
 from echovlm_jax.chips import Topology, mfu_upper_bound, roofline, topology
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.review import expected_filling
@@ -49,12 +50,12 @@ def plan(
 
     Args:
       config: as the files in configs/ return it.
-      topology_name: such as v5e:4x4. The caller has set libtpu's environment
-        (`mesh.topology_devices`).
+      topology_name: such as v5e:4x4, h100:8 or h100:4x8 (hosts × cards). The caller has set the
+        compiler's environment (`mesh.topology_devices`, `cards.card_devices`).
       step: train; or what generation runs: prefill (one prompt, and into the state of all rows) or
         decode (one token of each row).
       slices: how many of that topology, joined by a slower network; config.mesh.dcn says over
-        which axis. What travels between slices is counted, at the rate of a slice's own network.
+        which axis. What travels between slices, or hosts' cards, counts at that network's rate.
       rows_per_chip: replaces global_batch_size, or serving.rows, by this many rows for each chip.
       model: sizes, where they are not config.model's.
       serving: the sizes of generation.
@@ -75,7 +76,12 @@ def plan(
     if rows_per_chip is not None:
         config.global_batch_size = rows_per_chip * place.chips
         serving = dataclasses.replace(serving, rows=rows_per_chip * place.chips)
-    devices = topology_devices(topology_name, slices)
+    kind, _, size = topology_name.partition(":")
+    if kind in CARDS:
+        chip = place.chip
+        devices = card_devices(kind, chip.hbm, chip.hbm_rate or 0.0, size, slices)
+    else:
+        devices = topology_devices(topology_name, slices)
     if step == "train":
         planned = training(config, devices, model)
     else:
@@ -124,14 +130,23 @@ def _read(
 ) -> dict[str, Any]:
     chip, per_chip = place.chip, place.chip.devices
     memory: Any = compiled.memory_analysis()
-    module = hlo.read(compiled.as_text() or "")
+    devices = planned.mesh.devices.flat
+    # Hosts' cards are joined by a network, a slice's hosts are not.
+    granules = [d.slice_index if d.platform == "tpu" else d.process_index for d in devices]
+    module = hlo.read(compiled.as_text() or "", granules=granules)
     frame = planned.work.frame_patches or planned.work.max_patches
     kernels = sum(kernel_flops(call, frame) for call in module.custom_calls)
     flops = module.matmul_flops + kernels
     wire = sum(module.collective_bytes.values())
-    bound = roofline(flops=flops, hbm_bytes=module.hbm_bytes, collective_bytes=wire, chip=chip)
+    bound = roofline(
+        flops=flops,
+        hbm_bytes=module.hbm_bytes,
+        collective_bytes=wire,
+        chip=chip,
+        network_bytes=module.network_bytes,
+    )
     share = useful.total / place.devices
-    serial = bound.compute + (bound.ici or 0.0)
+    serial = bound.compute + (bound.ici or 0.0) + (bound.network or 0.0)
     return {
         "hbm_per_chip": {
             "arguments": memory.argument_size_in_bytes * per_chip,
@@ -146,6 +161,7 @@ def _read(
         "collective_bytes_per_chip": {
             kind: size * per_chip for kind, size in module.collective_bytes.items()
         },
+        "network_bytes_per_chip": module.network_bytes * per_chip,
         "collective_dtypes_per_chip": {
             kind: {dtype: size * per_chip for dtype, size in dtypes.items()}
             for kind, dtypes in module.collective_dtypes.items()
@@ -154,6 +170,7 @@ def _read(
             "compute": bound.compute,
             "hbm": bound.hbm,
             "ici": bound.ici,
+            "network": bound.network if len(set(granules)) > 1 else 0.0,
         },
         "limit": bound.limit,
         "mfu_upper_bound": mfu_upper_bound(share, bound, chip),

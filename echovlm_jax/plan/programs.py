@@ -33,6 +33,10 @@ PRINTABLE: dict[str, Any] = {
 }
 
 
+def _printable(devices: Sequence[Any]) -> dict[str, Any]:
+    return dict(PRINTABLE) if devices[0].platform == "tpu" else {}
+
+
 @dataclass(frozen=True)
 class Serving:
     """What generation is planned for.
@@ -83,7 +87,7 @@ def training(config: Config, devices: Sequence[Any], model: ModelConfig | None) 
         {"parameters": (state.trainable, state.frozen), "optimizer": state.opt_state},
         count(state.frozen) + count(state.trainable["params"]),
         count(state.trainable),
-        functools.partial(program.compile, PRINTABLE),
+        functools.partial(program.compile, _printable(devices)),
     )
 
 
@@ -116,7 +120,7 @@ def generation(
                 lowered = lower_prefill(model, shapes, **common, **sizes)
             else:
                 lowered = lower_decode(model, shapes, **common)
-        return lowered.compile(dict(PRINTABLE))
+        return lowered.compile(_printable(devices))
 
     decode = step == "decode"
     return Planned(

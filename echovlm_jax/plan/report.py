@@ -46,6 +46,8 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         parts = r["collective_dtypes_per_chip"][kind].items()
         each = ", ".join(f"{dtype} {part / 1e9:.2f}" for dtype, part in parts)
         yield f"  {kind:<24}{size / 1e9:8.2f}  ({each})"
+    if r["network_bytes_per_chip"]:
+        yield f"  {'of it from other hosts':<24}{r['network_bytes_per_chip'] / 1e9:8.2f}"
     if "bytes_per_token" in r:
         yield from _reads(r)
     yield ""
@@ -57,8 +59,6 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         f" {r['mfu_without_overlap']:.1%} where the network waits for products"
     )
     yield from _padding(r)
-    if r["slices"] > 1:
-        yield "  (the network between slices is slower than ici: its part is underestimated)"
     yield f"compiled in {r['compile_seconds']:.0f} s to {r['code_bytes'] / 2**20:.0f} MiB of code"
     if r["unknown_loops"]:
         yield f"loops whose turns are unknown, counted once: {', '.join(r['unknown_loops'])}"

@@ -5,6 +5,7 @@ that its ways of writing are tested where it isn't installed.
 """
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from echovlm_jax.plan import hlo
-from echovlm_jax.plan.hlo_text import shapes
+from echovlm_jax.plan.hlo_text import Instruction, shapes
 
 MODULES = Path(__file__).parent / "hlo"
 
@@ -24,11 +25,14 @@ def tpu(name: str) -> hlo.Module:
     return hlo.read((MODULES / f"{name}.txt").read_text())
 
 
-def written(body: str, rest: str = "", header: str = "num_partitions=8") -> hlo.Module:
+def written(
+    body: str, rest: str = "", header: str = "num_partitions=8", granules: Sequence[int] = ()
+) -> hlo.Module:
     """A module whose entry computation has these lines."""
     entry = textwrap.indent(textwrap.dedent(body).strip(), "  ")
     return hlo.read(
-        f"HloModule m, {header}\n\n{textwrap.dedent(rest)}\nENTRY %main () -> () {{\n{entry}\n}}\n"
+        f"HloModule m, {header}\n\n{textwrap.dedent(rest)}\nENTRY %main () -> () {{\n{entry}\n}}\n",
+        granules=granules,
     )
 
 
@@ -401,3 +405,39 @@ def test_the_largest_buffers_come_first():
 def test_text_that_is_no_module():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.read("module @jit_f attributes {}\n")
+
+
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ("replica_groups={{0,4},{1,5}}", [(0, 4), (1, 5)]),
+        ("replica_groups=[2,4]<=[8]", [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups=mesh['x'=2,'y'=4] {'x'}", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups=mesh['x'=2,'y'=4] {'y':(2)2}", [(0, 1), (2, 3), (4, 5), (6, 7)]),
+        ("replica_groups=mesh['x'=8] {'x':(1)2}", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups={}", [tuple(range(8))]),
+    ],
+)
+def test_who_is_in_a_group(groups, members):
+    made = Instruction("g", "all-gather", "", (), f"all-gather(%p), {groups}, dimensions={{0}}")
+    assert hlo._groups(made, 8) == members
+
+
+@pytest.mark.parametrize(
+    ("granules", "groups", "n", "network"),
+    [
+        ([0] * 8, "[1,8]<=[8]", 8, 0),
+        ([0] * 4 + [1] * 4, "[2,4]<=[8]", 4, 0),  # each group in one
+        # Of 4,096 bytes half come from the other host; each of its 4 devices fetches a quarter.
+        ([0] * 4 + [1] * 4, "[1,8]<=[8]", 8, 4096 / 2 / 4),
+        ([0, 0, 1, 1, 2, 2, 3, 3], "[1,8]<=[8]", 8, 4096 * 3 / 4 / 2),
+        ([0] * 4 + [1] * 4, "[4,2]<=[2,4]T(1,0)", 2, 4096 / 2),  # nothing to share
+    ],
+)
+def test_what_comes_from_other_hosts(granules, groups, n, network):
+    body = f"""
+        %p = f32[{1024 // n}]{{0}} parameter(0)
+        ROOT %g = f32[1024]{{0}} all-gather(%p), replica_groups={groups}, dimensions={{0}}
+        """
+    assert written(body, granules=granules).network_bytes == network
