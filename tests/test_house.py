@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "config": set(),
     "ops": set(),
     "flops": {"config", "model"},
-    "chips": set(),
+    "cards": set(),
+    "chips": {"cards"},
     "mesh": {"config", "ops.layout"},
     "model": {"config", "ops"},
     "processing": {"config", "storage", "child"},
@@ -67,8 +68,8 @@ MAY_IMPORT = {
     "load": _LOAD,
     "evaluate": {"config", "data", "generate", "load", "processing", "storage", "progress"},
     "plan": {
-        *("config", "chips", "data", "flops", "mesh", "model", "quantize", "train", "generate"),
-        "progress",
+        *("cards", "config", "chips", "data", "flops", "mesh", "model", "quantize", "train"),
+        *("generate", "progress"),
     },
     "web": {"data", "evaluate", "generate", "phantom.words", "processing"},
     # The package's front door, and the commands that go the whole way.
@@ -80,7 +81,8 @@ MAY_IMPORT = {
 }
 NOBODY_IMPORTS = ("cli", "launch", "configs", "tests")
 # `storage.bucket`: the endpoint, as all clients of S3 read it, in worker processes too.
-READS_THE_OUTSIDE = ("cli", "launch", "storage.bucket")
+# `burned_in` tells its OCR engine, which listens to nothing else, to report to nobody.
+READS_THE_OUTSIDE = ("cli", "launch", "storage.bucket", "processing.burned_in")
 
 # Who has files of his own: datasets and users' pictures, `demo` its folder, `cli` the terminal,
 # `web` uploads, which it deletes.

@@ -130,9 +130,7 @@ def _read(
 ) -> dict[str, Any]:
     chip, per_chip = place.chip, place.chip.devices
     memory: Any = compiled.memory_analysis()
-    devices = planned.mesh.devices.flat
-    # Hosts' cards are joined by a network, a slice's hosts are not.
-    granules = [d.slice_index if d.platform == "tpu" else d.process_index for d in devices]
+    granules = _granules(planned.mesh)
     module = hlo.read(compiled.as_text() or "", granules=granules)
     frame = planned.work.frame_patches or planned.work.max_patches
     kernels = sum(kernel_flops(call, frame) for call in module.custom_calls)
@@ -189,6 +187,12 @@ def _read(
         "unknown_loops": list(module.unknown_loops),
         **_bytes_per_token(module, place, planned),
     }
+
+
+def _granules(mesh: jax.sharding.Mesh) -> list[int]:
+    """Of each device, the slice that it is in, or of cards the host: what a network joins."""
+    what = "slice_index" if mesh.devices.flat[0].platform == "tpu" else "process_index"
+    return [getattr(device, what, None) or 0 for device in mesh.devices.flat]
 
 
 def _bytes_per_token(module: hlo.Module, place: Topology, planned: Planned) -> dict[str, Any]:
