@@ -1,5 +1,10 @@
-"""The Qwen2-VL vision transformer and its merger: patches in, tokens of the decoder's width out."""
+"""The vision transformer and its merger: patches in, tokens of the decoder's width out.
 
+Qwen2-VL's (arXiv 2409.12191) and Qwen2.5-VL's (arXiv 2502.13923), which differ in fields of
+VisionConfig: the norm, the MLP, and layers whose patches attend in windows of their frame.
+"""
+
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,19 +15,33 @@ from jax.typing import DTypeLike
 
 from echovlm_jax.config import VisionConfig
 from echovlm_jax.model.compute import Compute
-from echovlm_jax.model.layers import LayerNorm, Linear, scan_layers
+from echovlm_jax.model.layers import (
+    GatedMLP,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    scan_kinds,
+    scan_layers,
+)
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.activations import quick_gelu
 from echovlm_jax.ops.attention.dispatch import attention
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.rope import RopeTable, apply_rope, vision_table
+from echovlm_jax.ops.windows import WindowOrder, take_cells, window_order
+
+EPS = 1e-6  # of all norms here, in both models
 
 
 class VisionAttention(nn.Module):
-    """Attention in both directions inside one frame: patches of equal segment id."""
+    """Attention in both directions among patches of equal segment id: of a frame, or a window.
+
+    `reach`: patches of the longest segment, where each is one run; see `ops.attention.dispatch`.
+    """
 
     config: VisionConfig
     compute: Compute = Compute()
+    reach: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, table: RopeTable, segments: Array) -> Array:
@@ -47,6 +66,7 @@ class VisionAttention(nn.Module):
             causal_offset=None,
             implementation=self.compute.attention,
             layout=layout,
+            reach=self.reach,
         )
         shape, axes = (c.width, *heads), (axes[2], *axes[:2])
         return Linear("BPNH,DNH->BPD", shape, axes, **place, name="proj")(out)
@@ -68,20 +88,34 @@ class VisionMLP(nn.Module):
         return Linear("BPF,DF->BPD", shape[::-1], axes[::-1], **place, name="fc2")(x)
 
 
+def norm(config: VisionConfig, name: str) -> nn.Module:
+    """A norm of the tower's width."""
+    if config.norm == "rms":
+        return RMSNorm(config.width, EPS, name=name)
+    return LayerNorm(config.width, EPS, name=name)
+
+
+def _mlp(config: VisionConfig, layout: Layout, name: str) -> nn.Module:
+    if config.mlp == "gated":
+        axes = ("vision_mlp", "vision_embed")
+        return GatedMLP(config.width, config.mlp_dim, layout, bias=True, axes=axes, name=name)
+    return VisionMLP(config, layout, name=name)
+
+
 class VisionBlock(nn.Module):
     """One pre-norm block, in nn.scan's form: (carry, shared inputs) → (carry, None)."""
 
     config: VisionConfig
     compute: Compute = Compute()
+    reach: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, table: RopeTable, segments: Array) -> tuple[Array, None]:
-        width, layout = self.config.width, self.compute.layout
+        c, layout = self.config, self.compute.layout
         x = layout.constrain(x, "batch", "length", None)
-        attn = VisionAttention(self.config, self.compute, name="attn")
-        x = x + attn(LayerNorm(width, name="norm1")(x), table, segments)
-        mlp = VisionMLP(self.config, layout, name="mlp")
-        x = x + mlp(LayerNorm(width, name="norm2")(x))
+        attn = VisionAttention(c, self.compute, self.reach, name="attn")
+        x = x + attn(norm(c, "norm1")(x), table, segments)
+        x = x + _mlp(c, layout, "mlp")(norm(c, "norm2")(x))
         return layout.constrain(x, "batch", "length", None), None
 
 
@@ -96,7 +130,7 @@ class Merger(nn.Module):
         c = self.config
         place: dict[str, Any] = {"bias": True, "layout": self.layout}
         wide = c.width * c.merge_unit
-        x = LayerNorm(c.width, name="ln_q")(x)
+        x = norm(c, "ln_q")(x)
         x = x.reshape(x.shape[0], x.shape[1] // c.merge_unit, wide)
         axes = ("merger_mlp", "merger_embed")
         x = Linear("BPD,FD->BPF", (wide, wide), axes, **place, name="fc1")(x)
@@ -128,6 +162,12 @@ class VisionEncoder(nn.Module):
         """
         c = self.config
         pixels = (c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
+        windows = None
+        if c.window is not None:
+            windows = window_order(segments, positions, window=c.window, unit=c.merge_unit)
+            # From here to the merger patches lie window by window. Frames stay where they are.
+            moved = (take_cells(x, windows.order) for x in (patches, positions, segments))
+            patches, positions, segments = moved
         x = patches.reshape(*patches.shape[:2], *pixels).astype(self.dtype)
         # C, Z, Y, X: channel, time, height, width of a patch, as the checkpoint's Conv3d has them.
         x = Linear(
@@ -138,7 +178,29 @@ class VisionEncoder(nn.Module):
             name="patch_embed",
         )(x)
         table = vision_table(positions, head_dim=c.head_dim)
+        x = self._blocks(x, table, segments, windows)
+        x = Merger(c, self.compute.layout, name="merger")(x)
+        return x if windows is None else take_cells(x, windows.back)
+
+    def _blocks(
+        self, x: Array, table: RopeTable, segments: Array, windows: WindowOrder | None
+    ) -> Array:
+        """All layers, each over frames or windows; one loop where they are of one kind."""
+        c, windowed = self.config, self.config.windowed
+        reach = None if c.window is None else c.window**2 * c.merge_unit
+        only = reach if all(windowed) else None
         broadcast = (nn.broadcast, nn.broadcast)
-        blocks = scan_layers(VisionBlock, c.depth, in_axes=broadcast, compute=self.compute)
-        x, _ = blocks(c, self.compute, name="blocks")(x, table, segments)
-        return Merger(c, self.compute.layout, name="merger")(x)
+        made = scan_layers(VisionBlock, c.depth, in_axes=broadcast, compute=self.compute)
+        blocks = made(c, self.compute, only, name="blocks")
+        ids = segments if windows is None or only is None else windows.ids
+        if self.is_initializing() or windows is None or len(set(windowed)) == 1:
+            return blocks(x, table, ids)[0]
+
+        def layer(variables: Any, x: Array, reach: int | None, ids: Array) -> Array:
+            return VisionBlock(c, self.compute, reach).apply(variables, x, table, ids)[0]
+
+        kinds = {
+            True: functools.partial(layer, reach=reach, ids=windows.ids),
+            False: functools.partial(layer, reach=None, ids=segments),
+        }
+        return scan_kinds([kinds[one] for one in windowed], blocks.variables, x, self.compute)
