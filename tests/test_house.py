@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "memory": set(),
     "config": set(),
     "ops": set(),
-    "flops": {"config", "model"},
+    "flops": {"config", "model", "ops"},  # of ops, how attention cuts its work
     "chips": set(),
     "mesh": {"config", "ops.layout"},
     "model": {"config", "ops"},

@@ -60,6 +60,11 @@ class VisionConfig:
         return self.window_size // (self.spatial_merge_size * self.patch_size)
 
     @property
+    def window_patches(self) -> int | None:
+        """Patches of a whole window; None without windows."""
+        return None if self.window is None else self.window**2 * self.merge_unit
+
+    @property
     def windowed(self) -> tuple[bool, ...]:
         """Of each layer, whether it attends in windows."""
         none = self.window_size is None

@@ -1,10 +1,9 @@
 """Parameter shells: a weight product, two norms, a gated MLP."""
 
 import functools
-import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -193,7 +192,8 @@ def scan_layers(
       compute: its `remat` says what the backward pass finds stored.
     """
     if compute.remat != "none":
-        layer = nn.remat(layer, **_remat(compute))
+        # A scan's body is compiled once: nothing there could be merged with its recomputation.
+        layer = nn.remat(layer, policy=REMAT[compute.remat], prevent_cse=False)
     return nn.scan(
         layer,
         variable_axes={"params": 0, "lora": 0},
@@ -202,48 +202,3 @@ def scan_layers(
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-
-
-def _remat(compute: Compute) -> dict[str, Any]:
-    # A scan's body is compiled once: nothing there could be merged with its recomputation.
-    return {"policy": REMAT[compute.remat], "prevent_cse": False}
-
-
-def scan_kinds(
-    layers: Sequence[Callable[..., Array]], variables: Any, x: Array, compute: Compute
-) -> Array:
-    """Layers of several kinds as loops: compile time grows with one period of kinds, not with L.
-
-    Where kinds repeat, as in seven of one and one of another four times over, an outer loop runs
-    over the periods, and in it a loop over each run of one kind. What is computed is then no more
-    than what each kind needs, which a condition inside of one loop would hide from the compiler.
-
-    Args:
-      layers: L functions (a layer's variables, x) → x; equal ones are of one kind.
-      variables: of `scan_layers`: every leaf has L in front.
-      x: the first layer's input.
-      compute: its `remat` as in `scan_layers`.
-    """
-    count = len(layers)
-    kinds = list(layers)
-    period = next(
-        n for n in range(1, count + 1) if count % n == 0 and kinds == kinds[:n] * (count // n)
-    )
-    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kinds[:period])]
-
-    def one_period(x: Array, variables: Any) -> tuple[Array, None]:
-        first = 0
-        for kind, length in runs:
-
-            def one(x: Array, variables: Any, kind: Callable[..., Array] = kind) -> Any:
-                return kind(variables, x), None
-
-            if compute.remat != "none":
-                one = jax.checkpoint(one, **_remat(compute))
-            part = jax.tree.map(lambda v, a=first, n=length: v[a : a + n], variables)
-            x, _ = jax.lax.scan(one, x, part)
-            first += length
-        return x, None
-
-    periods = jax.tree.map(lambda v: v.reshape(count // period, period, *v.shape[1:]), variables)
-    return jax.lax.scan(one_period, x, periods)[0]

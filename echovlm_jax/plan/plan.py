@@ -14,6 +14,7 @@ from echovlm_jax.data.settings import Settings
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import STEPS, Flops, model_flops
 from echovlm_jax.mesh import topology_devices
+from echovlm_jax.model.vision import WINDOWS_OR_FRAMES
 from echovlm_jax.plan import hlo
 from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.programs import Planned, Serving, generation, nbytes, training
@@ -124,7 +125,7 @@ def _read(
 ) -> dict[str, Any]:
     chip, per_chip = place.chip, place.chip.devices
     memory: Any = compiled.memory_analysis()
-    module = hlo.read(compiled.as_text() or "")
+    module = hlo.read(compiled.as_text() or "", branches=branches(planned.model))
     frame = planned.work.frame_patches or planned.work.max_patches
     kernels = sum(kernel_flops(call, frame) for call in module.custom_calls)
     flops = module.matmul_flops + kernels
@@ -172,6 +173,12 @@ def _read(
         "unknown_loops": list(module.unknown_loops),
         **_bytes_per_token(module, place, planned),
     }
+
+
+def branches(model: ModelConfig) -> hlo.Branches:
+    """How often a program of this model takes each branch of its conditions."""
+    windows = sum(model.vision.windowed) / model.vision.depth
+    return {WINDOWS_OR_FRAMES: (1 - windows, windows)}
 
 
 def _bytes_per_token(module: hlo.Module, place: Topology, planned: Planned) -> dict[str, Any]:

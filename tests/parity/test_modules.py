@@ -12,7 +12,7 @@ from echovlm_jax.config import MoEConfig  # noqa: E402
 from echovlm_jax.model.decoder import Attention, Context  # noqa: E402
 from echovlm_jax.model.layers import GatedMLP, LayerNorm, RMSNorm  # noqa: E402
 from echovlm_jax.model.moe import MoE  # noqa: E402
-from echovlm_jax.model.vision import Merger, VisionAttention, VisionMLP  # noqa: E402
+from echovlm_jax.model.vision import Merger, Places, VisionAttention, VisionMLP  # noqa: E402
 from echovlm_jax.ops.activations import quick_gelu  # noqa: E402
 from echovlm_jax.ops.moe.dispatch import load_balancing_loss  # noqa: E402
 from echovlm_jax.ops.rope import mrope_table, vision_table  # noqa: E402
@@ -116,7 +116,7 @@ def test_vision_attention_sees_only_its_frame(name, rng):
     segments = np.array([[1] * 4 + [2] * 8 + [0] * 2], np.int32)
     positions = rng.integers(0, 9, (1, 14, 2)).astype(np.int32)
     table = vision_table(jnp.asarray(positions), head_dim=dim)
-    ours = VisionAttention(config).apply(params, x, table, segments)
+    ours = VisionAttention(config).apply(params, x, table, Places(segments))
     cos, sin = (torch.from_numpy(np.concatenate([t, t], -1)[0]) for t in map(np.asarray, table))
     for a, b in ((0, 4), (4, 12)):
         expected = block(

@@ -62,10 +62,8 @@ def near_attention(
         scores = jnp.einsum("BWTKGH,BWSKH->BWKGTS", q, k, **wide) * dim**-0.5
         seen = q_ids[:, :, :, None] == kv_ids[:, :, None]
         scores += jnp.where(seen, 0, jnp.finfo(jnp.float32).min)[:, :, None, None]
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        total = jnp.einsum("BWKGTS->BWTKG", weights)[..., None]
-        out = jnp.einsum("BWKGTS,BWSKH->BWTKGH", weights.astype(v.dtype), v, **wide)
-        return (out / total).astype(v.dtype)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("BWKGTS,BWSKH->BWTKGH", weights, v, **wide).astype(v.dtype)
 
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     taken = [split(grouped), around(k), around(v), split(q_segments), around(kv_segments)]

@@ -11,10 +11,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Bool, Float, Int
 
 from echovlm_jax.ops import Array
-from echovlm_jax.ops.attention.kernels import RESIDUALS, pad_length
+from echovlm_jax.ops.attention.kernels import BLOCKS, RESIDUALS, near_block, pad_length
 
-# Rows and columns of a block of scores, the largest first; the kernel wants multiples of 128.
-BLOCKS = (512, 256, 128)
 LANES = 128
 # The fused backward kernel reads everything once for all three gradients, but writes one part of
 # the queries' gradient for every block of keys: more memory than it saves time in long sequences.
@@ -120,11 +118,6 @@ def block_size(length: int) -> int:
         if -length % block <= length // 8:
             return block
     return BLOCKS[-1]
-
-
-def near_block(reach: int) -> int:
-    """The smallest block that holds a segment of `reach` positions, else the largest."""
-    return next((block for block in BLOCKS[::-1] if reach <= block), BLOCKS[0])
 
 
 def _kernel(
