@@ -16,7 +16,7 @@ compiled program's count.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from echovlm_jax.config import ModelConfig
@@ -249,15 +249,13 @@ def _vision_scores(
     frame = (work.frame_patches if execution is None else None) or patches
     windows = sum(v.windowed)
     reach = v.window_patches or patches
-    window, how = min(reach, frame), execution
+    window = min(reach, frame)
     if execution is not None:  # the blocks of keys around a query's own, and not the whole row
         splash = execution.attention == "splash"
         window = min(AROUND * (near_block(reach) if splash else reach), patches)
-        if window < patches and not splash:
-            how = replace(execution, attention="blocks")
-    for name, layers, keys, form in (
-        ("vision attention scores", v.depth - windows, frame, execution),
-        ("vision window scores", windows, window, how),
+    for name, layers, keys in (
+        ("vision attention scores", v.depth - windows, frame),
+        ("vision window scores", windows, window),
     ):
         square = score_flops(
             rows=work.rows * layers,
@@ -268,7 +266,7 @@ def _vision_scores(
             causal=False,
         )
         if layers:
-            yield _scores(name, square, trains, form)
+            yield _scores(name, square, trains, execution)
 
 
 def _decoder(config: ModelConfig, work: Work, execution: Execution | None) -> Iterator[Term]:
