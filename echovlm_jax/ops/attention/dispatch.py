@@ -26,7 +26,6 @@ def attention(
     causal_offset: int | None,
     implementation: str = "xla",
     layout: Layout = Layout(),
-    query_block: int | None = None,
     reach: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention; softmax in float32.
@@ -68,7 +67,6 @@ def attention(
       causal_offset: None for attention in both directions.
       implementation: one of IMPLEMENTATIONS; `chips.defaults` names a device's.
       layout: how rows and heads are split over the mesh.
-      query_block: queries that "xla" computes at a time; None bounds the block's scores.
       reach: positions of the longest segment, where each is one run of them, but for padding;
         attention of a whole sequence in both directions alone. None: segments may be anything.
 
@@ -89,7 +87,6 @@ def attention(
         _local,
         causal_offset=causal_offset,
         implementation=implementation,
-        query_block=query_block,
         reach=reach,
     )
     split = layout.shard_map(local, [heads, heads, heads, rows, rows], heads)
@@ -119,7 +116,6 @@ def _local(
     *,
     causal_offset: int | None,
     implementation: str,
-    query_block: int | None,
     reach: int | None,
 ) -> Array:
     """Attention on one device. The kernels' modules are imported where one is wanted."""
@@ -138,7 +134,6 @@ def _local(
             q_segments=q_segments,
             kv_segments=kv_segments,
             causal_offset=causal_offset,
-            query_block=query_block,
             halves=mode == "halves",
         )
     if kernel == "splash":
