@@ -99,7 +99,7 @@ def _form(raw: Mapping[str, Any]) -> Form:
     return FORMS[kind]
 
 
-def _rope(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> tuple[tuple[int, ...], float]:
+def _rope(raw: Mapping[str, Any], nested: Mapping[str, Any]) -> tuple[Any, Any]:
     """(mrope_section, rope_theta)."""
     rope: dict[str, Any] = {}
     for part in (raw, nested):

@@ -68,7 +68,7 @@ class VisionAttention(nn.Module):
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         frames, windows = places
 
-        def attend(q: Array, k: Array, v: Array, ids: Array, reach: int | None = None) -> Array:
+        def attend(q: Array, k: Array, v: Array, ids: Any, reach: int | None = None) -> Array:
             return attention(
                 q,
                 k,
