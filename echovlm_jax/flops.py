@@ -5,8 +5,9 @@ Two counts, in floating-point operations of matrix products (a multiply-add is t
 `model_flops` is the useful work, the numerator of model FLOPs utilisation as PaLM (arXiv
 2204.02311, appendix B) counts it: every weight product and the attention scores; causal attention
 half of its square; the experts that a token goes to, not those that run; nothing that is computed
-twice. Padding counts like a full row's work; `Flops.used` is what is left without it. The backward
-pass costs what the trained parameters need: where all train, twice the forward.
+twice. A patch that attends in a window counts a whole one. Padding counts like a full row's work;
+`Flops.used` is what is left without it. The backward pass costs what the trained parameters need:
+where all train, twice the forward.
 
 `executed_flops` is what a program does with a given dispatch and attention: unused experts, the
 masked half of the scores, products that rematerialisation repeats. It is the one to compare with a
@@ -21,6 +22,8 @@ from typing import NamedTuple
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.errors import InputError
 from echovlm_jax.model import ParamSpec, param_specs
+from echovlm_jax.ops.attention.kernels import near_block
+from echovlm_jax.ops.attention.near import AROUND
 
 STEPS = ("train", "prefill", "decode")
 
@@ -84,7 +87,8 @@ class Execution:
       attention: "blocks" (all scores, and again in the backward pass), "whole" (all scores, once:
         XLA merges a single block's where it sees both passes side by side, in a model of one layer
         or under `remat`), or "splash" (half of the scores where causal; its two backward kernels
-        make them again).
+        make them again). Layers with windows: of the keys around a query alone, unless the row has
+        no more.
       remat: whether a layer's forward pass runs again in the backward pass.
       head_again: whether the logits are computed again in the backward pass.
     """
@@ -216,24 +220,16 @@ def _vision(config: ModelConfig, work: Work, execution: Execution | None) -> Ite
     trains = work.any_trains("vision/patch_embed", "vision/blocks")
     remat = execution is not None and execution.remat and trains
     # Nothing in the backward pass reads the last product's result: it is never repeated.
-    last = _products(config, "vision/blocks/mlp/fc2/")
-    rest = _products(config, "vision/blocks/attn/", "vision/blocks/mlp/fc1/")
+    ends = ("vision/blocks/mlp/fc2/", "vision/blocks/mlp/down/")
+    last = _products(config, *ends)
+    rest = _products(config, "vision/blocks/attn/", "vision/blocks/mlp/")
+    rest = {path: spec for path, spec in rest.items() if path not in last}
     yield _sum(
         "vision blocks",
         _weights("", rest, work.patches, work, trains, again=remat),
         _weights("", last, work.patches, work, trains),
     )
-    # Programs mask what lies in other segments; they don't know beforehand that they may skip it.
-    frame = (work.frame_patches if execution is None else None) or work.max_patches
-    square = score_flops(
-        rows=work.rows * v.depth,
-        heads=v.num_heads,
-        queries=work.max_patches,
-        keys=frame,
-        head_dim=v.head_dim,
-        causal=False,
-    )
-    yield _scores("vision attention scores", square, trains, execution)
+    yield from _vision_scores(config, work, execution, trains)
     before = trains or work.any_trains("vision/merger/ln_q")
     merged = work.patches / v.merge_unit
     between = before or work.any_trains(f"{merger}/fc1")
@@ -242,6 +238,35 @@ def _vision(config: ModelConfig, work: Work, execution: Execution | None) -> Ite
         _weights("", _products(config, f"{merger}/fc1/"), merged, work, before),
         _weights("", _products(config, f"{merger}/fc2/"), merged, work, between),
     )
+
+
+def _vision_scores(
+    config: ModelConfig, work: Work, execution: Execution | None, trains: bool
+) -> Iterator[Term]:
+    """Of the layers that look at whole frames, and of those that look at windows."""
+    v, patches = config.vision, work.max_patches
+    # Programs mask what lies in other segments; they don't know beforehand that they may skip it.
+    frame = (work.frame_patches if execution is None else None) or patches
+    windows = sum(v.windowed)
+    reach = v.window_patches or patches
+    window = min(reach, frame)
+    if execution is not None:  # the blocks of keys around a query's own, and not the whole row
+        splash = execution.attention == "splash"
+        window = min(AROUND * (near_block(reach) if splash else reach), patches)
+    for name, layers, keys in (
+        ("vision attention scores", v.depth - windows, frame),
+        ("vision window scores", windows, window),
+    ):
+        square = score_flops(
+            rows=work.rows * layers,
+            heads=v.num_heads,
+            queries=patches,
+            keys=keys,
+            head_dim=v.head_dim,
+            causal=False,
+        )
+        if layers:
+            yield _scores(name, square, trains, execution)
 
 
 def _decoder(config: ModelConfig, work: Work, execution: Execution | None) -> Iterator[Term]:

@@ -75,6 +75,7 @@ def test_there_and_back(name):
         ("echovlm_11b", 11_683_172_920),
         ("qwen2_vl_7b", 8_291_375_616),
         ("qwen2_vl_2b", 2_208_985_600),
+        ("echovlm_v2_7b", 8_292_166_656),  # as the published Qwen2.5-VL-7B has
     ],
 )
 def test_full_size_parameter_counts(name, parameters):
@@ -170,3 +171,195 @@ def test_what_text_config_says_counts_before_the_root():
 
 def test_no_experts_are_a_dense_model():
     assert from_hf({**released(), "num_experts": 0}) == preset("qwen2_vl_7b")
+
+
+def lingshu() -> dict:
+    """The config.json of a Qwen2.5-VL-7B as released files have it: flat, vision_config in full."""
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "vision_token_id": 151654,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "initializer_range": 0.02,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 128000,
+        "max_window_layers": 28,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+        "vision_config": {
+            "depth": 32,
+            "hidden_act": "silu",
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_chans": 3,
+            "out_hidden_size": 3584,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
+def both_ways(raw: dict) -> dict:
+    """4.52 to 4.57: flat, and text_config beside it, with nulls of its own."""
+    text = {key: value for key, value in raw.items() if key not in ("vision_config", "model_type")}
+    nulls = dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id"))
+    text |= {"model_type": "qwen2_5_vl_text", "layer_types": ["full_attention"] * 28, **nulls}
+    text["rope_scaling"] = {
+        "mrope_section": [16, 24, 24],
+        "rope_type": "default",
+        "type": "default",
+    }
+    return {**raw, "text_config": text}
+
+
+def newest(raw: dict) -> dict:
+    """5.x: the decoder in text_config alone, its rope in rope_parameters; dtype."""
+    text = both_ways(raw)["text_config"]
+    rope = {"mrope_section": [16, 24, 24], "rope_theta": text.pop("rope_theta")}
+    text.pop("rope_scaling")
+    text["rope_parameters"] = rope | {"rope_type": "default"}
+    text["dtype"] = text.pop("torch_dtype")
+    tokens = {key: raw[key] for key in raw if key.endswith("_token_id")}
+    vision = {**raw["vision_config"], "model_type": "qwen2_5_vl_vision", "rope_parameters": None}
+    kept = {"model_type": raw["model_type"], "vision_config": vision, "dtype": "bfloat16"}
+    return {**kept, **tokens, "text_config": text}
+
+
+@pytest.mark.parametrize("form", [dict, both_ways, newest])
+def test_the_layouts_of_qwen2_5_vl(form):
+    raw = form(lingshu())
+    assert from_hf(raw) == preset("echovlm_v2_7b") == preset("qwen2_5_vl_7b")
+    changed = raw.get("text_config", raw)
+    for key, value in (("num_hidden_layers", 3), ("rms_norm_eps", 1e-3)):
+        changed[key] = value
+    assert from_hf(raw).text.num_layers == 3 and from_hf(raw).text.rms_norm_eps == 1e-3
+    raw["vision_config"]["fullatt_block_indexes"] = [0]
+    assert from_hf(raw).vision.windowed == (False, *[True] * 31)
+
+
+@pytest.mark.parametrize("where", ["root", "inside", "both", "nowhere"])
+@pytest.mark.parametrize("form", [both_ways, newest])
+def test_tied_embeddings_wherever_they_are_said(form, where):
+    raw = form(lingshu())
+    for part in (raw, raw["text_config"]):
+        part.pop("tie_word_embeddings", None)
+    for part, places in ((raw, ("root", "both")), (raw["text_config"], ("inside", "both"))):
+        if where in places:
+            part["tie_word_embeddings"] = True
+    assert from_hf(raw).text.tie_word_embeddings == (where != "nowhere")
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {},
+        None,
+        {"model_type": "qwen2_5_vl", "in_chans": 3, "spatial_patch_size": 14},
+        {"hidden_size": 1280, "tokens_per_second": 2},
+        dict.fromkeys(lingshu()["vision_config"]),
+    ],
+)
+def test_a_silent_vision_config_is_the_released_tower(vision):
+    """And not the class's defaults, whose hidden_size is 3584 and tokens_per_second 4."""
+    raw = {**lingshu(), "vision_config": vision}
+    assert from_hf(raw) == preset("qwen2_5_vl_7b")
+    for key in ("rms_norm_eps", "max_position_embeddings", "rope_theta"):
+        del raw[key]
+    assert from_hf(raw) == preset("qwen2_5_vl_7b")
+    raw |= {"hidden_size": 2048, "num_attention_heads": 16}
+    assert from_hf(raw).vision.out_width == 2048
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl_3b", "qwen2_5_vl_72b", "tiny_v2"])
+@pytest.mark.parametrize("experts", [False, True])
+def test_transformers_reads_what_we_write(name, experts):
+    transformers = pytest.importorskip("transformers")
+    config = preset(name).replace(moe=preset("echovlm_11b").moe if experts else None)
+    hf = transformers.AutoConfig.for_model(**to_hf(config))
+    vision, text = config.vision, config.text
+    theirs = hf.vision_config
+    assert (theirs.hidden_size, theirs.out_hidden_size) == (vision.width, vision.out_width)
+    assert (theirs.intermediate_size, theirs.depth) == (vision.mlp_dim, vision.depth)
+    assert tuple(theirs.fullatt_block_indexes) == vision.full_attention_layers
+    assert (theirs.window_size, theirs.tokens_per_second) == (112, 2)
+    assert (hf.text_config.hidden_size, hf.text_config.rms_norm_eps) == (text.hidden_size, 1e-6)
+    assert hf.tie_word_embeddings == text.tie_word_embeddings
+    assert from_hf(hf.to_dict() | {"num_experts": 0}) == config.replace(moe=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "qwen3_vl"}, "model_type 'qwen3_vl' is not supported; known are qwen2_vl"),
+        ({"model_type": 5}, "model_type 5 is not supported"),
+        ({"vision_config": {"hidden_act": "quick_gelu"}}, "hidden_act 'quick_gelu'"),
+        ({"vision_config": {"hidden_size": 1282}}, "vision_config.hidden_size 1282 over"),
+        ({"vision_config": {"hidden_size": "x"}}, "vision_config.hidden_size must be"),
+        ({"vision_config": {"out_hidden_size": 2048}}, "vision_config.out_hidden_size 2048"),
+        ({"vision_config": {"intermediate_size": 3420.5}}, "vision_config.intermediate_size"),
+        ({"vision_config": {"window_size": 0}}, "vision_config.window_size must be"),
+        ({"vision_config": {"window_size": 27}}, "vision_config.window_size 27 holds no cell"),
+        ({"vision_config": {"fullatt_block_indexes": [7, -1]}}, "fullatt_block_indexes must list"),
+        ({"vision_config": {"fullatt_block_indexes": [True]}}, "fullatt_block_indexes must list"),
+        ({"vision_config": {"fullatt_block_indexes": "7"}}, "fullatt_block_indexes must list"),
+        ({"vision_config": {"tokens_per_second": 0}}, "vision_config.tokens_per_second must be"),
+        ({"vision_config": {"tokens_per_second": "2"}}, "vision_config.tokens_per_second must be"),
+        ({"vision_config": {"patch_size": [14, 14]}}, "vision_config.patch_size must be"),
+    ],
+)
+def test_bad_values_of_qwen2_5_vl_are_named_in_one_line(change, said):
+    with pytest.raises(InputError) as error:
+        from_hf({**lingshu(), **change}, source="folder/config.json")
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("folder/config.json: ")
+
+
+@pytest.mark.parametrize(
+    ("vision", "more"),
+    [
+        ({"norm": "rms"}, {}),
+        ({"window_size": 112}, {}),
+        ({"norm": "rms", "mlp": "gated"}, {"tokens_per_second": 2}),
+        ({}, {"tokens_per_second": 2}),
+    ],
+)
+def test_a_model_that_no_file_describes_is_refused_when_written(vision, more):
+    config = preset("tiny").replace(vision=vision, **more)
+    with pytest.raises(InputError, match=r"there is no config\.json for this model") as error:
+        to_hf(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["norm", "mlp"])
+def test_an_unknown_kind_is_refused(kind):
+    with pytest.raises(InputError, match=f"vision {kind} 'other' is unknown; choose one of"):
+        preset("tiny").replace(vision={kind: "other"})
+
+
+@pytest.mark.parametrize("width", [5, 95, 96, 97, 129, 383, 3421])
+def test_a_ratio_gives_the_width_again(width):
+    config = preset("tiny").replace(vision={"mlp_dim": width})
+    assert from_hf(to_hf(config)) == config

@@ -17,6 +17,7 @@ from echovlm_jax.train.stages import count
 FOLDER = Path(__file__).parents[1] / "configs"
 # The smallest slice that each of the full-size ones is for.
 TOPOLOGY = {"alignment": "v5e:2x4", "instruction": "v5e:2x4", "full_finetune": "v5e:4x4"}
+TOPOLOGY |= {"v2_alignment": "v5e:2x4", "v2_lora": "v5e:2x4"}
 FILES = [FOLDER / f"{name}.py" for name in TOPOLOGY]
 SMALL = ("phantom", "phantom_dense")
 # Full size on one chip, and the most GiB that training may take there.
@@ -55,8 +56,8 @@ def updates(model: ModelConfig, rank: int) -> int:
     width, heads = text.hidden_size, text.num_heads * text.head_dim
     kv_heads = text.num_kv_heads * text.head_dim
     decoder = 2 * (width + heads) + 2 * (width + kv_heads) + 3 * (width + text.mlp_dim)
-    v, inner = vision.embed_dim, vision.embed_dim * vision.mlp_ratio
-    tower = (v + 3 * v) + (v + v) + 2 * (v + inner)
+    v, inner = vision.width, vision.mlp_dim
+    tower = (v + 3 * v) + (v + v) + (3 if vision.mlp == "gated" else 2) * (v + inner)
     joined = v * vision.spatial_merge_size**2
     merger = 2 * joined + joined + width
     return rank * (text.num_layers * decoder + vision.depth * tower + merger)
@@ -71,16 +72,21 @@ def test_it_makes_a_program_at_full_size(file) -> None:
     leaves = jax.tree.leaves((program.state, program.batch))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     model = preset(config.model)
-    joined = model.vision.embed_dim * model.vision.spatial_merge_size**2
+    joined = model.vision.width * model.vision.spatial_merge_size**2
     merger = (joined + 1) * joined + (joined + 1) * model.text.hidden_size
+    new = new_path(model) if model.moe else 0
     trained = {
-        "alignment": new_path(model) + merger,
-        "instruction": new_path(model) + updates(model, config.lora.rank),
+        "alignment": new + merger,
+        "v2_alignment": merger,
+        "v2_lora": updates(model, config.lora.rank),
+        "instruction": new + updates(model, config.lora.rank),
         "full_finetune": count(program.state.trainable),
     }[file.stem]
     assert count(program.state.trainable) == trained
     low = count(program.state.trainable.get("lora", {}))
-    assert count(program.state.frozen) + count(program.state.trainable) - low > 11.6e9
+    assert count(program.state.frozen) + count(program.state.trainable) - low > (
+        11.6e9 if model.moe else 8.29e9
+    )
     assert {leaf.dtype.name for leaf in jax.tree.leaves(program.state.trainable)} == {"float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(program.state.frozen)} <= {"bfloat16"}
 
@@ -119,6 +125,8 @@ SEEN = [  # of those that show the same, one
     pytest.param("alignment", marks=pytest.mark.slow),
     pytest.param("instruction", marks=pytest.mark.slow),
     pytest.param("full_finetune", marks=pytest.mark.slow),
+    pytest.param("v2_alignment", marks=pytest.mark.slow),
+    pytest.param("v2_lora", marks=pytest.mark.slow),
 ]
 
 

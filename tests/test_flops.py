@@ -11,6 +11,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.flops import Execution, Work, executed_flops, layer_flops, model_flops, score_flops
 from echovlm_jax.model import Compute, EchoVLM, abstract_params, param_specs, shapes_of
 from echovlm_jax.plan import hlo
+from echovlm_jax.plan.plan import branches
 from echovlm_jax.train.lora import lora_specs
 from echovlm_jax.train.stages import how_it_trains, merge, split
 
@@ -35,7 +36,7 @@ def narrow(layers: int) -> ModelConfig:
             "mlp_dim": 640,
             "vocab_size": 2304,
         },
-        vision={"depth": layers, "embed_dim": 160, "hidden_size": 256},
+        vision={"depth": layers, "width": 160, "out_width": 256, "mlp_dim": 608},
         moe={"expert_mlp_dim": 288, "shared_mlp_dim": 416},
     )
 
@@ -97,7 +98,7 @@ def work(config: ModelConfig, trained: str | None) -> Work:
 def check(config: ModelConfig, trained: str | None, compute: Compute, execution: Execution):
     program = compiled(config, trained, compute)
     formula = executed_flops(config, work(config, trained), execution)
-    counted = hlo.read(program.as_text()).matmul_flops
+    counted = hlo.read(program.as_text(), branches=branches(config)).matmul_flops
     assert counted == pytest.approx(formula.total, rel=0.005)
     return program, formula
 
@@ -145,6 +146,63 @@ def test_frozen_parameters_cost_no_gradients(trained):
 )
 def test_the_way_it_is_executed(compute, execution):
     check(narrow(2), "", compute, execution)
+
+
+def with_windows(depth: int, *full: int) -> ModelConfig:
+    """The second kind of tower; a window of 2 × 2 cells, 16 patches, sees 48 of 128."""
+    return narrow(2).replace(
+        vision={
+            "depth": depth,
+            "norm": "rms",
+            "mlp": "gated",
+            "window_size": 56,
+            "full_attention_layers": full,
+        },
+        tokens_per_second=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "trained", "compute", "execution"),
+    [
+        pytest.param(with_windows(2), None, PLAIN, Execution(), id="windows"),
+        pytest.param(with_windows(4, 1, 3), "", PLAIN, Execution(), id="both"),
+        pytest.param(
+            with_windows(3, 2),
+            "",
+            Compute(remat="full"),
+            Execution(remat=True, attention="whole"),
+            id="both, remat",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_layers_of_windows_cost_what_their_windows_do(config, trained, compute, execution):
+    """By the program, whose condition is taken as often as there are layers of each kind."""
+    program, formula = check(config, trained, compute, execution)
+    scores = {t.name: t.forward for t in formula.terms if t.name.endswith("scores")}
+    windows = sum(config.vision.windowed)
+    a_layer = 2 * 2 * ROWS * PATCHES * 160
+    assert scores["vision window scores"] == windows * 48 * a_layer
+    full = config.vision.depth - windows
+    assert scores.get("vision attention scores", 0) == full * PATCHES * a_layer
+    assert hlo.read(program.as_text()).matmul_flops >= formula.total  # both branches, each time
+
+
+def test_useful_work_of_windows():
+    """A patch meets its window's 64 at the released sizes, or its frame's where that is smaller."""
+    full, step = preset("qwen2_5_vl_7b"), Work(rows=1, seq_len=512, max_patches=1024)
+    for frame in (None, 256, 16):
+        flops = model_flops(full, dataclasses.replace(step, frame_patches=frame))
+        seen = 2 * 2 * 1024 * 1280
+        assert named(flops)["vision window scores"][0] == 28 * min(64, frame or 64) * seen
+        assert named(flops)["vision attention scores"][0] == 4 * (frame or 1024) * seen
+    block = 1280 * 3840 + 1280 * 1280 + 3 * 1280 * 3420
+    assert named(flops)["vision blocks"][0] == 2 * 32 * 1024 * block
+    splash = executed_flops(
+        full, dataclasses.replace(step, max_patches=4096), Execution(attention="splash")
+    )
+    assert named(splash)["vision window scores"][0] == 28 * 384 * 2 * 2 * 4096 * 1280
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """EchoVLM in PyTorch, composed from Hugging Face's own modules: what ours is held against.
 
-Qwen2-VL comes from `transformers` as it is. The dual path replaces each decoder layer's MLP by a
-module that holds the old MLP, Qwen2-MoE's sparse block and the coefficient, and adds them as the
-paper does. The layer itself (norms, attention, residuals) stays theirs.
+Qwen2-VL and Qwen2.5-VL come from `transformers` as they are. The dual path replaces each decoder
+layer's MLP by a module that holds the old MLP, Qwen2-MoE's sparse block and the coefficient, and
+adds them as the paper does. The layer itself (norms, attention, residuals) stays theirs.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ def build(config: ModelConfig, seed: int = 0, std: float = 0.1) -> Any:
     mode; every parameter is non-trivial.
 
     Args:
-      config: sizes; without a mixture it is Qwen2-VL.
+      config: sizes; without a mixture it is the model that its config.json names.
       seed: seed of PyTorch's generator.
       std: deviation of the parameters from 0, or from 1 for the norms' scales.
     """
     import torch  # pyright: ignore[reportMissingImports]
-    from transformers import Qwen2MoeConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2MoeConfig
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
     class DualPath(torch.nn.Module):
@@ -38,9 +38,9 @@ def build(config: ModelConfig, seed: int = 0, std: float = 0.1) -> Any:
             return c[..., :1] * self.moe(u) + c[..., 1:] * self.mlp(u)
 
     torch.manual_seed(seed)
-    hf = Qwen2VLConfig(**to_hf(config, dtype="float32"))
+    hf = AutoConfig.for_model(**to_hf(config, dtype="float32"))
     hf._attn_implementation = "eager"
-    model: Any = Qwen2VLForConditionalGeneration(hf).float().eval()
+    model: Any = AutoModelForImageTextToText.from_config(hf).float().eval()
     if config.moe is not None:
         moe = Qwen2MoeConfig(
             hidden_size=config.text.hidden_size,

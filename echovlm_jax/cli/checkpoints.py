@@ -129,8 +129,8 @@ def add_upcycle(commands: Any) -> None:
         commands,
         "upcycle",
         run,
-        "add the experts that stage 1 trains to a dense Qwen2-VL; its function is preserved and "
-        "measured: exit code 1 if a logit changes by more than the stated bound",
+        "add the experts that stage 1 trains to a dense Qwen2-VL or Qwen2.5-VL; its function is "
+        "preserved and measured: exit code 1 if a logit changes by more than the stated bound",
         "echovlm upcycle Qwen2-VL-7B-Instruct/ echovlm-start/ --config configs/alignment.py",
     )
     command.add_argument("src", metavar="QWEN2VL", type=PLACE, help="a Hugging Face folder")

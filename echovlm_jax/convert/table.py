@@ -40,11 +40,9 @@ def _biased(name: str, path: str, weight: str = "kernel") -> tuple[Row, Row]:
     return Row(f"{name}.weight", f"{path}/{weight}"), Row(f"{name}.bias", f"{path}/bias")
 
 
-def _gated(name: str, path: str) -> tuple[Row, ...]:
-    return tuple(
-        Row(f"{name}.{part}_proj.weight", f"{path}/{part}/kernel")
-        for part in ("gate", "up", "down")
-    )
+def _gated(name: str, path: str, bias: bool = False) -> tuple[Row, ...]:
+    parts = (_biased(f"{name}.{part}_proj", f"{path}/{part}") for part in ("gate", "up", "down"))
+    return tuple(row for pair in parts for row in pair[: 1 + bias])
 
 
 _BLOCK, _OUR_BLOCK = "visual.blocks.{l}", "vision/blocks"
@@ -58,6 +56,7 @@ TABLE: tuple[Row, ...] = (
     *_biased(f"{_BLOCK}.norm2", f"{_OUR_BLOCK}/norm2", "scale"),
     *_biased(f"{_BLOCK}.mlp.fc1", f"{_OUR_BLOCK}/mlp/fc1"),
     *_biased(f"{_BLOCK}.mlp.fc2", f"{_OUR_BLOCK}/mlp/fc2"),
+    *_gated(f"{_BLOCK}.mlp", f"{_OUR_BLOCK}/mlp", bias=True),
     *_biased("visual.merger.ln_q", "vision/merger/ln_q", "scale"),
     *_biased("visual.merger.mlp.0", "vision/merger/fc1"),
     *_biased("visual.merger.mlp.2", "vision/merger/fc2"),

@@ -1,4 +1,4 @@
-"""A dense Qwen2-VL into the EchoVLM that the first stage of training starts from.
+"""A dense Qwen2-VL or Qwen2.5-VL into the EchoVLM that the first stage of training starts from.
 
 Every decoder layer gets a second path beside its MLP and a pair of weights for the two:
 out = h + c[0] · MoE(u) + c[1] · MLP(u). The work is `from_torch`'s, on a checkpoint that has the
@@ -59,7 +59,7 @@ def upcycle(
     """Makes DST, a folder as `convert` makes, and measures how far its logits are from SRC's.
 
     Args:
-      src: a Qwen2-VL in Hugging Face form.
+      src: a Qwen2-VL or Qwen2.5-VL in Hugging Face form.
       dst: the folder to make. As with `convert`, the same call resumes.
       like: the mixture's sizes; by default `scaled_mixture` of the source.
       sizes: num_experts, top_k, expert_mlp_dim or shared_mlp_dim to differ from `like`; None for
@@ -149,9 +149,9 @@ def read_mixture(model: str | os.PathLike[str]) -> MoEConfig:
 
 
 def _read_dense(src: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """config.json of a Qwen2-VL, as it is and as ours. Raises InputError for anything else."""
+    """config.json of a dense model, as it is and as ours. Raises InputError for anything else."""
     if not src.is_dir():
-        raise InputError(f"{src}: no such folder; give a Qwen2-VL in Hugging Face form")
+        raise InputError(f"{src}: no such folder; give a dense model in Hugging Face form")
     if (src / folder.PARAMS / TREE).is_file():
         raise InputError(f"{src}: was made by convert; give the Hugging Face folder, or export it")
     folder.refuse_run(src)
@@ -160,12 +160,7 @@ def _read_dense(src: Path) -> tuple[dict[str, Any], ModelConfig]:
     if config.moe is not None:
         raise InputError(
             f"{src}: has {config.moe.num_experts} experts a layer and is an EchoVLM already; train"
-            " from it as it is, or give a dense Qwen2-VL"
-        )
-    if (kind := raw.get("model_type") or "qwen2_vl") != "qwen2_vl":
-        raise InputError(
-            f"{src / folder.CONFIG}: model_type {table.quoted(kind)} is not qwen2_vl; give a"
-            " Qwen2-VL"
+            " from it as it is, or give a dense model"
         )
     return raw, config
 

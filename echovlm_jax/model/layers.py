@@ -96,16 +96,18 @@ class LayerNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) · up(x)), without biases (Shazeer, arXiv 2002.05202)."""
+    """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202), with three biases or none."""
 
     width: int
     mlp_dim: int
     layout: Layout = Layout()
+    bias: bool = False
+    axes: tuple[str, str] = ("mlp", "embed")
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape, axes = (self.mlp_dim, self.width), ("mlp", "embed")
-        place: dict[str, Any] = {"layout": self.layout}
+        shape, axes = (self.mlp_dim, self.width), self.axes
+        place: dict[str, Any] = {"bias": self.bias, "layout": self.layout}
         gate = Linear("BTD,FD->BTF", shape, axes, **place, name="gate")(x)
         up = Linear("BTD,FD->BTF", shape, axes, **place, name="up")(x)
         hidden = self.layout.constrain(swiglu(gate, up), "batch", "length", "mlp")

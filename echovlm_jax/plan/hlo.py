@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from echovlm_jax.plan.hlo_loops import Loop, count_runs
+from echovlm_jax.plan.hlo_loops import Branches, Loop, count_runs
 from echovlm_jax.plan.hlo_memory import COLLECTIVES, SCHEDULING, START, arrays_made, traffic
 from echovlm_jax.plan.hlo_text import Computation, Instruction, Shape, parse
 
@@ -25,7 +25,7 @@ class Matmul(NamedTuple):
 
     op_name: str
     flops: float
-    count: int
+    count: float
 
 
 class Collective(NamedTuple):
@@ -46,7 +46,7 @@ class Collective(NamedTuple):
     wire_bytes: float
     result_bytes: float
     op_name: str
-    count: int
+    count: float
     network_bytes: float = 0.0
 
 
@@ -63,7 +63,7 @@ class CustomCall(NamedTuple):
     results: tuple[Shape, ...]
     flops: float
     op_name: str
-    count: int
+    count: float
 
 
 class Buffer(NamedTuple):
@@ -86,7 +86,7 @@ class Transfer(NamedTuple):
     shape: str
     read: float
     written: float
-    count: int
+    count: float
 
 
 class Module(NamedTuple):
@@ -96,7 +96,7 @@ class Module(NamedTuple):
     filled up to whole tiles, of every instruction outside fusions, where they lie in main memory.
     Reading a slice and updating one in place count as the slice. What the compiler keeps on chip
     counts where it is copied in and out; what a kernel reads twice counts once; each branch of a
-    conditional counts.
+    conditional counts, unless `branches` says how often.
     """
 
     devices: int
@@ -144,22 +144,29 @@ class Module(NamedTuple):
         return tuple(loop.name for loop in self.loops if loop.trips is None)
 
 
-def read(text: str, *, buffers: int = 20, granules: Sequence[int] = ()) -> Module:
+def read(
+    text: str,
+    *,
+    buffers: int = 20,
+    granules: Sequence[int] = (),
+    branches: Branches | None = None,
+) -> Module:
     """Reads a compiled module.
 
     Args:
       text: `compiled.as_text()`, of CPU, TPU or GPU.
       buffers: how many of the largest arrays, and of the largest transfers, to return.
       granules: the slice or host of each device, in the mesh's order; empty: all are in one.
+      branches: see `hlo_loops.count_runs`.
 
     Raises:
       ValueError: the text has no ENTRY computation.
     """
     module = parse(text)
-    counts, fused, loops = count_runs(module)
+    counts, fused, loops = count_runs(module, branches or {})
     matmuls, collectives, calls = [], [], []
     made: Counter[tuple[Shape, str, str]] = Counter()
-    moves: Counter[tuple[str, str, str, float, float]] = Counter()
+    moves: dict[tuple[str, str, str, float, float], float] = defaultdict(float)
     for name, count in counts.items():
         here = module.computations[name]
         for i in here.body.values():
@@ -294,7 +301,7 @@ def _begins(i: Instruction, here: Computation) -> bool:
 
 
 def _collective(
-    kind: str, i: Instruction, here: Computation, devices: int, count: int, fused: set[str]
+    kind: str, i: Instruction, here: Computation, devices: int, count: float, fused: set[str]
 ) -> Collective:
     names = i.operands[:1] if kind in ("ragged-all-to-all", "collective-permute") else i.operands
     operands = tuple(shape for name in names for shape in here.body[name].shapes)
@@ -399,7 +406,7 @@ def _mesh_groups(mesh: str, axes: str) -> list[tuple[int, ...]]:
     return [tuple(g) for g in np.moveaxis(ids, chosen, last).reshape(-1, group).tolist()]
 
 
-def _custom_call(i: Instruction, here: Computation, count: int) -> CustomCall:
+def _custom_call(i: Instruction, here: Computation, count: float) -> CustomCall:
     declared = re.search(r'"cost_estimate":\{"flops":"?(\d+)', i.rest)
     return CustomCall(
         target=(i.attribute("custom_call_target") or "").strip('"'),

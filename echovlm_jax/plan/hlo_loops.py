@@ -8,7 +8,8 @@ unchanged is followed to where it comes from.
 
 import functools
 import re
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ class Loop(NamedTuple):
 
     name: str
     trips: int | None
-    count: int
+    count: float
 
 
 def _called(i: Instruction) -> list[str]:
@@ -37,18 +38,24 @@ def _called(i: Instruction) -> list[str]:
     return []
 
 
-def count_runs(module: Text) -> tuple[dict[str, int], set[str], tuple[Loop, ...]]:
+# A part of a conditional's op_name → the shares of its runs with a false and a true condition.
+Branches = Mapping[str, tuple[float, float]]
+
+
+def count_runs(
+    module: Text, branches: Branches
+) -> tuple[dict[str, float], set[str], tuple[Loop, ...]]:
     """How often each computation runs, which of them are inside fusions, and the loops.
 
     A computation that never runs, such as the addition of a reduction, is left out. Each branch of
-    a conditional counts as run.
+    a conditional counts as run, unless `branches` says how often each is taken, which HLO doesn't.
     """
     callers: dict[str, set[str]] = {name: set() for name in module.computations}
     for name, computation in module.computations.items():
         for i in computation.body.values():
             for callee in _called(i):
                 callers[callee].add(name)
-    counts: Counter[str] = Counter({module.entry: 1})
+    counts: dict[str, float] = defaultdict(float, {module.entry: 1})
     fused: set[str] = set()
     loops = []
     constants: dict[str, dict[int, int]] = {}
@@ -60,8 +67,13 @@ def count_runs(module: Text) -> tuple[dict[str, int], set[str], tuple[Loop, ...]
                 trips = _trips(i, here, module, constants)
                 loops.append(Loop(i.name, trips, count))
                 times *= 1 if trips is None else trips
-            for callee in callees:
-                counts[callee] += times
+            shares = next((s for part, s in branches.items() if part in i.op_name), None)
+            if i.opcode != "conditional" or shares is None or len(callees) != 2:
+                shares = (1, 1) * len(callees)
+            elif i.names("true_computation"):
+                shares = shares[::-1]
+            for callee, share in zip(callees, shares, strict=False):
+                counts[callee] += times * share
             if i.opcode == "fusion" or name in fused:
                 fused.update(callees)
     return {name: count for name, count in counts.items() if count}, fused, tuple(loops)

@@ -19,7 +19,7 @@ def kernel_flops(call: CustomCall, frame_patches: int) -> float:
     """FLOPs of all runs of one kernel on one device.
 
     What its author declared, else attention's by its shapes: causal attention half of the square;
-    the vision tower's the blocks that its frames touch.
+    the vision tower's the blocks that its frames touch, or that its windows have steps for.
 
     Args:
       call: from `hlo.read`.
@@ -42,7 +42,12 @@ def kernel_flops(call: CustomCall, frame_patches: int) -> float:
     products = _SPLASH[kind[1]]
     if kind[1] == "dkv" and not _has_dq_kernel(call):
         products += 1
-    keys = min(length, frame_patches + 2 * _BLOCK) if "/vision/" in call.op_name else length / 2
+    # The table's sizes: blocks of one side, and how many of the other each has steps for.
+    table = call.operands[0].dims[-2:]
+    keys = length / 2
+    if "/vision/" in call.op_name:
+        steps = length * min(table) / max(table)
+        keys = min(steps, frame_patches + 2 * _BLOCK)
     return products * 2.0 * _size(queries) * keys * call.count
 
 

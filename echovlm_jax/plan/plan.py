@@ -15,6 +15,7 @@ from echovlm_jax.data.settings import Settings
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import STEPS, Flops, model_flops
 from echovlm_jax.mesh import topology_devices
+from echovlm_jax.model.vision import WINDOWS_OR_FRAMES
 from echovlm_jax.plan import hlo
 from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.programs import Planned, Serving, generation, nbytes, training
@@ -130,8 +131,8 @@ def _read(
 ) -> dict[str, Any]:
     chip, per_chip = place.chip, place.chip.devices
     memory: Any = compiled.memory_analysis()
-    granules = _granules(planned.mesh)
-    module = hlo.read(compiled.as_text() or "", granules=granules)
+    granules, text = _granules(planned.mesh), compiled.as_text() or ""
+    module = hlo.read(text, granules=granules, branches=branches(planned.model))
     frame = planned.work.frame_patches or planned.work.max_patches
     kernels = sum(kernel_flops(call, frame) for call in module.custom_calls)
     flops = module.matmul_flops + kernels
@@ -193,6 +194,12 @@ def _granules(mesh: jax.sharding.Mesh) -> list[int]:
     """Of each device, the slice that it is in, or of cards the host: what a network joins."""
     what = "slice_index" if mesh.devices.flat[0].platform == "tpu" else "process_index"
     return [getattr(device, what, None) or 0 for device in mesh.devices.flat]
+
+
+def branches(model: ModelConfig) -> hlo.Branches:
+    """How often a program of this model takes each branch of its conditions."""
+    windows = sum(model.vision.windowed) / model.vision.depth
+    return {WINDOWS_OR_FRAMES: (1 - windows, windows)}
 
 
 def _bytes_per_token(module: hlo.Module, place: Topology, planned: Planned) -> dict[str, Any]:

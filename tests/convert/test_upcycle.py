@@ -308,7 +308,7 @@ def _nothing(folder: Path) -> None:
     ("harm", "options", "said"),
     [
         (_with_experts, {}, "3 experts a layer and is an EchoVLM already"),
-        (_of_another_kind, {}, "model_type llama is not qwen2_vl"),
+        (_of_another_kind, {}, "model_type 'llama' is not supported; known are qwen2_vl"),
         (_without_weights, {}, "no weights"),
         (_with_an_infinity, {}, f"{MLP}.down_proj.weight holds a value"),
         (_nothing, {"init": "zero"}, "init 'zero' is unknown"),

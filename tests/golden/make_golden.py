@@ -35,6 +35,7 @@ def record(
     new_tokens: int = 24,
     top_k: int | None = None,
     gradients: Any = None,
+    tokens_per_second: float | None = None,
 ) -> Inputs:
     """Runs `model` on `inputs` and returns inputs and records, keyed as the golden format says.
 
@@ -46,9 +47,11 @@ def record(
       new_tokens: greedy steps to record; 0 for none.
       top_k: experts a token goes to; None for a dense model.
       gradients: with labels: a function from the model, after backward, to named gradients.
+      tokens_per_second: of a model whose videos' positions count time, and text goes on behind the
+        largest, as it was trained; transformers 5.3 to 5.24 goes on elsewhere when not told.
     """
     torch_inputs = {k: torch.from_numpy(v) for k, v in inputs.items() if k != "labels"}
-    positions = torch.from_numpy(rope_positions(inputs, tokens, merge))
+    positions = torch.from_numpy(rope_positions(inputs, tokens, merge, tokens_per_second))
     seen, handles = _hook(model)
     logits = model(**torch_inputs, position_ids=positions, use_cache=False).logits
     for handle in handles:
@@ -81,8 +84,12 @@ def record(
     return out
 
 
-def rope_positions(inputs: Inputs, tokens: dict[str, int], merge: int) -> np.ndarray:
+def rope_positions(
+    inputs: Inputs, tokens: dict[str, int], merge: int, tokens_per_second: float | None = None
+) -> np.ndarray:
     """M-RoPE ids [3, B, S], written token by token from the rule."""
+    rate = 0.0 if tokens_per_second is None else tokens_per_second
+    seconds = iter(inputs.get("second_per_grid_ts", ()))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     grids = {
         tokens["image"]: iter(inputs.get("image_grid_thw", ())),
@@ -99,8 +106,11 @@ def rope_positions(inputs: Inputs, tokens: dict[str, int], merge: int) -> np.nda
                 at, start = at + 1, start + 1
                 continue
             t, h, w = (int(n) for n in next(grids[token]))
+            timed = rate and token == tokens["video"]
+            step = torch.tensor(float(next(seconds, 1.0)) if timed else 1.0, dtype=torch.float32)
+            times = (torch.arange(t) * step * (rate if timed else 1)).long().tolist()
             highest = start
-            for i in range(t):
+            for i in times:
                 for j in range(h // merge):
                     for k in range(w // merge):
                         out[:, b, columns[at]] = np.array([i, j, k]) + start
@@ -126,8 +136,11 @@ def _hook(model: nn.Module) -> tuple[dict[str, Any], list[Any]]:
 
     merged: list[torch.Tensor] = []
     for name, module in model.named_modules():
-        if re.search(r"(^|\.)visual\.merger$", name):
-            module.register_forward_hook(lambda m, a, o: merged.append(o))
+        if re.search(r"(^|\.)visual$", name):  # whose merger may work in another order
+            hook = module.register_forward_hook(
+                lambda m, a, o: merged.append(getattr(o, "pooler_output", o))
+            )
+            handles.append(hook)
         elif re.search(r"(?<!visual)\.layers\.\d+$", name):
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         elif re.search(r"(^model|language_model)\.norm$", name):
@@ -224,6 +237,7 @@ def main() -> None:
         model,
         inputs("image", config),
         tokens={"image": config.image_token_id, "video": config.video_token_id},
+        tokens_per_second=config.tokens_per_second,
         top_k=config.moe and config.moe.top_k,
         gradients=torch_echovlm.released_gradients,
     )

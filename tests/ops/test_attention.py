@@ -9,6 +9,7 @@ from echovlm_jax.ops.attention.blocks import (
     MAX_QUERY_BLOCK,
     MIN_QUERY_BLOCK,
     SCORES,
+    block_attention,
     query_block_of,
 )
 from echovlm_jax.ops.attention.dispatch import attention
@@ -49,7 +50,7 @@ def test_equals_the_loop(causal_offset, query_block):
     q, k, v, rng = arrays(1, keys=keys)
     segments = rng.integers(0, 3, (2, keys)).astype(np.int32)
     q_segments = rng.integers(0, 3, (2, 13)).astype(np.int32)
-    ours = attention(
+    ours = block_attention(
         q, k, v,
         q_segments=q_segments, kv_segments=segments,
         causal_offset=causal_offset, query_block=query_block,
@@ -115,7 +116,7 @@ def test_gradients_are_those_of_the_plain_formula(causal_offset, query_block):
     weights = rng.standard_normal(q.shape).astype(np.float32)
 
     def ours(q, k, v):
-        out = attention(
+        out = block_attention(
             q, k, v,
             q_segments=q_segments, kv_segments=segments,
             causal_offset=causal_offset, query_block=query_block,
@@ -150,7 +151,7 @@ def test_the_result_is_kept_once_for_its_reader_and_for_the_gradient():
     ones = np.ones((2, 13), np.int32)
 
     def run(q, k, v):
-        return attention(
+        return block_attention(
             q, k, v, q_segments=ones, kv_segments=ones, causal_offset=0, query_block=5
         )  # fmt: skip
 
@@ -165,7 +166,7 @@ def test_blocks_have_the_same_gradients():
     segments = rng.integers(1, 3, (2, 13)).astype(np.int32)
 
     def total(q, k, v, block):
-        out = attention(
+        out = block_attention(
             q, k, v,
             q_segments=segments, kv_segments=segments, causal_offset=0, query_block=block,
         )  # fmt: skip
@@ -196,7 +197,7 @@ def test_no_square_of_scores_beyond_a_block():
     segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
     def run(q, segments):
-        return attention(
+        return block_attention(
             q, q, q, q_segments=segments, kv_segments=segments, causal_offset=0, query_block=128
         )
 

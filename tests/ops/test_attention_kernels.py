@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from echovlm_jax.errors import InputError
 from echovlm_jax.ops.attention import splash
+from echovlm_jax.ops.attention.blocks import block_attention
 from echovlm_jax.ops.attention.dispatch import IMPLEMENTATIONS, attention
 from echovlm_jax.ops.attention.splash import BLOCKS, MAX_PARTS, block_size
 
@@ -187,7 +188,7 @@ def test_key_gradients_of_many_blocks_add_up_in_float32():
 
     def gradient(block):
         def total(k, v):
-            out = attention(
+            out = block_attention(
                 low[0], k, v,
                 q_segments=segments, kv_segments=segments, causal_offset=0, query_block=block,
             )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from echovlm_jax.config import ModelConfig, MoEConfig, TextConfig, VisionConfig
@@ -26,8 +28,8 @@ def _config(
             tie_word_embeddings=tied,
         ),
         vision=VisionConfig(
-            depth=depth, embed_dim=width, hidden_size=heads * dim, num_heads=vision_heads,
-            mlp_ratio=ratio,
+            depth=depth, width=width, out_width=heads * dim, num_heads=vision_heads,
+            mlp_dim=ratio * width,
         ),
         moe=moe,
         **_IDS,
@@ -58,45 +60,53 @@ CONFIGS: dict[str, ModelConfig] = {
 }  # fmt: skip
 
 
+# Rows of parts: so many tokens of text, ("image", t, h, w), or ("video", t, h, w, seconds a step).
+Row = list[Any]
+ROWS: dict[str, list[Row]] = {
+    "image": [[3, ("image", 1, 4, 6), 7]],
+    "images": [[2, ("image", 1, 2, 4), ("image", 1, 6, 4), 2, ("image", 1, 2, 2), 5]],
+    "video": [[4, ("video", 5, 4, 2), 6]],
+    "mixed": [[2, ("video", 2, 2, 4), 1, ("image", 1, 4, 4), 4]],
+    "text": [[11], [11]],
+    "left": [
+        [2, ("image", 1, 4, 4), 6], [3], [("image", 1, 2, 2), ("video", 2, 2, 2), 2],
+    ],
+    "text_left": [[9], [4], [1]],
+}  # fmt: skip
+ROWS["right"] = ROWS["left"]
+
+
 def inputs(case: str, config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random inputs of one kind: HF-style arrays with labels on the last third of each row."""
+    return inputs_of(ROWS[case], config, seed, left=case != "right")
+
+
+def inputs_of(
+    rows: list[Row], config: ModelConfig, seed: int = 0, *, left: bool = True
+) -> dict[str, np.ndarray]:
+    """The same of any rows, padded on the left or the right."""
     rng = np.random.default_rng(seed)
     image, video = config.image_token_id, config.video_token_id
-    grids: dict[int, list[tuple[int, int, int]]] = {image: [], video: []}
+    grids: dict[int, list[tuple[int, ...]]] = {image: [], video: []}
+    seconds = []
 
-    def text(n: int) -> list[int]:
-        return rng.integers(8, config.text.vocab_size, n).tolist()
-
-    def vision(token: int, *grid: int) -> list[int]:
-        grids[token].append(grid)  # type: ignore[arg-type]
-        count = int(np.prod(grid)) // config.vision.merge_unit
+    def part(of: Any) -> list[int]:
+        if isinstance(of, int):
+            return rng.integers(8, config.text.vocab_size, of).tolist()
+        kind, *grid = of
+        token = {"image": image, "video": video}[kind]
+        seconds.extend(grid[3:])
+        grids[token].append(tuple(grid[:3]))
+        count = int(np.prod(grid[:3])) // config.vision.merge_unit
         return [config.vision_start_token_id, *[token] * count, config.vision_end_token_id]
 
-    rows = {
-        "image": lambda: [text(3) + vision(image, 1, 4, 6) + text(7)],
-        "images": lambda: [
-            text(2) + vision(image, 1, 2, 4) + vision(image, 1, 6, 4) + text(2)
-            + vision(image, 1, 2, 2) + text(5)
-        ],
-        "video": lambda: [text(4) + vision(video, 5, 4, 2) + text(6)],
-        "mixed": lambda: [
-            text(2) + vision(video, 2, 2, 4) + text(1) + vision(image, 1, 4, 4) + text(4)
-        ],
-        "text": lambda: [text(11), text(11)],
-        "left": lambda: [
-            text(2) + vision(image, 1, 4, 4) + text(6), text(3),
-            vision(image, 1, 2, 2) + vision(video, 2, 2, 2) + text(2),
-        ],
-        "text_left": lambda: [text(9), text(4), text(1)],
-    }  # fmt: skip
-    rows = rows | {"right": rows["left"]}
-    made = rows[case]()
+    made = [[token for of in row for token in part(of)] for row in rows]
     length = max(map(len, made))
     ids = np.full((len(made), length), 1, np.int64)
     mask = np.zeros_like(ids)
     labels = np.full_like(ids, -100)
     for b, row in enumerate(made):
-        at = 0 if case == "right" else length - len(row)
+        at = length - len(row) if left else 0
         ids[b, at : at + len(row)] = row
         mask[b, at : at + len(row)] = 1
         tail = max(1, len(row) // 3)
@@ -111,4 +121,6 @@ def inputs(case: str, config: ModelConfig, seed: int = 0) -> dict[str, np.ndarra
             shape = (patches, config.vision.patch_dim)
             out[pixels] = rng.standard_normal(shape).astype(np.float32)
             out[grid] = np.array(grids[token], np.int64)
+    if seconds:
+        out["second_per_grid_ts"] = np.array(seconds, np.float32)
     return out

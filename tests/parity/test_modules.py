@@ -12,7 +12,7 @@ from echovlm_jax.config import MoEConfig  # noqa: E402
 from echovlm_jax.model.decoder import Attention, Context  # noqa: E402
 from echovlm_jax.model.layers import GatedMLP, LayerNorm, RMSNorm  # noqa: E402
 from echovlm_jax.model.moe import MoE  # noqa: E402
-from echovlm_jax.model.vision import Merger, VisionAttention, VisionMLP  # noqa: E402
+from echovlm_jax.model.vision import Merger, Places, VisionAttention, VisionMLP  # noqa: E402
 from echovlm_jax.ops.activations import quick_gelu  # noqa: E402
 from echovlm_jax.ops.moe.dispatch import load_balancing_loss  # noqa: E402
 from echovlm_jax.ops.rope import mrope_table, vision_table  # noqa: E402
@@ -104,7 +104,7 @@ def test_vision_attention_sees_only_its_frame(name, rng):
     theirs = build(CONFIGS[name]).visual if hasattr(build(CONFIGS[name]), "visual") else None
     theirs = theirs or build(CONFIGS[name]).model.visual
     block = theirs.blocks[0].attn
-    width, heads, dim = config.embed_dim, config.num_heads, config.head_dim
+    width, heads, dim = config.width, config.num_heads, config.head_dim
     params = weights(
         block,
         qkv__kernel=["qkv.weight", (3, heads, dim, width)],
@@ -116,7 +116,7 @@ def test_vision_attention_sees_only_its_frame(name, rng):
     segments = np.array([[1] * 4 + [2] * 8 + [0] * 2], np.int32)
     positions = rng.integers(0, 9, (1, 14, 2)).astype(np.int32)
     table = vision_table(jnp.asarray(positions), head_dim=dim)
-    ours = VisionAttention(config).apply(params, x, table, segments)
+    ours = VisionAttention(config).apply(params, x, table, Places(segments))
     cos, sin = (torch.from_numpy(np.concatenate([t, t], -1)[0]) for t in map(np.asarray, table))
     for a, b in ((0, 4), (4, 12)):
         expected = block(
@@ -130,7 +130,7 @@ def test_vision_attention_sees_only_its_frame(name, rng):
 def test_vision_mlp_and_merger(rng):
     config = CONFIGS["released_shape"].vision
     visual = build(CONFIGS["released_shape"]).model.visual
-    x = normal(rng, 1, 8, config.embed_dim)
+    x = normal(rng, 1, 8, config.width)
     names = dict(
         fc1__kernel=["fc1.weight"], fc1__bias=["fc1.bias"],
         fc2__kernel=["fc2.weight"], fc2__bias=["fc2.bias"],

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from echovlm_jax.errors import InputError
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.attention.blocks import block_attention
+from echovlm_jax.ops.attention.near import AROUND, near_attention
 from echovlm_jax.ops.layout import Layout
 
 IMPLEMENTATIONS = (
@@ -25,7 +26,7 @@ def attention(
     causal_offset: int | None,
     implementation: str = "xla",
     layout: Layout = Layout(),
-    query_block: int | None = None,
+    reach: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention; softmax in float32.
 
@@ -49,6 +50,10 @@ def attention(
     - "splash_interpret", "triton_interpret": the kernels' steps one by one on any platform, slowly:
       for tests.
 
+    With `reach` a query looks no further than at the keys around it, whose number does not grow
+    with the sequence: "splash" at blocks of its kernel, everything else, "triton" too, at the three
+    blocks of `ops.attention.near`.
+
     The kernels compute a whole sequence's attention to itself. Everything else (a cache, more keys
     than queries) is "xla" whatever the argument says.
 
@@ -62,7 +67,8 @@ def attention(
       causal_offset: None for attention in both directions.
       implementation: one of IMPLEMENTATIONS; `chips.defaults` names a device's.
       layout: how rows and heads are split over the mesh.
-      query_block: queries that "xla" computes at a time; None bounds the block's scores.
+      reach: positions of the longest segment, where each is one run of them, but for padding;
+        attention of a whole sequence in both directions alone. None: segments may be anything.
 
     Raises:
       InputError: an unknown implementation, or heads that don't divide over the devices.
@@ -78,7 +84,10 @@ def attention(
     batch = "batch" if q.shape[0] % layout.size("batch") == 0 else None
     rows, heads = (batch, None), (batch, None, "attn_heads", None)
     local = functools.partial(
-        _local, causal_offset=causal_offset, implementation=implementation, query_block=query_block
+        _local,
+        causal_offset=causal_offset,
+        implementation=implementation,
+        reach=reach,
     )
     split = layout.shard_map(local, [heads, heads, heads, rows, rows], heads)
     return split(q, k, v, q_segments, kv_segments)
@@ -107,10 +116,16 @@ def _local(
     *,
     causal_offset: int | None,
     implementation: str,
-    query_block: int | None,
+    reach: int | None,
 ) -> Array:
     """Attention on one device. The kernels' modules are imported where one is wanted."""
     kernel, _, mode = implementation.partition("_")
+    if reach is not None and kernel != "splash":
+        if AROUND * reach < k.shape[1]:
+            return near_attention(
+                q, k, v, q_segments=q_segments, kv_segments=kv_segments, reach=reach
+            )
+        reach = None  # the whole sequence is no more than the keys around a query
     if kernel == "xla":
         return block_attention(
             q,
@@ -119,11 +134,12 @@ def _local(
             q_segments=q_segments,
             kv_segments=kv_segments,
             causal_offset=causal_offset,
-            query_block=query_block,
             halves=mode == "halves",
         )
     if kernel == "splash":
-        from echovlm_jax.ops.attention.splash import splash_attention as compute
+        from echovlm_jax.ops.attention.splash import splash_attention
+
+        compute = functools.partial(splash_attention, reach=reach)
     else:
         from echovlm_jax.ops.attention.triton import triton_attention as compute
     return compute(

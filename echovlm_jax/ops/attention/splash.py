@@ -11,10 +11,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Bool, Float, Int
 
 from echovlm_jax.ops import Array
-from echovlm_jax.ops.attention.kernels import RESIDUALS, pad_length
+from echovlm_jax.ops.attention.kernels import BLOCKS, RESIDUALS, near_block, pad_length
 
-# Rows and columns of a block of scores, the largest first; the kernel wants multiples of 128.
-BLOCKS = (512, 256, 128)
 LANES = 128
 # The fused backward kernel reads everything once for all three gradients, but writes one part of
 # the queries' gradient for every block of keys: more memory than it saves time in long sequences.
@@ -36,6 +34,7 @@ def splash_attention(
     kv_segments: Int[Array, "B T"],
     causal: bool,
     interpret: bool = False,
+    reach: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention of a whole sequence to itself, in JAX's Pallas kernel for TPUs.
 
@@ -49,17 +48,22 @@ def splash_attention(
       q_segments, kv_segments: a query sees the keys of its own segment.
       causal: and of these only those up to itself.
       interpret: run the kernel's steps one by one, on any platform: for tests.
+      reach: positions of the longest segment, where each is one run of them: the kernel then has no
+        steps for blocks of keys that none of a block's queries can share a segment with.
     """
     length, heads, dim = q.shape[1:]
-    block = block_size(length)
+    block = block_size(length) if reach is None else near_block(reach)
     padded = -(-length // block) * block
     q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
-    kernel = _kernel(padded, block, dim, causal=causal, interpret=interpret)
+    kernel = _kernel(padded, block, dim, causal=causal, reach=reach, interpret=interpret)
     sinks = jnp.full((heads,), SINK, jnp.float32)
-    visits = block_visits(q_segments, kv_segments, block, causal=causal)
+    visits = None
+    if reach is None:
+        visits = block_visits(q_segments, kv_segments, block, causal=causal)
 
-    def row(visits: Array, q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
-        return _visiting(kernel, visits)(q, k, v, kernel_lib.SegmentIds(*ids), sinks)
+    def row(visits: Any, q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
+        own = kernel if visits is None else _visiting(kernel, visits)
+        return own(q, k, v, kernel_lib.SegmentIds(*ids), sinks)
 
     q, k, v = (jnp.swapaxes(pad_length(x, padded), 1, 2) for x in (q, k, v))
     q_segments = pad_length(q_segments.astype(jnp.int32), padded, Q_PADDING)
@@ -117,11 +121,13 @@ def block_size(length: int) -> int:
 
 
 def _kernel(
-    length: int, block: int, dim: int, *, causal: bool, interpret: bool
+    length: int, block: int, dim: int, *, causal: bool, reach: int | None, interpret: bool
 ) -> kernel_lib.SplashAttentionKernel:
-    # Both masks are rules, of which no array is made: the kernel compares positions itself.
+    # All masks are rules, of which no array is made: the kernel compares positions itself.
     shape = (length, length)
     mask = mask_lib.CausalMask(shape) if causal else mask_lib.FullMask(shape)
+    if reach is not None:
+        mask = mask_lib.LocalMask(shape, (reach - 1, 0 if causal else reach - 1), 0)
     # Memory is tiled by 128 in its last dimension: with a head dimension of 80 there, copies would
     # be 128 / 80 as large as with the length. The compiler keeps arrays that way round anyway.
     layouts = kernel_lib.QKVLayout
