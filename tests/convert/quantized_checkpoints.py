@@ -23,9 +23,8 @@ CONFIG = DENSE.replace(
         "num_heads": 4,
         "head_dim": 16,
         "mlp_dim": 96,
-        "mrope_section": (2,) * 4,
-    }
-    | {"mrope_section": (2, 3, 3)},
+        "mrope_section": (2, 3, 3),
+    },
     vision={"hidden_size": 64},
 )
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -85,7 +84,7 @@ def made(
     return Checkpoint(stored, settings, floats)
 
 
-def _words(numbers: np.ndarray, bits: int) -> Any:
+def as_words(numbers: np.ndarray, bits: int) -> Any:
     """int32 [n, k · bits / 32] of [n, k]: each row one long binary number, the first lowest."""
     rows = []
     for row in numbers.tolist():
@@ -105,7 +104,7 @@ def awq(group: int = 32, dtype: Any = torch.float16) -> Checkpoint:
 
         def packed(numbers: np.ndarray) -> Any:
             ordered = numbers.reshape(len(numbers), -1, 8)[..., list(AWQ_ORDER)]
-            return _words(ordered.reshape(len(numbers), -1), 4)
+            return as_words(ordered.reshape(len(numbers), -1), 4)
 
         wide = np.repeat(zeros, size, 0)
         # As AutoAWQ's dequantize_gemm: integers of 8 bits times half precision.
@@ -133,8 +132,8 @@ def gptq(bits: int = 4, group: int = 32, form: str = "gptq", *, act: bool = Fals
         whole = torch.from_numpy((codes - zeros[g_idx]).astype(np.int16))
         value = scales[torch.from_numpy(g_idx)] * whole
         return {
-            "qweight": _words(codes.T, bits).T,
-            "qzeros": _words(zeros - (form == "gptq"), bits),
+            "qweight": as_words(codes.T, bits).T,
+            "qzeros": as_words(zeros - (form == "gptq"), bits),
             "scales": scales,
             "g_idx": torch.from_numpy(g_idx.astype(np.int32)),
         }, value.T
