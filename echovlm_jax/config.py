@@ -79,11 +79,15 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model. `moe=None` is plain Qwen2-VL: the same code without the second path."""
+    """A whole model. `moe=None` is plain Qwen2-VL: the same code without the second path.
+
+    `tokens_per_second`: how fast a video's time positions count; None: one a step of its grid.
+    """
 
     text: TextConfig
     vision: VisionConfig = VisionConfig()
     moe: MoEConfig | None = None
+    tokens_per_second: float | None = None
     bos_token_id: int = 151643
     eos_token_id: int = 151645
     vision_start_token_id: int = 151652

@@ -55,7 +55,10 @@ def pad_batch(
             gap = (width - row.shape[1], 0) if side == "left" else (0, width - row.shape[1])
             rows.append(np.pad(row, ((0, 0), gap), constant_values=fill))
         out[key] = np.concatenate(rows)
-    for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+    for key in (
+        *("pixel_values", "image_grid_thw"),
+        *("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
+    ):
         if found := [np.asarray(one[key]) for one in inputs if one.get(key) is not None]:
             out[key] = np.concatenate(found)
     return out
@@ -73,7 +76,8 @@ def make_batch(
     Args:
       inputs: input_ids [B, S]; attention_mask [B, S] (absent: no padding); pixel_values
         [ΣP, 1176] with image_grid_thw [N, 3], the images of all rows in order; the same with
-        pixel_values_videos and video_grid_thw.
+        pixel_values_videos and video_grid_thw, and with second_per_grid_ts [videos] where there is
+        one.
       seq_len: length to pad to, on the left; padding already there stays where it is.
       max_patches: patches a row to pad to, a multiple of the merge unit; None = the fullest row's.
 
@@ -94,7 +98,10 @@ def make_batch(
         raise InputError(f"a prompt of {ids.shape[1]} tokens exceeds the length {seq_len}")
     ids, mask = (np.pad(a, ((0, 0), (extra, 0))) for a in (ids, mask))
     grids = {kind: inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")}
-    positions, _ = mrope_positions(ids, mask, grids["image"], grids["video"], config=config)
+    seconds = inputs.get("second_per_grid_ts")
+    positions, _ = mrope_positions(
+        ids, mask, grids["image"], grids["video"], config=config, second_per_grid_ts=seconds
+    )
     batch = {
         "tokens": ids.astype(np.int32),
         "positions": np.ascontiguousarray(positions.transpose(1, 0, 2)).astype(np.int32),

@@ -128,6 +128,89 @@ def test_text_only_counts_the_mask():
     assert (5 + deltas).tolist() == [3, 4, 1]
 
 
+TIMED = CONFIG.replace(tokens_per_second=2)
+
+
+def timed_reference(tokens, images, videos, seconds):
+    """`plain_reference`, and a video's steps where PyTorch's own float product puts them."""
+    torch = pytest.importorskip("torch")
+    images, videos = iter(images), iter(zip(videos, seconds, strict=True))
+    out, i = [], 0
+    while i < len(tokens):
+        following = max((max(p) for p in out), default=-1) + 1
+        if tokens[i] == TEXT or tokens[i] in (START, END):
+            out.append((following,) * 3)
+        else:
+            (t, h, w), second = (next(images), 1.0) if tokens[i] == IMAGE else next(videos)
+            times = (torch.arange(t) * torch.tensor(second, dtype=torch.float32) * 2).long()
+            for a in times.tolist():
+                for b in range(h // 2):
+                    out += [(following + a, following + b, following + c) for c in range(w // 2)]
+        i = len(out)
+    return np.array(out).T
+
+
+@pytest.mark.parametrize("fps", [1, 2, 24, 29.97, 0.3])
+def test_a_videos_steps_lie_where_their_time_is(fps):
+    rng = np.random.default_rng(2)
+    seen = 0
+    for _ in range(100):
+        tokens, images, videos = random_layout(rng, long_videos=True)
+        seconds = [2 / fps * (1 + n % 2) for n in range(len(videos))]  # the next at half the rate
+        seen += sum(t for t, _, _ in videos)
+        grids = [np.array(g, np.int64).reshape(-1, 3) for g in (images, videos)]
+        ours, deltas = mrope_positions(
+            np.array([tokens]), None, *grids, config=TIMED, second_per_grid_ts=seconds
+        )
+        expected = timed_reference(tokens, images, videos, seconds)
+        np.testing.assert_array_equal(ours[:, 0], expected)
+        assert deltas == expected.max() + 1 - len(tokens)
+    assert seen > 200
+
+
+@pytest.mark.parametrize("fps", [1, 2, 24, 29.97])
+def test_a_long_videos_time_is_transformers(fps):
+    torch = pytest.importorskip("torch")
+    modeling = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    place = modeling.Qwen2_5_VLModel.get_vision_position_ids
+    grid = torch.tensor([2000, 2, 4])
+    second = torch.tensor(2 / fps)
+    expected = place(None, 3, grid, 1, 2, 2 * second)  # its tokens_per_second, 2
+    tokens = np.array([[TEXT] * 3 + [VIDEO] * 4000])
+    ours, _ = mrope_positions(
+        tokens, None, None, grid[None].numpy(), config=TIMED, second_per_grid_ts=second[None]
+    )
+    np.testing.assert_array_equal(ours[:, 0, 3:], expected)
+
+
+def test_seconds_count_where_the_model_counts_time():
+    video = (np.array([[VIDEO] * 3 + [TEXT]]), None, None, [[3, 2, 2]])
+    times = [
+        mrope_positions(*video, config=config, second_per_grid_ts=seconds)[0][0, 0].tolist()
+        for config, seconds in ((TIMED, [1.25]), (TIMED, None), (CONFIG, [1.25]))
+    ]
+    assert times == [[0, 2, 5, 6], [0, 2, 4, 5], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        ([1.0, 1.0], "has shape [2] and there are 1 videos"),
+        ([], "has shape [0]"),
+        ([0.0], "must be above 0"),
+        ([float("nan")], "must be above 0"),
+        ([float("inf")], "must be above 0"),
+        (["two"], "must be numbers"),
+    ],
+)
+def test_seconds_that_cant_be_are_one_line(seconds, words):
+    with pytest.raises(InputError) as caught:
+        mrope_positions(
+            np.array([[VIDEO]]), None, None, [[1, 2, 2]], config=TIMED, second_per_grid_ts=seconds
+        )
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "tokens, images, videos, words",
     [
