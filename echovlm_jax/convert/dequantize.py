@@ -13,7 +13,7 @@ bitsandbytes/functional.py (`QuantState`) and nn/modules.py (`Linear8bitLt`).
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from echovlm_jax.errors import InputError
 Parts = Mapping[str, np.ndarray]
 _INT32, _MANY = ("int32",), 10**9
 _DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in WEIGHT_DTYPES}
-# Of a word's eight columns, the nibble (from the lowest) that holds each.
-_AWQ_NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of a word's eight that each nibble is of
+_ROWS = 32  # computed at a time: what is between stays in the processor's cache
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MAX_STATE_BYTES = 10_000
 # What bitsandbytes' kernels have built in: NormalFloat (https://arxiv.org/abs/2305.14314, appendix
@@ -101,17 +101,23 @@ class Weight:
     rows: Callable[[Parts, int, int], np.ndarray]
 
 
-def codes(words: np.ndarray, bits: int) -> np.ndarray:
+def codes(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
     """Unsigned integers of `bits` that lie densely in 32-bit words [n, w], the lowest bits first:
-    uint8 [n, w · 32 // bits]. A word need not end where an integer does."""
-    stream = np.ascontiguousarray(words).view(np.uint8)
-    if 8 % bits == 0:
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        found = (stream[..., None] >> shifts) & np.uint8(2**bits - 1)
-        return found.reshape(len(words), -1)
-    each = np.unpackbits(stream, axis=1, bitorder="little")
-    each = each[:, : each.shape[1] // bits * bits].reshape(len(words), -1, bits)
-    return np.packbits(each, axis=2, bitorder="little")[..., 0]
+    uint8 [n, w · 32 // bits]. An integer may go on from one word into the next.
+
+    Args:
+      order: the place that each integer of a word belongs to; by default as they lie.
+    """
+    unit = bits // math.gcd(bits, 32)  # words until an integer ends where a word does
+    lanes = words.view(np.uint32).reshape(len(words), -1, unit)
+    out = np.empty((*lanes.shape[:2], 32 * unit // bits), np.uint8)
+    for n, place in enumerate(order or range(out.shape[2])):
+        word, shift = divmod(n * bits, 32)
+        found = lanes[..., word] >> shift
+        if shift + bits > 32:
+            found |= lanes[..., word + 1] << (32 - shift)
+        out[..., place] = found & (2**bits - 1)
+    return out.reshape(len(words), -1)
 
 
 def _scaled(
@@ -124,11 +130,18 @@ def _scaled(
       zeros, scales: [rows, groups]; one integer for all.
       group: each input's [inputs].
     """
-    values = codes.astype(np.float32)
-    values -= zeros if isinstance(zeros, int) else zeros.astype(np.float32)[:, group]
-    with np.errstate(over="ignore", invalid="ignore"):  # the program's own infinities
-        values *= scales.astype(np.float32)[:, group]
-        return values.astype(scales.dtype)
+    out = np.empty(codes.shape, scales.dtype)
+    for start in range(0, len(codes), _ROWS):
+        rows = slice(start, start + _ROWS)
+        values = codes[rows].astype(np.float32)
+        if isinstance(zeros, int):
+            values -= zeros
+        else:
+            values -= np.take(zeros[rows].astype(np.float32), group, axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):  # the program's own infinities
+            values *= np.take(scales[rows].astype(np.float32), group, axis=1)
+            out[rows] = values
+    return out
 
 
 def awq(module: Module, told: Mapping[str, Any]) -> Weight:
@@ -140,22 +153,20 @@ def awq(module: Module, told: Mapping[str, Any]) -> Weight:
         raise module.fault("qweight", f"has {inputs} inputs, not a multiple of group_size {size}")
     groups = inputs // size
     module.need("qzeros", _INT32, (groups, words))
-    scales = module.need("scales", WEIGHT_DTYPES, (groups, 8 * words))
+    dtype = module.need("scales", WEIGHT_DTYPES, (groups, 8 * words)).dtype
     group = np.arange(inputs) // size
-
-    def nibbles(packed: np.ndarray) -> np.ndarray:
-        found = codes(packed, 4).reshape(*packed.shape, 8)
-        return found[..., _AWQ_NIBBLES].reshape(len(packed), -1)
 
     def rows(parts: Parts, first: int, last: int) -> np.ndarray:
         start, stop = first // 8, -(-last // 8)
         mine = slice(first - 8 * start, last - 8 * start)
         values, zeros = (
-            nibbles(parts[part][:, start:stop])[:, mine].T for part in ("qweight", "qzeros")
+            codes(np.ascontiguousarray(parts[part][:, start:stop]), 4, _AWQ_ORDER)[:, mine]
+            for part in ("qweight", "qzeros")
         )
-        return _scaled(values, zeros, parts["scales"][:, first:last].T, group)
+        scales = parts["scales"][:, first:last]
+        return _scaled(np.ascontiguousarray(values.T), zeros.T, scales.T, group)
 
-    return Weight((8 * words, inputs), scales.dtype, ("qweight", "qzeros", "scales"), rows)
+    return Weight((8 * words, inputs), dtype, ("qweight", "qzeros", "scales"), rows)
 
 
 def gptq(module: Module, told: Mapping[str, Any]) -> Weight:
@@ -253,7 +264,10 @@ def compressed_tensors(module: Module, told: Mapping[str, Any]) -> Weight:
         if (stored := parts.get("weight_zero_point")) is not None:
             zeros = stored
             if stored.dtype == np.int32:
-                zeros = codes(stored.T, bits)[:, :outputs].T.astype(np.int16) - half
+                zeros = (
+                    codes(np.ascontiguousarray(stored.T), bits)[:, :outputs].T.astype(np.int16)
+                    - half
+                )
             zeros = np.broadcast_to(zeros.reshape(-1, groups), (outputs, groups))[first:last]
         scales = parts["weight_scale"].reshape(-1, groups)
         scales = np.broadcast_to(scales, (outputs, groups))[first:last]
