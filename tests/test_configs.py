@@ -55,7 +55,7 @@ def updates(model: ModelConfig, rank: int) -> int:
     width, heads = text.hidden_size, text.num_heads * text.head_dim
     kv_heads = text.num_kv_heads * text.head_dim
     decoder = 2 * (width + heads) + 2 * (width + kv_heads) + 3 * (width + text.mlp_dim)
-    v, inner = vision.embed_dim, vision.embed_dim * vision.mlp_ratio
+    v, inner = vision.width, vision.mlp_dim
     tower = (v + 3 * v) + (v + v) + 2 * (v + inner)
     joined = v * vision.spatial_merge_size**2
     merger = 2 * joined + joined + width
@@ -71,7 +71,7 @@ def test_it_makes_a_program_at_full_size(file) -> None:
     leaves = jax.tree.leaves((program.state, program.batch))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     model = preset(config.model)
-    joined = model.vision.embed_dim * model.vision.spatial_merge_size**2
+    joined = model.vision.width * model.vision.spatial_merge_size**2
     merger = (joined + 1) * joined + (joined + 1) * model.text.hidden_size
     trained = {
         "alignment": new_path(model) + merger,

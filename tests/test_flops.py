@@ -35,7 +35,7 @@ def narrow(layers: int) -> ModelConfig:
             "mlp_dim": 640,
             "vocab_size": 2304,
         },
-        vision={"depth": layers, "embed_dim": 160, "hidden_size": 256},
+        vision={"depth": layers, "width": 160, "out_width": 256, "mlp_dim": 608},
         moe={"expert_mlp_dim": 288, "shared_mlp_dim": 416},
     )
 

@@ -93,7 +93,7 @@ DISK_ONLY = {
 }
 
 # Another file of that name.
-SAME_WORD = {("config", "config.json")}
+SAME_WORD = {("config.hugging_face", "config.json")}
 
 # What is above the limits of CONTRIBUTING.md today; none may grow, none is added.
 LONGEST = {

@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
         vocab_size=272, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2,
         head_dim=8, mlp_dim=32, mrope_section=(1, 1, 2), max_position_embeddings=512,
     ),
-    vision=VisionConfig(depth=1, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2),
+    vision=VisionConfig(depth=1, width=16, out_width=32, num_heads=2, mlp_dim=32),
     **{
         f"{ours}_token_id": 256 + SPECIALS.index(f"<|{theirs}|>")
         for ours, theirs in (

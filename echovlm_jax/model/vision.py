@@ -32,7 +32,7 @@ class VisionAttention(nn.Module):
         # Query, key and value are one weight in the checkpoint; C is that dimension of three.
         layout = self.compute.layout
         place: dict[str, Any] = {"bias": True, "layout": layout}
-        shape = (3, *heads, c.embed_dim)
+        shape = (3, *heads, c.width)
         qkv = Linear("BPD,CNHD->BPCNH", shape, ("qkv", *axes), **place, name="qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = apply_rope(q, table), apply_rope(k, table)
@@ -48,7 +48,7 @@ class VisionAttention(nn.Module):
             implementation=self.compute.attention,
             layout=layout,
         )
-        shape, axes = (c.embed_dim, *heads), (axes[2], *axes[:2])
+        shape, axes = (c.width, *heads), (axes[2], *axes[:2])
         return Linear("BPNH,DNH->BPD", shape, axes, **place, name="proj")(out)
 
 
@@ -60,7 +60,7 @@ class VisionMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape = (self.config.mlp_dim, self.config.embed_dim)
+        shape = (self.config.mlp_dim, self.config.width)
         axes = ("vision_mlp", "vision_embed")
         place: dict[str, Any] = {"bias": True, "layout": self.layout}
         x = quick_gelu(Linear("BPD,FD->BPF", shape, axes, **place, name="fc1")(x))
@@ -76,7 +76,7 @@ class VisionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, table: RopeTable, segments: Array) -> tuple[Array, None]:
-        width, layout = self.config.embed_dim, self.compute.layout
+        width, layout = self.config.width, self.compute.layout
         x = layout.constrain(x, "batch", "length", None)
         attn = VisionAttention(self.config, self.compute, name="attn")
         x = x + attn(LayerNorm(width, name="norm1")(x), table, segments)
@@ -95,18 +95,18 @@ class Merger(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         place: dict[str, Any] = {"bias": True, "layout": self.layout}
-        wide = c.embed_dim * c.merge_unit
-        x = LayerNorm(c.embed_dim, name="ln_q")(x)
+        wide = c.width * c.merge_unit
+        x = LayerNorm(c.width, name="ln_q")(x)
         x = x.reshape(x.shape[0], x.shape[1] // c.merge_unit, wide)
         axes = ("merger_mlp", "merger_embed")
         x = Linear("BPD,FD->BPF", (wide, wide), axes, **place, name="fc1")(x)
         x = jax.nn.gelu(x, approximate=False)
         axes = ("embed", "merger_mlp")
-        return Linear("BPF,DF->BPD", (c.hidden_size, wide), axes, **place, name="fc2")(x)
+        return Linear("BPF,DF->BPD", (c.out_width, wide), axes, **place, name="fc2")(x)
 
 
 class VisionEncoder(nn.Module):
-    """Patches [B, P, patch_dim] → tokens [B, P / merge_unit, hidden_size].
+    """Patches [B, P, patch_dim] → tokens [B, P / merge_unit, out_width].
 
     Attributes:
       config: sizes.
@@ -132,7 +132,7 @@ class VisionEncoder(nn.Module):
         # C, Z, Y, X: channel, time, height, width of a patch, as the checkpoint's Conv3d has them.
         x = Linear(
             "BPCZYX,DCZYX->BPD",
-            (c.embed_dim, *pixels),
+            (c.width, *pixels),
             ("vision_embed", "channel", "patch_t", "patch_h", "patch_w"),
             layout=self.compute.layout,
             name="patch_embed",

@@ -30,7 +30,7 @@ def test_the_scaled_model_has_the_released_proportions() -> None:
         share = getattr(model.moe, name) / text.hidden_size
         assert share == getattr(full.moe, name) / released.hidden_size
     assert model.vision.head_dim == full.vision.head_dim
-    assert model.vision.mlp_ratio == full.vision.mlp_ratio
+    assert model.vision.mlp_dim * 8 == full.vision.mlp_dim
     depths = text.num_layers / released.num_layers, model.vision.depth / full.vision.depth
     assert math.isclose(*depths, rel_tol=0.02)
 

@@ -16,7 +16,7 @@ MINI = ModelConfig(
         vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2,
         head_dim=8, mlp_dim=48, mrope_section=(1, 1, 2),
     ),
-    vision=VisionConfig(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2),
+    vision=VisionConfig(depth=2, width=32, out_width=32, num_heads=2, mlp_dim=64),
     moe=MoEConfig(num_experts=3, top_k=2, expert_mlp_dim=16, shared_mlp_dim=24),
     bos_token_id=0, eos_token_id=2, vision_start_token_id=3, vision_end_token_id=4,
     vision_pad_token_id=5, image_token_id=6, video_token_id=7,

@@ -287,7 +287,7 @@ def test_the_host_holds_one_parameter(
 ) -> None:
     """What numpy holds at one time is one parameter in few bits, and pieces of floats."""
     text = {"num_layers": 12, "hidden_size": 128, "mlp_dim": 512}
-    config = MINI.replace(text=text, vision={"hidden_size": 128}, moe=None)
+    config = MINI.replace(text=text, vision={"out_width": 128}, moe=None)
     source = write(tmp_path / "source", finite(config, "bfloat16"), config)
     largest = 12 * 128 * 512
     monkeypatch.setattr(store, "CHUNK_BYTES", 2**16)

@@ -31,9 +31,7 @@ MODEL = ModelConfig(
         mlp_dim=64,
         mrope_section=(2, 1, 1),
     ),
-    vision=VisionConfig(
-        depth=2, embed_dim=64, hidden_size=64, num_heads=8, mlp_ratio=1, patch_size=2
-    ),
+    vision=VisionConfig(depth=2, width=64, out_width=64, num_heads=8, mlp_dim=64, patch_size=2),
     # The balancing loss weighs as much as the cross-entropy: an error in it would be seen.
     moe=MoEConfig(expert_mlp_dim=16, shared_mlp_dim=32, router_aux_loss_coef=0.5),
     bos_token_id=0,

@@ -16,7 +16,7 @@ CONFIG = demo.CONFIG.replace(
         **{"num_layers": 1, "hidden_size": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16},
         **{"mlp_dim": 32, "mrope_section": (2, 3, 3)},
     },
-    vision={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+    vision={"depth": 1, "width": 32, "out_width": 32, "num_heads": 2, "mlp_dim": 64},
     moe=None,
 )
 # Small images: every exam's fit the same bucket, so that one program serves all.

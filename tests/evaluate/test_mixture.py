@@ -15,7 +15,7 @@ from echovlm_jax.phantom import PhantomDataset
 
 SMALL = demo.CONFIG.replace(
     text={"num_layers": 2, "hidden_size": 32, "mlp_dim": 32},
-    vision={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+    vision={"depth": 1, "width": 32, "out_width": 32, "num_heads": 2, "mlp_dim": 64},
     moe={"expert_mlp_dim": 16, "shared_mlp_dim": 16},
 )
 PICTURE = np.random.default_rng(0).integers(0, 255, (56, 84, 3), np.uint8)

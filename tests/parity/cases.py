@@ -26,8 +26,8 @@ def _config(
             tie_word_embeddings=tied,
         ),
         vision=VisionConfig(
-            depth=depth, embed_dim=width, hidden_size=heads * dim, num_heads=vision_heads,
-            mlp_ratio=ratio,
+            depth=depth, width=width, out_width=heads * dim, num_heads=vision_heads,
+            mlp_dim=ratio * width,
         ),
         moe=moe,
         **_IDS,

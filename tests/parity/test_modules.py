@@ -104,7 +104,7 @@ def test_vision_attention_sees_only_its_frame(name, rng):
     theirs = build(CONFIGS[name]).visual if hasattr(build(CONFIGS[name]), "visual") else None
     theirs = theirs or build(CONFIGS[name]).model.visual
     block = theirs.blocks[0].attn
-    width, heads, dim = config.embed_dim, config.num_heads, config.head_dim
+    width, heads, dim = config.width, config.num_heads, config.head_dim
     params = weights(
         block,
         qkv__kernel=["qkv.weight", (3, heads, dim, width)],
@@ -130,7 +130,7 @@ def test_vision_attention_sees_only_its_frame(name, rng):
 def test_vision_mlp_and_merger(rng):
     config = CONFIGS["released_shape"].vision
     visual = build(CONFIGS["released_shape"]).model.visual
-    x = normal(rng, 1, 8, config.embed_dim)
+    x = normal(rng, 1, 8, config.width)
     names = dict(
         fc1__kernel=["fc1.weight"], fc1__bias=["fc1.bias"],
         fc2__kernel=["fc2.weight"], fc2__bias=["fc2.bias"],

@@ -38,9 +38,7 @@ CONFIG = ModelConfig(
         mlp_dim=6,
         mrope_section=(1, 1, 0),
     ),
-    vision=VisionConfig(
-        depth=2, embed_dim=8, hidden_size=8, num_heads=2, mlp_ratio=1, patch_size=2
-    ),
+    vision=VisionConfig(depth=2, width=8, out_width=8, num_heads=2, mlp_dim=8, patch_size=2),
     moe=MoEConfig(num_experts=2, top_k=1, expert_mlp_dim=5, shared_mlp_dim=3),
     vision_start_token_id=1,
     vision_end_token_id=2,

@@ -24,7 +24,7 @@ CONFIG = preset("tiny").replace(
         **{"vocab_size": VOCAB, "hidden_size": WIDTH, "num_layers": 8, "num_heads": 4},
         **{"num_kv_heads": 2, "head_dim": 64, "mlp_dim": 1024, "mrope_section": (8, 12, 12)},
     },
-    vision={"hidden_size": WIDTH},
+    vision={"out_width": WIDTH},
     moe={"expert_mlp_dim": 128, "shared_mlp_dim": 256},
 )
 SPECS = param_specs(CONFIG)

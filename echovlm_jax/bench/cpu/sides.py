@@ -49,8 +49,9 @@ def scaled_model() -> ModelConfig:
         },
         vision={
             "depth": 25,
-            "embed_dim": vision.embed_dim // 8,
-            "hidden_size": text.hidden_size // 8,
+            "width": vision.width // 8,
+            "out_width": text.hidden_size // 8,
+            "mlp_dim": vision.mlp_dim // 8,
             "num_heads": vision.num_heads // 8,
         },
         moe={
