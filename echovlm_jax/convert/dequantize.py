@@ -35,14 +35,15 @@ _MAX_STATE_BYTES = 10_000
 # What bitsandbytes' kernels have built in: NormalFloat (https://arxiv.org/abs/2305.14314, appendix
 # E) and its own 4-bit float.
 _TABLES = {
-    "nf4": np.float32([
+    "nf4": np.array([
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]),
-    "fp4": np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3])
-    / np.float32(12),
+    ], np.float32),
+    "fp4": np.array([
+        0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3,
+    ], np.float32) / np.float32(12),
 }  # fmt: skip
 
 
@@ -256,19 +257,18 @@ def compressed_tensors(module: Module, told: Mapping[str, Any]) -> Weight:
             group = np.arange(inputs) // size
         if group.min() < 0 or group.max() >= groups:
             raise module.fault("weight_g_idx", f"has a group outside 0 to {groups - 1}")
-        values: np.ndarray = parts["weight"][first:last] if not packed else np.int16(0)
         if packed:
             values = codes(parts["weight_packed"][first:last], bits)[:, :inputs].astype(np.int16)
             values -= half
+        else:
+            values = parts["weight"][first:last]
         zeros: np.ndarray | int = 0
         if (stored := parts.get("weight_zero_point")) is not None:
-            zeros = stored
             if stored.dtype == np.int32:
-                zeros = (
-                    codes(np.ascontiguousarray(stored.T), bits)[:, :outputs].T.astype(np.int16)
-                    - half
-                )
-            zeros = np.broadcast_to(zeros.reshape(-1, groups), (outputs, groups))[first:last]
+                unpacked = codes(np.ascontiguousarray(stored.T), bits)[:, :outputs].T
+                stored = unpacked.astype(np.int16) - half
+            stored = stored.reshape(-1, groups)
+            zeros = np.broadcast_to(stored, (outputs, groups))[first:last]
         scales = parts["weight_scale"].reshape(-1, groups)
         scales = np.broadcast_to(scales, (outputs, groups))[first:last]
         return _scaled(values, zeros, scales, group)

@@ -119,8 +119,9 @@ def quantization(folder: Path) -> Method | None:
       InputError: it is in a way that isn't read, or a file beside config.json alone says so.
     """
     path = folder / CONFIG
-    raw = sources.read_json(path) if path.is_file() else None
-    for part in (raw, raw.get("text_config")) if isinstance(raw, dict) else ():
+    found = sources.read_json(path) if path.is_file() else None
+    raw = found if isinstance(found, dict) else {}
+    for part in (raw, raw.get("text_config")):
         for key in _PARTS:
             if isinstance(part, dict) and _says_something(told := part.get(key)):
                 return _method_of_config(path, key, told, raw)
@@ -279,7 +280,7 @@ def without_quantization(raw: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the same model in floats."""
     text = raw.get("text_config")
     own = {"text_config": without_quantization(text)} if isinstance(text, dict) else {}
-    return {key: value for key, value in (raw | own).items() if key not in _PARTS}
+    return {key: value for key, value in {**raw, **own}.items() if key not in _PARTS}
 
 
 def _refuse_quantized_tensors(source: sources.Source) -> None:

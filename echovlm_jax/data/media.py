@@ -78,8 +78,8 @@ def read_medium(
             found = read_media(path, num_frames=num_frames, say=said.append)
             frames = found.pixels if found.pixels.ndim == 4 else found.pixels[None]
             seconds = found.seconds
-        many = len(frames) > 1
-        medium = Medium(len(frames) * many, *frames.shape[1:3], seconds if many else None)
+        (height, width), many = frames.shape[1:3], len(frames) > 1
+        medium = Medium(len(frames) * many, height, width, seconds if many else None)
     except InputError as error:
         detail = str(error)
         large = any(sign in detail for sign in ("is over the limit", "claims more", "larger than"))

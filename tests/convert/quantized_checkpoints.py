@@ -25,7 +25,7 @@ CONFIG = DENSE.replace(
         "mlp_dim": 96,
         "mrope_section": (2, 3, 3),
     },
-    vision={"hidden_size": 64},
+    vision={"out_width": 64},
 )
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
