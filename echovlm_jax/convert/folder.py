@@ -20,7 +20,12 @@ import numpy as np
 from echovlm_jax.config import ModelConfig, from_hf
 from echovlm_jax.convert import few_bits, table
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert.quantized import refuse_quantized, refuse_quantized_tensors
+from echovlm_jax.convert.quantized import (
+    QUANTIZED_FILES,
+    dequantized,
+    quantization,
+    without_quantization,
+)
 from echovlm_jax.convert.run import open_run
 from echovlm_jax.convert.source import WEIGHT_DTYPES
 from echovlm_jax.convert.table import quoted
@@ -128,15 +133,16 @@ def open_checkpoint(
     gone: Mapping[str, sources.Gone] | None = None,
 ) -> tuple[sources.Source, ModelConfig]:
     """Opens a folder in Hugging Face form, as `source.open_source` does, with its configuration.
+    Quantized weights are read as floats.
 
     Raises:
-      InputError: as there; its configuration is not one; its weights are quantized.
+      InputError: as there; its configuration is not one; its weights are quantized in a way that
+        isn't read.
     """
     where = as_path(path)
     refuse_run(where)
-    refuse_quantized(where.parent if where.is_file() else where)
-    source = sources.open_source(where, once=once, gone=gone)
-    refuse_quantized_tensors(source)
+    method = quantization(where.parent if where.is_file() else where)
+    source = dequantized(sources.open_source(where, once=once, gone=gone), method)
     return source, read_config(source.folder)
 
 
@@ -247,7 +253,7 @@ def _say(line: str) -> None:
 
 
 class _HuggingFace:
-    quantized: few_bits.FewBits | None = None  # another's quantized weights are refused
+    quantized: few_bits.FewBits | None = None  # another's quantized weights are read as floats
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -369,14 +375,16 @@ def copy_side_files(
     dtype: np.dtype | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Copies the files beside the weights. `dtype` is written into config.json; `config` replaces
-    its content."""
+    """Copies the files beside the weights, without what says that they were quantized. `dtype` is
+    written into config.json; `config` replaces its content."""
     # config.json last: a folder of a bucket is a model from then on.
     for path in sorted(side_files(folder), key=lambda path: path.name == CONFIG):
-        write_bytes(target / path.name, path.read_bytes())
-    if dtype is None and config is None:
+        if path.name not in QUANTIZED_FILES:
+            write_bytes(target / path.name, path.read_bytes())
+    found = json.loads(json.dumps(config) if config else (target / CONFIG).read_text("utf-8"))
+    raw = without_quantization(found)
+    if dtype is None and config is None and raw == found:
         return
-    raw = json.loads(json.dumps(config) if config else (target / CONFIG).read_text("utf-8"))
     for part in (raw, raw.get("text_config"), raw.get("vision_config")) if dtype else ():
         for key in ("torch_dtype", "dtype"):
             if isinstance(part, dict) and key in part:

@@ -80,7 +80,8 @@ def convert(
       The report: tensors, bytes, seconds, peak_rss_bytes, missing, unexpected (both empty: either
       is refused), ignored, duplicates, dtype, resumed (tensors that an earlier run had finished);
       with `quantize`, quantized {kind: bytes} and quantize, the recipe in full; deleted, the
-      source's files that are gone, where there are any.
+      source's files that are gone, where there are any; dequantized, how the source's weights were
+      quantized, where they were.
       conversion.json has in addition sha256, by released tensor name, of the stored bytes, and
       chunks, XXH128 of each parameter's chunks; both are computed before these are written.
 
@@ -314,6 +315,7 @@ def _report(job: Conversion, resumed: int, seconds: float) -> dict[str, Any]:
         "dtype": "+".join(sorted(names | ({form.kind} if form else set()))),
         "resumed": resumed,
         **({"deleted": sorted(job.source.gone)} if job.source.gone else {}),
+        **({"dequantized": job.source.quantized} if job.source.quantized else {}),
         **quantized,
     }
 

@@ -62,10 +62,12 @@ def check_may_delete(source: Source, dst: Any) -> None:
     """Refuses a source whose shards can't be deleted safely, before anything is done.
 
     Raises:
-      InputError: it, or the target, is in a bucket; a shard is a link, has a second name, or is no
-        safetensors file.
+      InputError: it, or the target, is in a bucket; a weight is made of several tensors, which may
+        lie in several shards; a shard is a link, has a second name, or is no safetensors file.
     """
     mend = "convert without --delete-source-shards"
+    if source.quantized:
+        raise InputError(f"{source.folder}: is quantized ({source.quantized}); {mend}")
     if in_bucket(source.folder) or in_bucket(as_path(dst)):
         raise InputError(f"{source.folder}: shards are deleted between local folders alone; {mend}")
     for path in source.files:

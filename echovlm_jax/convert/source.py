@@ -50,12 +50,14 @@ class Source:
       tensors: by the checkpoint's own names; `tensors[n].read(a, b)` gives the values [a, b) of
         tensor n, counted flat, and raises InputError if the file has changed since.
       gone: the files that a conversion deleted after use, by name, with `stamp` of each.
+      quantized: how stored weights are, if `tensors` has what is computed out of them.
     """
 
     folder: Path
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
     gone: dict[str, bytes] = field(default_factory=dict)
+    quantized: str | None = None
 
     def fingerprint(self) -> str:
         """A digest of the files' names, sizes and times: differs where the weights may differ.
@@ -296,7 +298,11 @@ def _torch_tensor(path: Path, name: str, tensor: Any, order: int) -> Tensor:
         torch.float16: (torch.int16, np.dtype(np.float16)),
         torch.float32: (torch.int32, np.dtype(np.float32)),
         torch.float64: (torch.int64, np.dtype(np.float64)),
-        torch.int64: (torch.int64, np.dtype(np.int64)),
+        **{
+            # Of quantized weights.
+            getattr(torch, name): (getattr(torch, name), np.dtype(name))
+            for name in ("int64", "int32", "int8", "uint8")
+        },
     }
     if tensor.dtype not in kinds or tensor.layout != torch.strided:
         raise InputError(

@@ -25,6 +25,7 @@ from echovlm_jax.processing.images import (
     smart_resize,
     to_patches,
 )
+from echovlm_jax.processing.media import sampled, second_per_grid
 
 NO_LIMIT = 2**40
 
@@ -156,6 +157,20 @@ def _grid(height: int, width: int, frames: int, limit: int, config: ImageConfig)
         )
     steps = -(-max(1, frames) // config.temporal_patch_size)
     return Grid(steps, height // config.patch_size, width // config.patch_size, frames, limit)
+
+
+def seconds_of(media: Sequence[Medium], grids: Sequence[Grid], config: ImageConfig) -> np.ndarray:
+    """Seconds that a time step of each loop lasts, of which a grid may have fewer frames than are
+    stored: float64 [loops]."""
+    return np.array(
+        [
+            second_per_grid(
+                sampled(medium.seconds, medium.frames, grid.frames), config.temporal_patch_size
+            )
+            for medium, grid in zip(media, grids, strict=True)
+            if grid.frames
+        ]
+    )
 
 
 def cut(

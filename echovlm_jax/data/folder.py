@@ -25,7 +25,8 @@ from echovlm_jax.processing.files import read_bytes, shown
 from echovlm_jax.processing.images import ImageConfig, smart_resize
 
 NAME = "echovlm"  # TFDS's name of the dataset
-VERSION = "1.0.0"  # of the features
+VERSION = "1.1.0"  # of the features
+READ = ("1.0.0", VERSION)  # 1.0.0: without seconds, so that a loop counts as `media.DEFAULT_FPS`
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 INDEX = np.dtype([("offset", "<u8"), ("crc", "<u4"), ("organ", "<i2"), ("unused", "<i2")])
 _MAX_INDEX = 2**34
@@ -134,6 +135,7 @@ def features() -> Any:
             "frames": many(whole),  # of each medium; 0: an image
             "heights": many(whole),
             "widths": many(whole),
+            "seconds": many(tfds.features.Scalar(np.float32)),  # between frames; 0: not known
             "patches": many(whole),  # of each medium, at Qwen2-VL's image settings
             "image_tokens": many(whole),
             "text_bytes": whole,
@@ -156,6 +158,7 @@ def example_of(record: Record, images: Sequence[bytes]) -> dict[str, Any]:
         "frames": [medium.frames for medium in record.media],
         "heights": [medium.height for medium in record.media],
         "widths": [medium.width for medium in record.media],
+        "seconds": [medium.seconds or 0.0 for medium in record.media],
         "patches": patches,
         "image_tokens": tokens,
         "text_bytes": text_bytes,
@@ -195,7 +198,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         whole, manifest = False, {}
     if not whole:
         raise InputError(f"{shown(path)}: is damaged; build or copy the dataset again")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in READ:
         raise InputError(f"{shown(path)}: is of another version; build the dataset again")
     return manifest
 

@@ -21,7 +21,7 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.processing.burned_in import Choice, check
 from echovlm_jax.processing.dicom import NOT_CROPPED, Crop, read_loop
 from echovlm_jax.processing.files import ExtraMissing, file_kind, read_bytes, shown
-from echovlm_jax.processing.images import MAX_ASPECT_RATIO, load_media
+from echovlm_jax.processing.images import MAX_ASPECT_RATIO, read_media
 from echovlm_jax.processing.stills import (
     MAX_FILE_BYTES,
     PNG_START,
@@ -54,7 +54,7 @@ def read_medium(
     """Reads an image file.
 
     Args:
-      path: a file that `load_media` reads.
+      path: a file that `read_media` reads.
       num_frames: a longer loop is sampled to so many frames.
       crop: crops of DICOM frames to their ultrasound regions; "require" refuses the others.
       burned_in: treatment of text in the pixels, as of `processing.burned_in.check`.
@@ -65,24 +65,27 @@ def read_medium(
     said: list[str] = []
     try:
         kind, cropped, images, stated, regions = file_kind(path), False, None, False, ()
+        seconds: float | None = None
         if kind == "dicom":
             # Without "require": there the file is to be refused for this reason, not as damaged.
             loop = read_loop(path, num_frames=num_frames, crop=bool(crop))
-            frames, cropped, stated, regions = loop
+            frames, cropped, stated, regions, seconds = loop
         elif kind in ("png", "jpeg"):
             data, name = read_bytes(path, MAX_FILE_BYTES), shown(path)
             frames = decode_stills(io.BytesIO(data), name, num_frames, say=said.append)
             images = (_clean(data, frames[0]),) if len(frames) == 1 else None
         else:
-            found = load_media(path, num_frames=num_frames, say=said.append)
-            frames = found if found.ndim == 4 else found[None]
-        medium = Medium(len(frames) if len(frames) > 1 else 0, *frames.shape[1:3])
+            found = read_media(path, num_frames=num_frames, say=said.append)
+            frames = found.pixels if found.pixels.ndim == 4 else found.pixels[None]
+            seconds = found.seconds
+        (height, width), many = frames.shape[1:3], len(frames) > 1
+        medium = Medium(len(frames) * many, height, width, seconds if many else None)
     except InputError as error:
         detail = str(error)
         large = any(sign in detail for sign in ("is over the limit", "claims more", "larger than"))
         reason = "extra not installed" if isinstance(error, ExtraMissing) else "unreadable image"
         raise Refused("image too large" if large else reason, detail) from None
-    sides = sorted(medium[1:])
+    sides = sorted((medium.height, medium.width))
     if sides[1] > MAX_ASPECT_RATIO * sides[0]:
         raise Refused("unusable shape", f"{shown(path)}: {medium.height} x {medium.width} pixels")
     if crop == "require" and not cropped:

@@ -21,6 +21,8 @@ class Medium(NamedTuple):
     frames: int  # 0: an image; n ≥ 1: a video of n frames
     height: int
     width: int
+    # From one frame to the next, on average; None: not known, as in datasets from before 1.1.0.
+    seconds: float | None = None
 
 
 class Turn(NamedTuple):

@@ -9,7 +9,7 @@ from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.encode import IGNORED, encode
 from echovlm_jax.data.epoch import Sample
 from echovlm_jax.data.examples import Source, example, open_source
-from echovlm_jax.data.fit import Grid, cut
+from echovlm_jax.data.fit import Grid, cut, seconds_of
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.data.settings import Settings
 from echovlm_jax.data.workers import Layout
@@ -81,7 +81,8 @@ def fill_row(
         out["labels"][at:end] = encoded.labels
         out["segment_ids"][at:end] = n + 1
         out["organs"][at:end] = _organ(source, sample.record)
-        out["positions"][:, at:end] = _positions(source.model, encoded.tokens, made.grids)
+        seconds = seconds_of(made.record.media, made.grids, source.images)
+        out["positions"][:, at:end] = _positions(source.model, encoded.tokens, made.grids, seconds)
         if "patches" in out:
             _index(source.model, encoded.tokens, patch, out["patch_index"][at:end])
             patch, frame = _patches(source, sample, made.grids, patch, frame, out)
@@ -111,13 +112,16 @@ def _organ(source: Source, record: int) -> int:
     return ORGANS.index(name) if name in ORGANS else len(ORGANS)
 
 
-def _positions(model: ModelConfig, tokens: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
+def _positions(
+    model: ModelConfig, tokens: np.ndarray, grids: Sequence[Grid], seconds: np.ndarray
+) -> np.ndarray:
     """The M-RoPE ids of one exam by itself: [3, tokens]."""
     of_kind = [
         np.array([g[:3] for g in grids if bool(g.frames) == video], np.int64).reshape(-1, 3)
         for video in (False, True)
     ]
-    return mrope_positions(tokens[None], None, *of_kind, config=model)[0][:, 0]
+    ids, _ = mrope_positions(tokens[None], None, *of_kind, config=model, second_per_grid_ts=seconds)
+    return ids[:, 0]
 
 
 def _index(model: ModelConfig, tokens: np.ndarray, patch: int, out: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from echovlm_jax.data import keys
 from echovlm_jax.data.dataset import Dataset
 from echovlm_jax.data.encode import IGNORED, encode
 from echovlm_jax.data.examples import other_record, peers_of
-from echovlm_jax.data.fit import Grid, cut, fit, training_images
+from echovlm_jax.data.fit import Grid, cut, fit, seconds_of, training_images
 from echovlm_jax.data.record import LANGUAGES, Record, Turn
 from echovlm_jax.data.tasks import compose
 from echovlm_jax.errors import InputError
@@ -233,6 +233,8 @@ def inputs_of(
         if pairs:
             out[pixels_key] = np.concatenate([cut(*pair, config) for pair in pairs])
             out[f"{kind}_grid_thw"] = np.array([grid[:3] for _, grid in pairs], np.int64)
+    if "video" in kinds and model.config.tokens_per_second is not None:
+        out["second_per_grid_ts"] = seconds_of(sizes, grids, config)
     return out
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from echovlm_jax.data.keys import mix, text_key
 from echovlm_jax.data.record import ORGANS, Medium, Record
 from echovlm_jax.errors import InputError
-from echovlm_jax.phantom.exam import PAPER_COUNTS, Exam, make_exam
+from echovlm_jax.phantom.exam import HEARTBEAT, PAPER_COUNTS, Exam, make_exam
 from echovlm_jax.phantom.render import render
 from echovlm_jax.phantom.reports import reports
 
@@ -90,10 +90,14 @@ class PhantomDataset:
     def record(self, i: int) -> Record:
         """Texts and sizes; nothing is rendered."""
         exam, name = self.exam(i), f"phantom-{self._split}-{i:06d}"
+        media = [
+            Medium(v.frames, v.height, v.width, HEARTBEAT / 1000 / v.frames if v.frames else None)
+            for v in exam.views
+        ]
         return Record(
             id=name,
             organ=exam.organ,
-            media=tuple(Medium(view.frames, view.height, view.width) for view in exam.views),
+            media=tuple(media),
             reports=reports(exam),
             source="phantom",
             group=name,

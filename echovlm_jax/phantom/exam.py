@@ -11,6 +11,7 @@ import numpy as np
 from echovlm_jax.data.keys import mix, uniform
 
 T = TypeVar("T")
+HEARTBEAT = 800.0  # ms: the length of a loop
 
 # Exams of each region in the paper's data (arXiv 2509.14977), in the order of record.ORGANS.
 PAPER_COUNTS = (13000, 66492, 47061, 16388, 18043, 21969, 4320)

@@ -27,14 +27,13 @@ from echovlm_jax.data.sections import join_report
 from echovlm_jax.data.workers import Workers
 from echovlm_jax.errors import InputError
 from echovlm_jax.phantom.dataset import organ_of
-from echovlm_jax.phantom.exam import MOST_VIEWS, Exam, make_exam
+from echovlm_jax.phantom.exam import HEARTBEAT, MOST_VIEWS, Exam, make_exam
 from echovlm_jax.phantom.render import HEADER, RULER, render
 from echovlm_jax.phantom.reports import reports
 from echovlm_jax.processing.files import shown
 from echovlm_jax.progress import progress
 
 NOTE = "SYNTHETIC: simulated ultrasound of nobody"
-HEARTBEAT = 800.0  # ms: the length of a loop
 _ASKED = {"zh": "请根据图像写出超声报告。", "en": "Write the ultrasound report of these images."}
 
 

@@ -13,7 +13,14 @@ from echovlm_jax.processing.batch import (
     pad_batch,
 )
 from echovlm_jax.processing.chat import load_chat_template, qwen2_vl_prompt
-from echovlm_jax.processing.images import ImageConfig, image_config, load_media, to_patches
+from echovlm_jax.processing.images import (
+    ImageConfig,
+    image_config,
+    load_media,
+    read_media,
+    to_patches,
+)
+from echovlm_jax.processing.media import Media
 from echovlm_jax.processing.positions import mrope_positions
 from echovlm_jax.processing.processor import Processor, check_length
 from echovlm_jax.processing.tokenizer import Tokenizer, load_tokenizer
@@ -25,6 +32,7 @@ __all__ = [
     "PATCH_BUCKETS",
     "SEQUENCE_BUCKETS",
     "ImageConfig",
+    "Media",
     "Processor",
     "Tokenizer",
     "bucket",
@@ -39,6 +47,7 @@ __all__ = [
     "pad_batch",
     "qwen2_vl_prompt",
     "read_dicom",
+    "read_media",
     "to_patches",
 ]
 

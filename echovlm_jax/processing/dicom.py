@@ -23,7 +23,8 @@ from echovlm_jax.processing.dicom_frames import VIDEO, CompressedFrames, FrameDe
 from echovlm_jax.processing.dicom_header import GREYS, Opened, PixelHeader, read_header, whole
 from echovlm_jax.processing.files import VIDEOS, kind_of_bytes, reading
 from echovlm_jax.processing.levels import check_loop, picks
-from echovlm_jax.processing.video import decode_video
+from echovlm_jax.processing.media import sampled, stated_seconds
+from echovlm_jax.processing.video import Decoded, decode_video
 
 # Region Spatial Format (PS3.3 C.8.5.5.1.1): 2-D, M-mode and spectral Doppler are images; none,
 # waveform and graphics are not.
@@ -45,6 +46,7 @@ class Loop(NamedTuple):
     cropped: bool  # to all the regions that the file states
     burned_in: bool  # the file says that its pixels name somebody (BurnedInAnnotation)
     regions: tuple[Box, ...] = ()  # the spatial ones, in `frames`; none where one can't be used
+    seconds: float | None = None  # from one of `frames` to the next; None where it doesn't say
 
 
 def read_dicom(path: str | Path, *, num_frames: int = 16, crop: Crop = False) -> np.ndarray:
@@ -101,34 +103,64 @@ def _read(file: BinaryIO, num_frames: int, crop: Crop) -> Loop:
     cut = np.s_[top:bottom, left:right]
     moved = [Box(b.top - top, b.bottom - top, b.left - left, b.right - left) for b in boxes]
     said = (cropped, _burned_in(dataset), tuple(moved) if all_used else ())
+    seconds = _seconds(dataset, header.frames)
     if header.syntax in VIDEO:
-        return Loop(_video(opened, num_frames)[:, *cut], *said)
+        video = _video(opened, num_frames)
+        own = sampled(video.seconds if seconds is None else seconds, video.frames, len(video[0]))
+        return Loop(video.pixels[:, *cut], *said, own)
     colour = palette_to_rgb(header, dataset) if header.is_palette else np.copy
     with FrameDecoder(opened) as decode:
         # A copy each, so that a crop lets go of the whole frame.
         frames = np.stack([colour(decode(i)[cut]) for i in picks(header.frames, count)])
     if header.photometric in GREYS:
         frames = grey_to_rgb(frames, dataset, header)
-    return Loop(frames, *said)
+    return Loop(frames, *said, sampled(seconds, header.frames, count))
+
+
+def _seconds(dataset: Any, frames: int) -> float | None:
+    """Seconds from one frame of a cine to the next, on average; None where the file doesn't say.
+
+    What was measured comes before what is recommended for showing: FrameTime and FrameTimeVector
+    in milliseconds, the vector's first being 0 (PS3.3 C.7.6.5), CineRate and
+    RecommendedDisplayFrameRate in frames a second. A value that can't be says nothing.
+    """
+    vector = _numbers(dataset, "FrameTimeVector")
+    steps = vector[1:] if len(vector) == frames and all(step >= 0 for step in vector) else []
+    rates = (_numbers(dataset, key) for key in ("CineRate", "RecommendedDisplayFrameRate"))
+    found = [time / 1000 for time in _numbers(dataset, "FrameTime")[:1]]
+    found += [sum(steps) / len(steps) / 1000] if steps else []
+    found += [1 / rate for of_key in rates for rate in of_key[:1] if rate > 0]
+    return next(filter(None, map(stated_seconds, found)), None)
+
+
+def _numbers(dataset: Any, keyword: str) -> list[float]:
+    """An element's numbers; none where it is missing or is not of numbers."""
+    try:
+        value = dataset.get(keyword)
+        listed = [value] if isinstance(value, int | float | str) else list(value or [])
+        return [float(one) for one in listed]
+    except Exception:  # as pydicom raises for what it can't read; the pixels don't depend on it
+        return []
 
 
 def _burned_in(dataset: Any) -> bool:
     return str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES"
 
 
-def _video(opened: Opened, num_frames: int) -> np.ndarray:
+def _video(opened: Opened, num_frames: int) -> Decoded:
     header = opened.header
     data = CompressedFrames(opened).video()
     container = kind_of_bytes(data[:4096])
     if container not in VIDEOS:  # a bare stream, of the coding that the transfer syntax names
         container = VIDEO[UID(header.syntax)]
-    frames = decode_video(BytesIO(data), container, num_frames=num_frames, stated=header.frames)
-    if frames.shape[1:3] != (header.rows, header.columns):
+    video = decode_video(BytesIO(data), container, num_frames=num_frames, stated=header.frames)
+    height, width = video.pixels.shape[1:3]
+    if (height, width) != (header.rows, header.columns):
         raise InputError(
-            f"its video has {frames.shape[1]} x {frames.shape[2]} pixels where its header says"
+            f"its video has {height} x {width} pixels where its header says"
             f" {header.rows} x {header.columns}"
         )
-    return frames
+    return video
 
 
 @contextmanager

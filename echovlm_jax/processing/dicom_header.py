@@ -38,6 +38,7 @@ _TAGS = [
         *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "RescaleSlope"),
         *("RescaleIntercept", "ModalityLUTSequence", "SequenceOfUltrasoundRegions"),
         *("BurnedInAnnotation", *_PALETTES),
+        *("FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate"),
     )
 ]
 _COLOURS = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}

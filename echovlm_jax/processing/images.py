@@ -16,6 +16,7 @@ from PIL import Image
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import STILLS, VIDEOS, VOLUMES, file_kind, shown
 from echovlm_jax.processing.levels import Say, silent
+from echovlm_jax.processing.media import Media
 from echovlm_jax.processing.stills import decode_image as decode_image
 from echovlm_jax.processing.stills import decode_pil, read_stills
 
@@ -229,21 +230,27 @@ def _value_table(config: ImageConfig) -> np.ndarray:
     return table
 
 
-def load_media(
+def load_media(item: Any, **how: Any) -> np.ndarray:
+    """The pixels alone of `read_media`: uint8 RGB [H, W, 3], or [T, H, W, 3] of a loop."""
+    return read_media(item, **how).pixels
+
+
+def read_media(
     item: Any,
     *,
     num_frames: int = 16,
     crop: bool | Literal["require"] = False,
     convert_rgb: bool = True,
     say: Say = silent,
-) -> np.ndarray:
-    """One image or video as uint8 RGB: [H, W, 3], or [T, H, W, 3] for a video.
+) -> Media:
+    """One image or video.
 
     Args:
-      item: a path, a PIL image, or a uint8 array [H, W, 3] or [T, H, W, 3]. What a file is, its
-        content tells (see `files.file_kind`). One that holds several frames (a DICOM, a video, an
-        animated GIF, WebP or PNG, a TIFF of equal pages, NIfTI or MetaImage) is a video of up to
-        `num_frames`, taken evenly.
+      item: a path, a PIL image, a uint8 array [H, W, 3] or [T, H, W, 3], or a `Media` of one, which
+        says how long its frames are apart. What a file is, its content tells (see
+        `files.file_kind`). One that holds several frames (a DICOM, a video, an animated GIF, WebP
+        or PNG, a TIFF of equal pages, NIfTI or MetaImage) is a video of up to `num_frames`, taken
+        evenly; DICOM and video files tell its time.
       crop: cut DICOM frames to their ultrasound regions. What can't be cut so, as whatever is no
         DICOM file, is said; "require" refuses it.
       convert_rgb: False refuses a still image in any other mode than RGB.
@@ -260,11 +267,11 @@ def load_media(
             raise InputError(line)
         say(line)
     if isinstance(item, Image.Image):
-        return decode_pil(item, "the image", convert_rgb, say)
+        return Media(decode_pil(item, "the image", convert_rgb, say))
     if isinstance(item, str | Path):
         if num_frames < 1:
             raise InputError(f"num_frames must be at least 1, found {num_frames}")
-        kind = file_kind(item)
+        kind, seconds = file_kind(item), None
         if kind in STILLS:
             frames = read_stills(item, num_frames=num_frames, convert_rgb=convert_rgb, say=say)
         elif kind in VOLUMES:
@@ -274,24 +281,26 @@ def load_media(
         elif kind in VIDEOS:
             from echovlm_jax.processing.video import read_video
 
-            frames = read_video(item, kind, num_frames=num_frames, say=say)
+            video = read_video(item, kind, num_frames=num_frames, say=say)
+            frames, seconds = video.pixels, video.seconds
         else:
             # Here: pydicom and its decoders take longer to import than all else that images need,
             # which every data worker would wait for.
             from echovlm_jax.processing.dicom import NOT_CROPPED, read_loop
 
             loop = read_loop(item, num_frames=num_frames, crop=crop)
-            frames = loop.frames
+            frames, seconds = loop.frames, loop.seconds
             if crop and not loop.cropped:
                 say(f"{shown(item)}: {NOT_CROPPED}")
-        return frames[0] if len(frames) == 1 else frames
-    array = np.asarray(item)
+        return Media(frames[0]) if len(frames) == 1 else Media(frames, seconds)
+    array, seconds = (item.pixels, item.seconds) if isinstance(item, Media) else (item, None)
+    array = np.asarray(array)
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3:
         raise InputError(
             "an image must be a path, a PIL image or a uint8 array [H, W, 3] or [T, H, W, 3],"
             f" found {type(item).__name__} {array.dtype} {list(array.shape)}"
         )
-    return array
+    return Media(array, seconds)
 
 
 def images_to_patches(

@@ -16,9 +16,10 @@ from echovlm_jax.processing.images import (
     ImageConfig,
     image_config,
     images_to_patches,
-    load_media,
+    read_media,
 )
 from echovlm_jax.processing.levels import Say, silent
+from echovlm_jax.processing.media import second_per_grid
 from echovlm_jax.processing.tokenizer import Tokenizer, load_tokenizer, special_token_text
 from echovlm_jax.storage.files import as_path
 from echovlm_jax.storage.layout import CONFIG, model_files
@@ -86,8 +87,8 @@ class Processor:
         """One prompt's inputs.
 
         Args:
-          images: paths (see `load_media`), PIL images, uint8 arrays [H, W, 3], or videos
-            [T, H, W, 3]; a file with several frames is a video.
+          images: paths (see `read_media`), PIL images, uint8 arrays [H, W, 3], or videos
+            [T, H, W, 3], or a `Media` of one; a file with several frames is a video.
           messages: a list of {role, content}, or one string: the user's turn. Where no message
             marks an image, the images go to the front of the first user turn. A mark in a list of
             entries becomes an image's or a video's by what the file is.
@@ -96,7 +97,8 @@ class Processor:
         Returns:
           input_ids, attention_mask int64 [1, S]; pixel_values float32 [P, 1176] and
           image_grid_thw int64 [N, 3] where there are images; pixel_values_videos and
-          video_grid_thw where there are videos.
+          video_grid_thw where there are videos, and of a model that counts time
+          (tokens_per_second) second_per_grid_ts float64 [videos].
 
         Raises:
           InputError: a file can't be used, or images and marks differ in number.
@@ -104,7 +106,7 @@ class Processor:
         if isinstance(images, str | Path):
             raise InputError("images must be a list; put the one path in brackets")
         media = [
-            load_media(
+            read_media(
                 item,
                 num_frames=self.num_frames,
                 crop=self.crop,
@@ -113,7 +115,7 @@ class Processor:
             )
             for item in (images if images is not None else [])
         ]
-        kinds = ["video" if item.ndim == 4 else "image" for item in media]
+        kinds = ["video" if item.pixels.ndim == 4 else "image" for item in media]
         text = self._prompt(kinds, messages, add_generation_prompt)
         out: dict[str, np.ndarray] = {}
         grids: dict[str, np.ndarray] = {}
@@ -123,8 +125,12 @@ class Processor:
         ):
             items = [item for item, k in zip(media, kinds, strict=True) if k == kind]
             if items:
-                out[pixels_key], grids[kind] = images_to_patches(items, config)
+                pixels = [item.pixels for item in items]
+                out[pixels_key], grids[kind] = images_to_patches(pixels, config)
                 out[f"{kind}_grid_thw"] = grids[kind]
+            if items and kind == "video" and getattr(self.config, "tokens_per_second", None):
+                steps = [second_per_grid(x.seconds, config.temporal_patch_size) for x in items]
+                out["second_per_grid_ts"] = np.array(steps)
         ids = self._expand(self.tokenizer.encode(text), grids)
         return {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **out}
 

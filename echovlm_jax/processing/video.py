@@ -7,7 +7,7 @@ pictures and once to decode them, one at a time; only the sampled ones are kept.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from echovlm_jax.processing.levels import (
     silent,
     to_levels,
 )
+from echovlm_jax.processing.media import Media, sampled, stated_seconds
+
+_BARE = ("h264", "hevc")  # streams without a container: FFmpeg makes up a rate for them
 
 _OPTIONS = {
     "protocol_whitelist": "none",  # opens nothing else
@@ -30,13 +33,20 @@ _OPTIONS = {
 }
 
 
-def read_video(
-    path: str | Path, container: str, *, num_frames: int, say: Say = silent
-) -> np.ndarray:
-    """The sampled frames of a video file, uint8 RGB [T, H, W, 3]; see `decode_video`."""
+class Decoded(NamedTuple):
+    """A video's frames, those that were taken, and its own number and pace."""
+
+    pixels: np.ndarray  # uint8 RGB [T, H, W, 3]
+    frames: int  # of the video
+    seconds: float | None  # from one of those to the next; None where it doesn't say
+
+
+def read_video(path: str | Path, container: str, *, num_frames: int, say: Say = silent) -> Media:
+    """The sampled frames of a video file; see `decode_video`."""
     said: Say = lambda line: say(f"{shown(path)}: {line}")  # noqa: E731
     with reading(path, "is a damaged or truncated video", (OSError, ValueError)) as file:
-        return decode_video(file, container, num_frames=num_frames, say=said)
+        pixels, frames, seconds = decode_video(file, container, num_frames=num_frames, say=said)
+        return Media(pixels, sampled(seconds, frames, len(pixels)))
 
 
 def decode_video(
@@ -46,7 +56,7 @@ def decode_video(
     num_frames: int,
     stated: int | None = None,
     say: Say = silent,
-) -> np.ndarray:
+) -> Decoded:
     """The frames of a video, sampled evenly from the first on.
 
     Args:
@@ -56,9 +66,6 @@ def decode_video(
       num_frames: a longer video is sampled to this many frames.
       stated: number of frames that a header states.
       say: see `images.load_media`.
-
-    Returns:
-      uint8 [T, H, W, 3] RGB.
 
     Raises:
       ExtraMissing: PyAV is not installed.
@@ -70,7 +77,7 @@ def decode_video(
     except ImportError:
         raise ExtraMissing("is a video", "video") from None
     try:
-        frames = _packets(av, file, container)
+        frames, seconds = _packets(av, file, container)
         pictures, found = _sampled(av, file, container, frames, num_frames)
         if found != frames:  # not every packet is a picture, nor is every picture one packet
             pictures, again = _sampled(av, file, container, found, num_frames)
@@ -83,9 +90,9 @@ def decode_video(
     except MemoryError:
         raise InputError("a frame is too large to decode") from None
     stacked = np.stack(pictures)
-    if stacked.dtype == np.uint8:
-        return stacked
-    return np.repeat(to_levels(stacked, say)[..., None], 3, axis=-1)
+    if stacked.dtype != np.uint8:
+        stacked = np.repeat(to_levels(stacked, say)[..., None], 3, axis=-1)
+    return Decoded(stacked, found, seconds)
 
 
 def _open(av: Any, file: BinaryIO, container: str) -> Any:
@@ -107,11 +114,12 @@ def _stream(opened: Any) -> Any:
     return stream
 
 
-def _packets(av: Any, file: BinaryIO, container: str) -> int:
-    """How many pictures a video holds, by its packets; none is decoded. Refuses one cut short, as
-    far as its header tells."""
+def _packets(av: Any, file: BinaryIO, container: str) -> tuple[int, float | None]:
+    """How many pictures a video holds, by its packets, and the seconds between them; none is
+    decoded. Refuses one cut short, as far as its header tells."""
     with _open(av, file, container) as opened:
         stream = _stream(opened)
+        rate = float(stream.average_rate or 0) if container not in _BARE else 0.0
         count, end = 0, 0.0
         for packet in opened.demux():  # of sound as well, which may be longer
             if packet.is_corrupt:
@@ -131,7 +139,7 @@ def _packets(av: Any, file: BinaryIO, container: str) -> int:
             raise InputError(
                 f"claims {stated:.1f} seconds and holds {end:.1f}: it is truncated; copy it again"
             )
-        return count
+        return count, stated_seconds(1 / rate if rate > 0 else None)
 
 
 def _sampled(

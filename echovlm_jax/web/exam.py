@@ -5,6 +5,7 @@ Neither a file's name nor its header goes further than this file; messages say "
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,9 @@ from echovlm_jax.data.record import Medium
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing import burned_in
 from echovlm_jax.processing.files import file_kind, shown
-from echovlm_jax.processing.images import load_media
+from echovlm_jax.processing.images import read_media
 from echovlm_jax.processing.levels import picks
+from echovlm_jax.processing.media import Media
 
 MAX_FILES = 16  # of one exam
 MAX_BYTES = 256 * 2**20  # of one file
@@ -34,10 +36,18 @@ class Exam:
     Attributes:
       pictures: uint8 [H, W, 3], or [T, H, W, 3] of a loop, whose frames are chosen already.
       warnings: a line each, about the files.
+      seconds: of each, as `Media` has them; where the list ends, not known.
     """
 
     pictures: list[np.ndarray] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    seconds: list[float | None] = field(default_factory=list)
+
+    @property
+    def given(self) -> list[Media]:
+        """The pictures as a model takes them."""
+        both = itertools.zip_longest(self.pictures, self.seconds)
+        return [Media(picture, seconds) for picture, seconds in both]
 
     @property
     def media(self) -> list[Medium]:
@@ -52,9 +62,9 @@ def read_exam(paths: Sequence[str | Path], *, num_frames: int, crop: Crop) -> Ex
     """Reads the files of an exam.
 
     Args:
-      paths: its files, at least one; whatever `load_media` reads.
+      paths: its files, at least one; whatever `read_media` reads.
       num_frames: how many frames are taken of a loop, at most.
-      crop: as of `load_media`.
+      crop: as of `read_media`.
 
     Raises:
       InputError: no file or too many, or one that can't be used.
@@ -66,10 +76,11 @@ def read_exam(paths: Sequence[str | Path], *, num_frames: int, crop: Crop) -> Ex
     exam = Exam()
     for number, path in enumerate(paths, 1):
         try:
-            picture, said = _read(path, num_frames, crop)
+            media, said = _read(path, num_frames, crop)
         except InputError as error:
             raise InputError(_unnamed(str(error), path, number)) from None
-        exam.pictures.append(picture)
+        exam.pictures.append(media.pixels)
+        exam.seconds.append(media.seconds)
         exam.warnings += [
             f"file {number}: {_unnamed(line, path, number).removeprefix(f'file {number}: ')}"
             for line in said
@@ -78,11 +89,11 @@ def read_exam(paths: Sequence[str | Path], *, num_frames: int, crop: Crop) -> Ex
     return exam
 
 
-def _read(path: str | Path, num_frames: int, crop: Crop) -> tuple[np.ndarray, list[str]]:
-    """As `load_media`, and what to warn of."""
+def _read(path: str | Path, num_frames: int, crop: Crop) -> tuple[Media, list[str]]:
+    """As `read_media`, and what to warn of."""
     said: list[str] = []
     if file_kind(path) != "dicom":
-        return load_media(path, num_frames=num_frames, crop=crop, say=said.append), said
+        return read_media(path, num_frames=num_frames, crop=crop, say=said.append), said
     # Here: pydicom and its decoders take longer to import than all else.
     from echovlm_jax.processing.dicom import NOT_CROPPED, read_loop
 
@@ -93,7 +104,8 @@ def _read(path: str | Path, num_frames: int, crop: Crop) -> tuple[np.ndarray, li
         said.append("it says that its pixels name somebody")
     if burned_in.drawn_outside(loop.frames, loop.regions):
         said.append("something is drawn outside its ultrasound regions; it may name somebody")
-    return loop.frames[0] if len(loop.frames) == 1 else loop.frames, said
+    frames = loop.frames[0] if len(loop.frames) == 1 else loop.frames
+    return Media(frames, loop.seconds), said
 
 
 def text_warnings(pictures: Sequence[np.ndarray]) -> list[str]:

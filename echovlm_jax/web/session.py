@@ -73,7 +73,7 @@ class Session:
         if not question.strip():
             raise InputError("write a question first")
         if self.chat is None or self.about != (organ, language):
-            self.chat, self.about = Chat(self.model, self.exam.pictures), (organ, language)
+            self.chat, self.about = Chat(self.model, self.exam.given), (organ, language)
         chat = self.chat
         if not chat.messages:  # nor where the first question came to nothing
             question = _stated(organ, language) + question
@@ -123,11 +123,11 @@ class Session:
         return [{"role": "user", "content": _stated(organ, language) + text}]
 
     def _prepare(self, asked: list[dict[str, str]]) -> Any:
-        return self.model.prepare(self.exam.pictures, asked, max_new_tokens=_DIAGNOSIS_TOKENS)
+        return self.model.prepare(self.exam.given, asked, max_new_tokens=_DIAGNOSIS_TOKENS)
 
     def _generate(self, asked: list[dict[str, str]], send: Callable[[str], None]) -> None:
         new = self.max_new_tokens
-        self.model.generate(self.exam.pictures, asked, max_new_tokens=new, stream=send)
+        self.model.generate(self.exam.given, asked, max_new_tokens=new, stream=send)
 
     def _keep(self, kind: str, asked: list[dict[str, str]], texts: Iterator[str]) -> Iterator[str]:
         text = ""

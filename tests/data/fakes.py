@@ -60,7 +60,7 @@ class FakeDataset:
         if i == at:
             _misbehave(what)
         out = []
-        for n, (frames, height, width) in enumerate(_sizes(i)):
+        for n, (frames, height, width, _) in enumerate(_sizes(i)):
             shape = ((frames,) if frames else ()) + (height, width, 3)
             pixels = np.random.default_rng([i, n]).integers(0, 256, shape, np.uint8)
             if n == 1:

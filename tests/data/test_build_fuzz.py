@@ -103,7 +103,7 @@ def _fuzz_images(where, cases):
         else:
             outcomes.add("kept")
             (image,) = stored.images
-            assert decode_image(image, "").shape[:2] == stored.medium[1:]
+            assert decode_image(image, "").shape[:2] == stored.medium[1:3]
     return outcomes
 
 

@@ -40,7 +40,7 @@ def test_what_went_in_comes_out(made):
         assert exam.id == f"liver/exam{n}"
         assert dataset.organ_names[dataset.organs[n]] == exam.organ
         found = dataset.media(n)
-        assert [(0, *image.shape[:2]) for image in found] == [tuple(m) for m in exam.media]
+        assert [(0, *image.shape[:2]) for image in found] == [m[:3] for m in exam.media]
         for view, image in enumerate(found):
             np.testing.assert_array_equal(image, load_media(images / f"{n}_{view}.png"))
     with pytest.raises(IndexError):

@@ -120,7 +120,9 @@ def test_a_bare_stream_decodes(tmp_path, container):
     save(tmp_path / "a", loop(5), container, codec, "yuv420p")
     with open(tmp_path / "a", "rb") as file:
         found = decode_video(file, container, num_frames=2)
-    np.testing.assert_allclose(found.astype(int), loop(5)[[0, 2]], atol=14)
+    np.testing.assert_allclose(found.pixels.astype(int), loop(5)[[0, 2]], atol=14)
+    assert found.frames == 5
+    assert found.seconds is None  # it states no rate, and FFmpeg's 25 is made up
 
 
 def test_without_pyav_it_names_the_extra(tmp_path, monkeypatch):
