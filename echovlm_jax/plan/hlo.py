@@ -389,9 +389,8 @@ def _mesh_groups(mesh: str, axes: str) -> list[tuple[int, ...]]:
     sizes = {name: int(size) for name, size in re.findall(r"([^\s,=]+)=(\d+)", mesh)}
     dims: list[int] = []
     chosen: list[int] = []
-    pieces = dict(
-        part.split(":") if ":" in part else (part, "") for part in re.split(r",\s*", axes)
-    )
+    named = (part.partition(":") for part in re.split(r",\s*", axes))
+    pieces: dict[str, str] = {name: piece for name, _, piece in named}
     for name, size in sizes.items():
         if pieces.get(name):
             before, own = (int(n) for n in re.findall(r"\d+", pieces[name]))
