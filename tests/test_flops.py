@@ -166,7 +166,7 @@ def with_windows(depth: int, *full: int) -> ModelConfig:
     ("config", "trained", "compute", "execution"),
     [
         pytest.param(with_windows(2), None, PLAIN, Execution(), id="windows"),
-        pytest.param(with_windows(4, 1, 3), "", PLAIN, Execution(), id="both"),
+        pytest.param(with_windows(3, 1), "", PLAIN, Execution(), id="both"),
         pytest.param(
             with_windows(3, 2),
             "",

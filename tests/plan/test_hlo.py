@@ -441,3 +441,38 @@ def test_what_comes_from_other_hosts(granules, groups, n, network):
         ROOT %g = f32[1024]{{0}} all-gather(%p), replica_groups={groups}, dimensions={{0}}
         """
     assert written(body, granules=granules).network_bytes == network
+
+
+# --- Conditions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "branches",
+    ["branch_computations={%small, %large}", "true_computation=%large, false_computation=%small"],
+)
+def test_a_branch_runs_as_often_as_it_is_said_to_be_taken(branches):
+    """Of a condition false one time in four; each branch every time where nothing is said."""
+    text = f"""HloModule m
+
+%small (a: f32[2,3]) -> f32[2,2] {{
+  %a = f32[2,3]{{1,0}} parameter(0)
+  ROOT %d = f32[2,2]{{1,0}} dot(%a, %a), lhs_contracting_dims={{1}}, rhs_contracting_dims={{1}}
+}}
+
+%large (b: f32[8,3]) -> f32[2,2] {{
+  %b = f32[8,3]{{1,0}} parameter(0)
+  ROOT %e = f32[8,8]{{1,0}} dot(%b, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{1}}
+}}
+
+ENTRY %main (p: pred[], a: f32[2,3], b: f32[8,3]) -> f32[2,2] {{
+  %p = pred[] parameter(0)
+  %a = f32[2,3]{{1,0}} parameter(1)
+  %b = f32[8,3]{{1,0}} parameter(2)
+  ROOT %c = f32[2,2]{{1,0}} conditional(%p, %a, %b), {branches}, metadata={{op_name="x/which/cond"}}
+}}
+"""
+    small, large = 2 * 2 * 2 * 3, 2 * 8 * 8 * 3
+    assert hlo.read(text).matmul_flops == small + large
+    assert hlo.read(text, branches={"other": (0, 0)}).matmul_flops == small + large
+    told = hlo.read(text, branches={"which/": (0.25, 0.75)})
+    assert told.matmul_flops == 0.25 * small + 0.75 * large
