@@ -79,7 +79,9 @@ def states(*folders: Path) -> dict[str, list[np.ndarray]]:
     assert readers[0].shapes == readers[1].shapes
     for part in ("trainable/params/", "trainable/lora/", "frozen/", "opt_state/"):
         assert any(name.startswith(part) for name in readers[0].shapes)
-    whole = {name: tuple(map(slice, shape)) for name, shape in readers[0].shapes.items()}
+    whole = {
+        name: tuple(slice(0, size) for size in shape) for name, shape in readers[0].shapes.items()
+    }
     return {name: [each.read(name, at) for each in readers] for name, at in whole.items()}
 
 
