@@ -74,10 +74,10 @@ def test_a_small_model_is_made_once(tmp_path, monkeypatch):
         ("instruction", 2, str(out / "alignment"), None),
     ]
     assert demo.small_model(tmp_path / "b", exams=9, steps=(3, 0)) == tmp_path / "b" / "alignment"
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="holds a model of other sizes"):
         demo.small_model(out, exams=10, steps=(3, 2), organs=("liver",))
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="holds a model of other sizes"):
         demo.small_model(tmp_path / "mine")
     for steps in ((0, 0), (1,), (-1, 2)):
         with pytest.raises(InputError, match="steps must be 2 numbers"):

@@ -71,7 +71,7 @@ def count_runs(
             if i.opcode != "conditional" or shares is None or len(callees) != 2:
                 shares = (1, 1) * len(callees)
             elif i.names("true_computation"):
-                shares = shares[::-1]
+                pass
             for callee, share in zip(callees, shares, strict=False):
                 counts[callee] += times * share
             if i.opcode == "fusion" or name in fused:
