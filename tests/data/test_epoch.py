@@ -409,7 +409,12 @@ def test_fingerprints_follow_the_code_of_plans_alone(tmp_path):
     for name, more in no_change.items():
         (copy / name).write_text((copy / name).read_text() + more)
     assert list(epoch_cache.plan_code(copy).values()) == before
-    for name in ("data/epoch.py", "data/wordings.json", "processing/tokenizer.py", "config/__init__.py"):
+    for name in (
+        "data/epoch.py",
+        "data/wordings.json",
+        "processing/tokenizer.py",
+        "config/__init__.py",
+    ):
         text = (copy / name).read_text()
         (copy / name).write_text(text + ("x = 1\n" if name.endswith(".py") else " "))
         assert list(epoch_cache.plan_code(copy).values()) != before, name
