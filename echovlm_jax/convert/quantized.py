@@ -152,6 +152,9 @@ def _method_of_config(path: Path, key: str, told: Any, raw: Mapping[str, Any]) -
     if name == "compressed-tensors":
         return replace(method, told=_weights(method))
     _check_size(method, told, "bits", "group_size")
+    forms = {str(told.get(key) or "").lower() for key in ("checkpoint_format", "format")} - {""}
+    if len(forms) > 1:
+        raise method.fault("and checkpoint_format and format differ, which is not read")
     rules = told.get("dynamic") or {}
     if not isinstance(rules, Mapping) or not all(rule.startswith("-:") for rule in rules):
         raise method.fault("some modules in another way (dynamic), which is not read")

@@ -315,6 +315,7 @@ UNREAD: dict[str, tuple[str, dict, str]] = {
     "group 1.5": ("awq", {"group_size": 1.5}, "group_size is 1.5, which is not a size"),
     "marlin": ("gptq 4", {"is_marlin_format": True}, "with is_marlin_format True"),
     "marlin form": ("gptq 4", {"checkpoint_format": "marlin"}, "with checkpoint_format marlin"),
+    "two forms": ("gptq 4", {"format": "gptq_v2"}, "and checkpoint_format and format differ"),
     "5 bits": ("gptq 4", {"bits": 5}, "with bits 5, which is not read .2, 3, 4, 8 are"),
     "dynamic": ("gptq 4", {"dynamic": {"+:.*": {"bits": 8}}}, r"in another way \(dynamic\)"),
     "no method": ("awq", {"quant_method": None}, "method that it doesn't name.*and only awq, gptq"),
