@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 DEFAULT_FPS = 24  # what Hugging Face's processor takes a video for of which nothing is known
-_SHORTEST, _LONGEST = 1e-5, 1e3  # seconds between frames; what files state beyond is a mistake
+# Seconds between frames, and of a whole loop: what files state beyond is a mistake.
+_SHORTEST, _LONGEST, _LONGEST_LOOP = 1e-5, 1e3, 43200.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +31,11 @@ def stated_seconds(value: float | None) -> float | None:
 
 
 def sampled(seconds: float | None, frames: int, taken: int) -> float | None:
-    """Seconds between `taken` of a loop's `frames`, which lie evenly over it."""
-    return None if seconds is None else seconds * (frames / taken)
+    """Seconds between `taken` of a loop's `frames`, which lie evenly over it; None where they are
+    not known, or make a loop longer than any is."""
+    if seconds is None or seconds * frames > _LONGEST_LOOP:
+        return None
+    return seconds * (frames / taken)
 
 
 def second_per_grid(seconds: float | None, temporal_patch_size: int) -> float:

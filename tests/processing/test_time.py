@@ -68,6 +68,15 @@ def test_time_of_another_kind_says_nothing(tmp_path, kind):
     assert read_loop(path, num_frames=20).seconds == 0.04
 
 
+def test_a_loop_longer_than_any_has_no_time(tmp_path):
+    """A mistake of a header's: 1000 seconds a frame, and a model would refuse two frames of it."""
+    frames = np.repeat(GREY, 10, axis=0)
+    path = save(new_dicom(frames, "MONOCHROME2", FrameTime="1e6"), tmp_path / "a.dcm")
+    assert read_loop(path, num_frames=2).seconds is None
+    short = save(new_dicom(GREY, "MONOCHROME2", FrameTime="1e6"), tmp_path / "b.dcm")
+    assert read_loop(short, num_frames=2).seconds == 10_000
+
+
 @pytest.mark.parametrize(("rate", "container"), [(25, "avi"), (8, "matroska"), (50, "mp4")])
 def test_a_video_states_its_rate(tmp_path, rate, container):
     av = pytest.importorskip("av")
