@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from echovlm_jax.errors import InputError
+
 DEFAULT_FPS = 24  # what Hugging Face's processor takes a video for of which nothing is known
 # Seconds between frames, and of a whole loop: what files state beyond is a mistake.
 _SHORTEST, _LONGEST, _LONGEST_LOOP = 1e-5, 1e3, 43200.0
@@ -21,6 +23,14 @@ class Media:
 
     pixels: np.ndarray
     seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.seconds, int | float | np.integer | np.floating)
+        if self.seconds is None or (number and 0 < self.seconds < math.inf):
+            return
+        raise InputError(
+            f"the seconds between frames must be a number above 0, or None, found {self.seconds!r}"
+        )
 
 
 def stated_seconds(value: float | None) -> float | None:

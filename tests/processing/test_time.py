@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from echovlm_jax.errors import InputError
 from echovlm_jax.processing import Media, Processor, make_batch, read_media
 from echovlm_jax.processing.dicom import read_loop
 from tests.processing.test_dicom import new_dicom, save
@@ -75,6 +76,12 @@ def test_a_loop_longer_than_any_has_no_time(tmp_path):
     assert read_loop(path, num_frames=2).seconds is None
     short = save(new_dicom(GREY, "MONOCHROME2", FrameTime="1e6"), tmp_path / "b.dcm")
     assert read_loop(short, num_frames=2).seconds == 10_000
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 0.0, float("nan"), float("inf"), "5", [0.1], b"5"])
+def test_seconds_that_cannot_be(seconds):
+    with pytest.raises(InputError, match="must be a number above 0, or None, found"):
+        Media(GREY, seconds)
 
 
 @pytest.mark.parametrize(("rate", "container"), [(25, "avi"), (8, "matroska"), (50, "mp4")])
