@@ -142,8 +142,9 @@ def open_checkpoint(
     where = as_path(path)
     refuse_run(where)
     method = quantization(where.parent if where.is_file() else where)
-    source = dequantized(sources.open_source(where, once=once, gone=gone), method)
-    return source, read_config(source.folder)
+    source = sources.open_source(where, once=once, gone=gone)
+    config = read_config(source.folder)
+    return dequantized(source, method, table.slots(config)), config
 
 
 def refuse_run(path: Path) -> None:

@@ -7,7 +7,7 @@ decides how they are read; nothing is found out by trying.
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from echovlm_jax.convert import dequantize
 from echovlm_jax.convert import source as sources
-from echovlm_jax.convert.table import quoted
+from echovlm_jax.convert.table import quoted, released_name
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage.layout import CONFIG
 
@@ -152,6 +152,9 @@ def _method_of_config(path: Path, key: str, told: Any, raw: Mapping[str, Any]) -
     if name == "compressed-tensors":
         return replace(method, told=_weights(method))
     _check_size(method, told, "bits", "group_size")
+    forms = {str(told.get(key) or "").lower() for key in ("checkpoint_format", "format")} - {""}
+    if len(forms) > 1:
+        raise method.fault("and checkpoint_format and format differ, which is not read")
     rules = told.get("dynamic") or {}
     if not isinstance(rules, Mapping) or not all(rule.startswith("-:") for rule in rules):
         raise method.fault("some modules in another way (dynamic), which is not read")
@@ -213,11 +216,18 @@ def _check_size(method: Method, told: Mapping[str, Any], *keys: str, least: int 
             raise method.fault(f"and {key} is {quoted(value)}, which is not a size")
 
 
-def dequantized(source: sources.Source, method: Method | None) -> sources.Source:
+def dequantized(
+    source: sources.Source, method: Method | None, wanted: Container[str]
+) -> sources.Source:
     """A checkpoint as if its weights weren't quantized: `X.weight` in the place of what makes it.
 
     Opening reads a few numbers of each module; the values are computed as they are read, out of the
     stored tensors of one module at a time.
+
+    Args:
+      source: the checkpoint as it is stored.
+      method: what `quantization` says of it.
+      wanted: the released names of the model's tensors.
 
     Raises:
       InputError: what is stored of a module is not what its method stores, none is quantized, or
@@ -241,6 +251,9 @@ def dequantized(source: sources.Source, method: Method | None) -> sources.Source
         if f"{name}.weight" in tensors:
             raise module.fault("weight", f"is there beside {', '.join(weight.parts)}")
         tensors[f"{name}.weight"] = dequantize.as_tensor(module, weight, stored)
+    if method and method.name == "gptq":
+        for name in _zero_biases(tensors, modules, wanted):
+            del tensors[name]
     if method and method.name == "compressed-tensors":
         tensors = {name: one for name, one in tensors.items() if not _ACTIVATIONS.fullmatch(name)}
     _refuse_quantized_tensors(replace(source, tensors=tensors))
@@ -260,6 +273,20 @@ def _modules(source: sources.Source, method: Method) -> dict[str, dequantize.Mod
         if (weight := source.tensors.get(f"{name}.weight")) and "qweight" not in parts:
             parts["weight"] = weight
     return {name: dequantize.Module(source.folder, name, parts) for name, parts in found.items()}
+
+
+def _zero_biases(
+    tensors: Mapping[str, sources.Tensor], modules: Iterable[str], wanted: Container[str]
+) -> list[str]:
+    """The biases that the model has no place for and that change nothing: AutoGPTQ's programs gave
+    one to every module, of zeros where there was none."""
+    found = []
+    for name in (f"{module}.bias" for module in modules):
+        if released_name(name) not in wanted and (bias := tensors.get(name)) is not None:
+            values = bias.read(0, math.prod(bias.shape))
+            if not values.astype(np.float32).any():
+                found.append(name)
+    return found
 
 
 def _bitsandbytes(module: dequantize.Module, told: Mapping[str, Any]) -> dequantize.Weight:

@@ -126,19 +126,22 @@ def _seconds(dataset: Any, frames: int) -> float | None:
     """
     vector = _numbers(dataset, "FrameTimeVector")
     steps = vector[1:] if len(vector) == frames and all(step >= 0 for step in vector) else []
-    rates = (_numbers(dataset, key) for key in ("CineRate", "RecommendedDisplayFrameRate"))
-    found = [time / 1000 for time in _numbers(dataset, "FrameTime")[:1]]
+    names = ("CineRate", "RecommendedDisplayFrameRate")
+    rates = (_numbers(dataset, key, only=1) for key in names)
+    found = [time / 1000 for time in _numbers(dataset, "FrameTime", only=1)]
     found += [sum(steps) / len(steps) / 1000] if steps else []
-    found += [1 / rate for of_key in rates for rate in of_key[:1] if rate > 0]
+    found += [1 / rate for of_key in rates for rate in of_key if rate > 0]
     return next(filter(None, map(stated_seconds, found)), None)
 
 
-def _numbers(dataset: Any, keyword: str) -> list[float]:
-    """An element's numbers; none where it is missing or is not of numbers."""
+def _numbers(dataset: Any, keyword: str, *, only: int | None = None) -> list[float]:
+    """An element's numbers; none where it is missing, is not of numbers, or is not of `only` so
+    many. Bytes, which a file may store in the place of text, are no numbers."""
     try:
         value = dataset.get(keyword)
         listed = [value] if isinstance(value, int | float | str) else list(value or [])
-        return [float(one) for one in listed]
+        found = [] if isinstance(value, bytes) else [float(one) for one in listed]
+        return found if only in (None, len(found)) else []
     except Exception:  # as pydicom raises for what it can't read; the pixels don't depend on it
         return []
 

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from echovlm_jax.errors import InputError
+
 DEFAULT_FPS = 24  # what Hugging Face's processor takes a video for of which nothing is known
-_SHORTEST, _LONGEST = 1e-5, 1e3  # seconds between frames; what files state beyond is a mistake
+# Seconds between frames, and of a whole loop: what files state beyond is a mistake.
+_SHORTEST, _LONGEST, _LONGEST_LOOP = 1e-5, 1e3, 43200.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +24,14 @@ class Media:
     pixels: np.ndarray
     seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        number = isinstance(self.seconds, int | float | np.integer | np.floating)
+        if self.seconds is None or (number and 0 < self.seconds < math.inf):
+            return
+        raise InputError(
+            f"the seconds between frames must be a number above 0, or None, found {self.seconds!r}"
+        )
+
 
 def stated_seconds(value: float | None) -> float | None:
     """What a file states as the seconds between frames; None where it can't be."""
@@ -30,8 +41,11 @@ def stated_seconds(value: float | None) -> float | None:
 
 
 def sampled(seconds: float | None, frames: int, taken: int) -> float | None:
-    """Seconds between `taken` of a loop's `frames`, which lie evenly over it."""
-    return None if seconds is None else seconds * (frames / taken)
+    """Seconds between `taken` of a loop's `frames`, which lie evenly over it; None where they are
+    not known, or make a loop longer than any is."""
+    if seconds is None or seconds * frames > _LONGEST_LOOP:
+        return None
+    return seconds * (frames / taken)
 
 
 def second_per_grid(seconds: float | None, temporal_patch_size: int) -> float:

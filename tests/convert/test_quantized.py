@@ -143,6 +143,30 @@ def test_a_file_of_pytorch(tmp_path: Path) -> None:
     assert_same(load_params(source)[1], wanted)
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_biases_of_a_model_without_them(tmp_path: Path, newer: bool) -> None:
+    """AutoGPTQ stores one of every module, as in Qwen's own GPTQ files; those of zeros are none."""
+    checkpoint = made.gptq()
+    wanted = load_params(checkpoint.write(tmp_path / "without"))[1]
+    kept = [name for name in checkpoint.stored if name.endswith(".bias")]
+    for name in made.linears(vision=False):
+        outputs = checkpoint.stored[f"{name}.scales"].shape[1]
+        checkpoint.stored.setdefault(f"{name}.bias", torch.zeros(outputs, dtype=FP16))
+    stored = checkpoint.stored
+    assert len([name for name in stored if name.endswith(".bias")]) == len(kept) + 8
+    if newer:
+        stored = {new_name(name): value for name, value in stored.items()}
+    source = written(tmp_path / "source", stored, checkpoint.settings)
+    assert_same(load_params(source)[1], wanted)
+    last = f"{new_name(LAST) if newer else LAST}.bias"
+    for value in (1.0, float("nan")):
+        stored[last] = torch.zeros(64, dtype=FP16)
+        stored[last][5] = value
+        other = written(tmp_path / str(value), stored, checkpoint.settings)
+        with pytest.raises(InputError, match=f"unexpected tensor {last}; config.json has no place"):
+            load_params(other)
+
+
 def test_another_reader_of_awq() -> None:
     """compressed-tensors has a converter of AutoAWQ's checkpoints."""
     pytest.importorskip("compressed_tensors")
@@ -291,6 +315,7 @@ UNREAD: dict[str, tuple[str, dict, str]] = {
     "group 1.5": ("awq", {"group_size": 1.5}, "group_size is 1.5, which is not a size"),
     "marlin": ("gptq 4", {"is_marlin_format": True}, "with is_marlin_format True"),
     "marlin form": ("gptq 4", {"checkpoint_format": "marlin"}, "with checkpoint_format marlin"),
+    "two forms": ("gptq 4", {"format": "gptq_v2"}, "and checkpoint_format and format differ"),
     "5 bits": ("gptq 4", {"bits": 5}, "with bits 5, which is not read .2, 3, 4, 8 are"),
     "dynamic": ("gptq 4", {"dynamic": {"+:.*": {"bits": 8}}}, r"in another way \(dynamic\)"),
     "no method": ("awq", {"quant_method": None}, "method that it doesn't name.*and only awq, gptq"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from echovlm_jax.errors import InputError
 from echovlm_jax.processing import Media, Processor, make_batch, read_media
 from echovlm_jax.processing.dicom import read_loop
 from tests.processing.test_dicom import new_dicom, save
@@ -30,6 +31,7 @@ GREY = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
         ({"FrameTimeVector": ["0"] * 20}, None),
         ({"CineRate": "0", "FrameTime": ""}, None),
         ({"FrameTime": "1e9"}, None),
+        ({"FrameTime": ["50", "60"], "CineRate": "25"}, 0.04),  # it has one value
         ({}, None),
     ],
 )
@@ -52,6 +54,34 @@ def test_time_that_is_no_number_says_nothing(tmp_path, key):
     path.write_bytes(data.replace(b"76.25", b"Smith"))
     loop = read_loop(path, num_frames=20)
     assert loop.seconds is None and len(loop.frames) == 20
+
+
+@pytest.mark.parametrize("kind", [b"OB", b"OW", b"US"])
+def test_time_of_another_kind_says_nothing(tmp_path, kind):
+    """The text's bytes are not its numbers: "5" is 53."""
+    dataset = new_dicom(GREY, "MONOCHROME2", FrameTime="76.25", CineRate="25")
+    path = Path(save(dataset, tmp_path / "a.dcm"))
+    data = path.read_bytes()
+    old = b"\x18\x00\x63\x10DS\x06\x0076.25 "
+    assert data.count(old) == 1
+    size = b"\x06\x00" if kind == b"US" else b"\x00\x00\x06\x00\x00\x00"
+    path.write_bytes(data.replace(old, old[:4] + kind + size + b"76.25 "))
+    assert read_loop(path, num_frames=20).seconds == 0.04
+
+
+def test_a_loop_longer_than_any_has_no_time(tmp_path):
+    """A mistake of a header's: 1000 seconds a frame, and a model would refuse two frames of it."""
+    frames = np.repeat(GREY, 10, axis=0)
+    path = save(new_dicom(frames, "MONOCHROME2", FrameTime="1e6"), tmp_path / "a.dcm")
+    assert read_loop(path, num_frames=2).seconds is None
+    short = save(new_dicom(GREY, "MONOCHROME2", FrameTime="1e6"), tmp_path / "b.dcm")
+    assert read_loop(short, num_frames=2).seconds == 10_000
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 0.0, float("nan"), float("inf"), "5", [0.1], b"5"])
+def test_seconds_that_cannot_be(seconds):
+    with pytest.raises(InputError, match="must be a number above 0, or None, found"):
+        Media(GREY, seconds)
 
 
 @pytest.mark.parametrize(("rate", "container"), [(25, "avi"), (8, "matroska"), (50, "mp4")])
