@@ -16,7 +16,7 @@ compiled program's count.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from echovlm_jax.config import ModelConfig
@@ -253,6 +253,9 @@ def _vision_scores(
     if execution is not None:  # the blocks of keys around a query's own, and not the whole row
         splash = execution.attention == "splash"
         window = min(AROUND * (near_block(reach) if splash else reach), patches)
+        if 0 < windows < v.depth and not splash:
+            # Each pass has a condition of its own, which XLA merges with nothing.
+            execution = replace(execution, attention="blocks")
     for name, layers, keys in (
         ("vision attention scores", v.depth - windows, frame),
         ("vision window scores", windows, window),
