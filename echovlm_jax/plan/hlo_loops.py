@@ -33,7 +33,8 @@ def _called(i: Instruction) -> list[str]:
     if i.opcode == "while":
         return [*i.names("condition"), *i.names("body")]
     if i.opcode == "conditional":
-        keys = ("branch_computations", "true_computation", "false_computation")
+        # In the order of `branches`' shares: what runs where the condition is false comes first.
+        keys = ("branch_computations", "false_computation", "true_computation")
         return [name for key in keys for name in i.names(key)]
     return []
 
@@ -70,8 +71,6 @@ def count_runs(
             shares = next((s for part, s in branches.items() if part in i.op_name), None)
             if i.opcode != "conditional" or shares is None or len(callees) != 2:
                 shares = (1, 1) * len(callees)
-            elif i.names("true_computation"):
-                pass
             for callee, share in zip(callees, shares, strict=False):
                 counts[callee] += times * share
             if i.opcode == "fusion" or name in fused:
