@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,13 +50,16 @@ def bench_convert(
     size: str = "echovlm_11b",
     shard_bytes: int = 4_500_000_000,
     quantize: str | None = None,
+    rounds: int = 3,
 ) -> dict[str, Any]:
-    """Makes a checkpoint of random bfloat16 values, copies it with `cp -r`, then converts it.
+    """Makes a checkpoint of random bfloat16 values; copies it with `cp -r` and converts it in turn.
 
     Both are timed until a `sync` after them has returned, and before each the source is written
-    out and dropped from the page cache. The conversion runs in a process of its own, whose start
-    and imports count. Needs twice the checkpoint's size on the disk of `workdir` (47 GB at full
-    size); everything it makes there is deleted again.
+    out and dropped from the page cache. They take turns because one run says little: memory that a
+    virtual machine hands out for the first time, and a shared disk, make the same `cp` take half or
+    twice as long. The conversion runs in a process of its own, whose start and imports count. Needs
+    twice the checkpoint's size on the disk of `workdir` (47 GB at full size); everything it makes
+    there is deleted again.
 
     Args:
       workdir: a folder, made if it is not there; by default a temporary one.
@@ -63,10 +67,12 @@ def bench_convert(
       shard_bytes: a shard's limit.
       quantize: "int8" or "int4": converted to that. The checkpoint is then also loaded to the host
         in it, in a process of its own.
+      rounds: runs of each side.
 
     Returns:
-      ratio (ours / theirs), ours and theirs (seconds), what, bytes, peak_rss_bytes (of the
-      converting process), ours_gb_per_second, theirs_gb_per_second. With quantize also `load`:
+      ratio (ours / theirs), ours and theirs (seconds; medians), runs (all seconds of each), what,
+      bytes, peak_rss_bytes (the largest of a converting process), ours_gb_per_second,
+      theirs_gb_per_second. With quantize also `load`:
       seconds, held_bytes of the parameters, and how far the peak of the process is beyond those.
 
     Raises:
@@ -82,25 +88,31 @@ def bench_convert(
         source, copy, converted = (root / name for name in ("source", "copy", "converted"))
         with progress(total, "B", "make") as tick:
             _make_checkpoint(source, preset(size), slots, shard_bytes, tick)
-        theirs = _timed(source, ["cp", "-r", str(source), str(copy)])[0]
-        shutil.rmtree(copy)
-        command = [sys.executable, "-c", _CONVERT, str(source), str(converted), quantize or ""]
-        ours, output = _timed(source, command)
-        report = json.loads(output)
+        convert = [sys.executable, "-c", _CONVERT, str(source), str(converted), quantize or ""]
+        runs: dict[str, list[float]] = {"ours": [], "theirs": []}
+        peak = 0
+        for _ in range(rounds):
+            runs["theirs"].append(_timed(source, ["cp", "-r", str(source), str(copy)])[0])
+            shutil.rmtree(copy)
+            seconds, output = _timed(source, convert)
+            runs["ours"].append(seconds)
+            peak = max(peak, json.loads(output)["peak_rss_bytes"])
+            shutil.rmtree(converted)
+        ours, theirs = (statistics.median(runs[side]) for side in ("ours", "theirs"))
         loaded = {}
         if quantize:
-            shutil.rmtree(converted)
             command = [sys.executable, "-c", _LOAD, str(source), quantize]
             loaded = {"load": json.loads(_timed(source, command)[1])}
     return {
         "ratio": ours / theirs,
         "ours": ours,
         "theirs": theirs,
+        "runs": runs,
         "what": f"convert {total / 1e9:.1f} GB of safetensors to Orbax"
         f"{f' in {quantize}' if quantize else ''}, against cp -r; sync after each, neither from the"
         " page cache",
         "bytes": total,
-        "peak_rss_bytes": report["peak_rss_bytes"],
+        "peak_rss_bytes": peak,
         "ours_gb_per_second": total / ours / 1e9,
         "theirs_gb_per_second": total / theirs / 1e9,
         **loaded,
