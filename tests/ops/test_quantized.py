@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echovlm_jax.ops.layout import Layout
 from echovlm_jax.ops.product import weight as weights
-from echovlm_jax.ops.product.einsum import einsum
+from echovlm_jax.ops.product.einsum import _added_up, einsum
 from echovlm_jax.ops.product.weight import Quantized, as_operand, lookup, one_of
 from echovlm_jax.train.loss import token_losses
 
@@ -74,6 +74,15 @@ def test_values_and_gradients(spec, x, shape, outputs, inputs, group):
     d = jnp.asarray(np.random.default_rng(2).standard_normal(wanted.shape), jnp.float32)
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     np.testing.assert_allclose(ours(d)[0], pull(d)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize(("spec", "x", "shape", "outputs", "inputs"), FORMS[:-1])
+def test_the_sum_of_products_that_cards_compute(spec, x, shape, outputs, inputs, group):
+    weight = random_weight(shape, outputs, inputs, group)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal(x), jnp.float32)
+    found = _added_up(spec, x, weight, jnp.float32)
+    np.testing.assert_allclose(found, jnp.einsum(spec, x, meant(weight)), atol=1e-4)
 
 
 @pytest.mark.parametrize("group", [None, 4])

@@ -103,3 +103,40 @@ def test_attention_of_each_card_compiles_without_a_square(card):
     sizes = [int(row[0]) for row in rows]
     assert all(row[1] == "False" for row in rows)
     assert sizes[2] <= 2.2 * sizes[1] <= 2.2**2 * sizes[0]
+
+
+_PRODUCT = """
+import sys
+import jax, jax.numpy as jnp
+from echovlm_jax.cards import card_devices
+from echovlm_jax.chips import CHIPS
+from echovlm_jax.ops.product.einsum import einsum
+from echovlm_jax.ops.product.weight import Quantized
+from echovlm_jax.plan import hlo
+name, rows, kind = sys.argv[1:]
+chip, width, made = CHIPS[name], 1024, 4096
+device = card_devices(name, chip.hbm, chip.hbm_rate, "1")[0]
+def shaped(shape, dtype):
+    where = jax.sharding.SingleDeviceSharding(device)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+grouped = kind == "int4"
+values = (made, width // 128, 128) if grouped else (made, width)
+scale = (width // 128, made) if grouped else (made,)
+weight = Quantized(shaped(values, kind), shaped(scale, "float32"), 1, 1, grouped)
+x = shaped((int(rows), 1, width), "float32" if name == "t4" else "bfloat16")
+made = jax.jit(lambda x, w: einsum("BTD,FD->BTF", x, w)).lower(x, weight).compile()
+needed = sum(jnp.dtype(a.dtype).itemsize * a.size for a in jax.tree.leaves(weight))
+if grouped:
+    needed -= weight.values.size // 2  # two share a byte, which itemsize doesn't know
+print(hlo.read(made.as_text()).hbm_bytes / needed)
+"""
+
+
+@has_compiler
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("card", ["t4", "h100"])
+def test_a_few_rows_never_write_a_quantized_weight_wide(card, rows, kind):
+    """In one pass over it: written wide, int8 is 9 times as many bytes and int4 17 times."""
+    ratio = float(_in_its_own_process(_PRODUCT, card, str(rows), kind))
+    assert ratio < (1.1 if kind == "int8" else 1.2 if rows == 1 else 1.8)

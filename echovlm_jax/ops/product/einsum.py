@@ -18,6 +18,9 @@ from echovlm_jax.ops.product.weight import Quantized, Weight, as_operand, no_gra
 
 Axes = tuple[str, ...]
 
+# Up to so many rows a card's time for a weight in few bits is that of reading it.
+_FEW_ROWS = 8
+
 
 def weight_axes(spec: str) -> tuple[str, str, str]:
     """The weight's axes in the einsum of its product: stacked, made and summed over, in this order.
@@ -123,7 +126,55 @@ def _compute(spec: str, x: Array, weight: Weight, out_dtype: DTypeLike) -> jax.A
 
 
 def _quantized(spec: str, x: Array, weight: Quantized, out_dtype: DTypeLike) -> jax.Array:
-    """`_compute` of a quantized weight: where a result has one scale, it goes to the result."""
+    """`_compute` of a quantized weight, by the way that reads its few bits alone."""
+    _, letters, result = re.split(",|->", spec)
+    few = math.prod(x.shape[:2]) <= _FEW_ROWS and not weight.int8_products
+    if not few or not set(letters[: -weight.inputs]) <= set(result):
+        return _multiplied(spec, x, weight, out_dtype)
+    ways = {"cuda": _added_up, "default": _multiplied}
+    ways = {name: functools.partial(way, spec, out_dtype=out_dtype) for name, way in ways.items()}
+    return jax.lax.platform_dependent(x, weight, **ways)
+
+
+def _added_up(spec: str, x: Array, weight: Quantized, out_dtype: DTypeLike) -> jax.Array:
+    """The product without a `dot`, for few rows on a card.
+
+    XLA:GPU 0.10.2 gives a `dot` to Triton or to cuBLAS. Below compute capability 8.0 there is no
+    Triton, and int4 in groups goes to cuBLAS everywhere: for each token the weight is then written
+    to memory wide, and read again. A sum is fused with what makes its terms. In groups the scales
+    come after the first sum: with several rows XLA would not fuse them.
+    """
+    inputs, letters, result = re.split(",|->", spec)
+    values, scale = jnp.asarray(weight.values, jnp.float32), jnp.asarray(weight.scale)
+    x, made = jnp.asarray(x, jnp.float32), letters[: -weight.inputs]
+    if not weight.grouped:
+        y = _sum_of_products(inputs, x, letters, values, result)
+        return (y * _aligned(made, scale, result)).astype(out_dtype)
+    *_, groups, size = weight.values.shape
+    stacked, rest, last = made[: weight.stacked], letters[-weight.inputs : -1], letters[-1]
+    place = inputs.index(last)
+    x = jnp.reshape(x, (*x.shape[:place], groups, size, *x.shape[place + 1 :]))
+    inputs = inputs.replace(last, f"g{last}")
+    parts = f"{result}{rest}g"
+    y = _sum_of_products(inputs, x, f"{made}{rest}g{last}", values, parts)
+    scales = f"{stacked}{rest}g{made[weight.stacked :]}"
+    return _sum_of_products(parts, y, scales, scale, result).astype(out_dtype)
+
+
+def _sum_of_products(a: str, x: jax.Array, b: str, y: jax.Array, result: str) -> jax.Array:
+    """`jnp.einsum(f"{a},{b}->{result}", x, y)` by a product of all pairs and a sum."""
+    axes = result + "".join(axis for axis in b if axis not in result)
+    return jnp.sum(_aligned(a, x, axes) * _aligned(b, y, axes), axis=range(len(result), len(axes)))
+
+
+def _aligned(names: str, x: jax.Array, axes: str) -> jax.Array:
+    """x with the axes of `names` in the order of `axes`; those that it lacks have size 1."""
+    x = jnp.transpose(x, [names.index(axis) for axis in axes if axis in names])
+    return jnp.expand_dims(x, [n for n, axis in enumerate(axes) if axis not in names])
+
+
+def _multiplied(spec: str, x: Array, weight: Quantized, out_dtype: DTypeLike) -> jax.Array:
+    """The product by `jnp.einsum`: where a result has one scale, it goes to the result."""
     inputs, letters, result = re.split(",|->", spec)
     scaled = letters[: -weight.inputs]
     if weight.grouped:
