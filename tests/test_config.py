@@ -70,12 +70,17 @@ def test_there_and_back(name):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    # Counts of the published checkpoints: 11.7 B, 8.29 B and 2.21 B.
+    # Counts of the published checkpoints.
     [
         ("echovlm_11b", 11_683_172_920),
         ("qwen2_vl_7b", 8_291_375_616),
         ("qwen2_vl_2b", 2_208_985_600),
-        ("echovlm_v2_7b", 8_292_166_656),  # as the published Qwen2.5-VL-7B has
+        ("echovlm_v2_7b", 8_292_166_656),
+        ("qwen2_5_vl_3b", 3_754_622_976),
+        ("qwen2_5_vl_7b", 8_292_166_656),
+        # The towers of these two have MLPs of 3456.
+        ("qwen2_5_vl_32b", 33_452_718_336),
+        ("qwen2_5_vl_72b", 73_410_777_344),
     ],
 )
 def test_full_size_parameter_counts(name, parameters):
