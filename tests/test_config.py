@@ -248,7 +248,8 @@ def newest(raw: dict) -> dict:
     text["rope_parameters"] = rope | {"rope_type": "default"}
     text["dtype"] = text.pop("torch_dtype")
     tokens = {key: raw[key] for key in raw if key.endswith("_token_id")}
-    vision = {**raw["vision_config"], "model_type": "qwen2_5_vl_vision", "rope_parameters": None}
+    vision = {**raw["vision_config"], "model_type": "qwen2_5_vl_vision"}
+    vision["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "axial"}
     kept = {"model_type": raw["model_type"], "vision_config": vision, "dtype": "bfloat16"}
     return {**kept, **tokens, "text_config": text}
 
@@ -333,6 +334,7 @@ def test_transformers_reads_what_we_write(name, experts):
         ({"vision_config": {"tokens_per_second": 0}}, "vision_config.tokens_per_second must be"),
         ({"vision_config": {"tokens_per_second": "2"}}, "vision_config.tokens_per_second must be"),
         ({"vision_config": {"patch_size": [14, 14]}}, "vision_config.patch_size must be"),
+        ({"vision_config": {"rope_parameters": {"rope_theta": 5e5}}}, "rope_theta 500000.0 is not"),
     ],
 )
 def test_bad_values_of_qwen2_5_vl_are_named_in_one_line(change, said):
