@@ -70,12 +70,17 @@ def test_there_and_back(name):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    # Counts of the published checkpoints: 11.7 B, 8.29 B and 2.21 B.
+    # Counts of the published checkpoints.
     [
         ("echovlm_11b", 11_683_172_920),
         ("qwen2_vl_7b", 8_291_375_616),
         ("qwen2_vl_2b", 2_208_985_600),
-        ("echovlm_v2_7b", 8_292_166_656),  # as the published Qwen2.5-VL-7B has
+        ("echovlm_v2_7b", 8_292_166_656),
+        ("qwen2_5_vl_3b", 3_754_622_976),
+        ("qwen2_5_vl_7b", 8_292_166_656),
+        # The towers of these two have MLPs of 3456.
+        ("qwen2_5_vl_32b", 33_452_718_336),
+        ("qwen2_5_vl_72b", 73_410_777_344),
     ],
 )
 def test_full_size_parameter_counts(name, parameters):
@@ -243,7 +248,8 @@ def newest(raw: dict) -> dict:
     text["rope_parameters"] = rope | {"rope_type": "default"}
     text["dtype"] = text.pop("torch_dtype")
     tokens = {key: raw[key] for key in raw if key.endswith("_token_id")}
-    vision = {**raw["vision_config"], "model_type": "qwen2_5_vl_vision", "rope_parameters": None}
+    vision = {**raw["vision_config"], "model_type": "qwen2_5_vl_vision"}
+    vision["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "axial"}
     kept = {"model_type": raw["model_type"], "vision_config": vision, "dtype": "bfloat16"}
     return {**kept, **tokens, "text_config": text}
 
@@ -328,6 +334,7 @@ def test_transformers_reads_what_we_write(name, experts):
         ({"vision_config": {"tokens_per_second": 0}}, "vision_config.tokens_per_second must be"),
         ({"vision_config": {"tokens_per_second": "2"}}, "vision_config.tokens_per_second must be"),
         ({"vision_config": {"patch_size": [14, 14]}}, "vision_config.patch_size must be"),
+        ({"vision_config": {"rope_parameters": {"rope_theta": 5e5}}}, "rope_theta 500000.0 is not"),
     ],
 )
 def test_bad_values_of_qwen2_5_vl_are_named_in_one_line(change, said):

@@ -14,6 +14,7 @@ from echovlm_jax.config.keys import (
     QWEN2_VL,
     RATIO,
     TEXT_KEYS,
+    THETA,
     TOKEN_KEYS,
     Form,
     form_of,
@@ -124,6 +125,12 @@ def _vision_from_hf(raw: Mapping[str, Any], form: Form, out_width: int) -> Visio
     if (act := raw.get("hidden_act", form.act)) != form.act:
         raise InputError(
             f"vision_config.hidden_act {act!r} is not supported; {form.model_type} says {form.act}"
+        )
+    theta = _said(_mapping(raw, "rope_parameters", {})).get("rope_theta", THETA)
+    if theta != THETA:
+        raise InputError(
+            f"vision_config.rope_parameters.rope_theta {theta!r} is not supported;"
+            f" {form.model_type} says {THETA}"
         )
     if "in_chans" in raw and "in_channels" not in raw:
         raw = {**raw, "in_channels": raw["in_chans"]}

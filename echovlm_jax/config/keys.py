@@ -118,6 +118,8 @@ QWEN2_5_VL = Form(
 FORMS = {form.model_type: form for form in (QWEN2_VL, QWEN2_5_VL)}
 # Where vision_config says the MLP's width as a multiple of the tower's.
 RATIO = "mlp_ratio"
+# The base of the tower's rotary frequencies: newer files state it, older ones take it as known.
+THETA = 10000
 
 
 def form_of(norm: str, mlp: str) -> Form | None:

@@ -65,7 +65,7 @@ PRESETS: dict[str, ModelConfig] = {
         text={"vocab_size": 151936, "tie_word_embeddings": True}
     ),
     "qwen2_5_vl_7b": _QWEN2_5_VL_7B,
-    "qwen2_5_vl_32b": _qwen2_5_vl(5120, 27648, layers=64, heads=40, kv_heads=8),
+    "qwen2_5_vl_32b": _qwen2_5_vl(5120, 27648, layers=64, heads=40, kv_heads=8, vision_mlp=3456),
     "qwen2_5_vl_72b": _qwen2_5_vl(8192, 29568, layers=80, heads=64, kv_heads=8, vision_mlp=3456),
     # The second EchoVLM: Lingshu-7B, a Qwen2.5-VL, trained further; no experts.
     "echovlm_v2_7b": _QWEN2_5_VL_7B,

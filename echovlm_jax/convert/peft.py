@@ -1,9 +1,9 @@
 """Low-rank updates as PEFT's files have them: adapter_config.json and adapter_model.safetensors.
 
-Beside a released tensor X.weight [out, in] lie base_model.model.X.lora_A.weight [r, in] and
-….lora_B.weight [out, r], each layer's and each expert's for itself. What trained in full lies there
-whole, under base_model.model. and its own name, and adapter_config.json lists the modules that it
-belongs to as modules_to_save: the adapter on top of the base is the whole model.
+Beside a tensor X.weight [out, in] lie base_model.model.X.lora_A.weight [r, in] and ….lora_B.weight
+[out, r], each layer's and each expert's for itself. What trained in full lies there whole, under
+base_model.model. and its own name, and adapter_config.json lists the modules that it belongs to as
+modules_to_save: the adapter on top of the base is the whole model.
 https://huggingface.co/docs/peft
 """
 
@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,17 +187,27 @@ def export_adapter(model: str | os.PathLike[str], dst: str | os.PathLike[str]) -
     }
 
 
+def _naming(run: Run) -> Callable[[str], str]:
+    """A released tensor's name in the PyTorch model that PEFT finds modules in by their names.
+
+    A dense model's class is of transformers, where files keep the released names and modules have
+    the newer ones (from 4.52 on). With experts it is the authors' own, as released.
+    """
+    return table.newer_name if run.config.moe is None else str
+
+
 # A tensor to write: shape, dtype, our parameter, its place on the stacked axes, "a", "b" or "".
 _Entry = tuple[tuple[int, ...], np.dtype, str, tuple[slice, ...], str]
 
 
 def _pairs(run: Run) -> dict[str, _Entry]:
     out: dict[str, _Entry] = {}
+    named = _naming(run)
     for slot in table.slots(run.config).values():
         if slot.path in run.updated:
             lead = tuple(slice(i, i + 1) for i in slot.index)
             rank = run.update_shape(slot.path, "a")[len(lead)]
-            key = PREFIX + slot.name.removesuffix(".weight")
+            key = PREFIX + named(slot.name).removesuffix(".weight")
             # Beside a convolution PEFT has convolutions, the second one of a single point.
             high = (slot.shape[0], rank, *(1 for _ in slot.shape[2:]))
             out[key + A] = ((rank, *slot.shape[1:]), np.dtype(np.float32), slot.path, lead, "a")
@@ -206,8 +216,9 @@ def _pairs(run: Run) -> dict[str, _Entry]:
 
 
 def _full(run: Run) -> dict[str, _Entry]:
+    named = _naming(run)
     return {
-        PREFIX + slot.name: (
+        PREFIX + named(slot.name): (
             slot.shape,
             run.dtypes[slot.path],
             slot.path,
@@ -220,8 +231,9 @@ def _full(run: Run) -> dict[str, _Entry]:
 
 
 def _config(run: Run) -> dict[str, Any]:
+    named = _naming(run)
     patterns = [
-        re.escape(row.name.removesuffix(".weight"))
+        re.escape(named(row.name).removesuffix(".weight"))
         .replace(r"\{l\}", r"\d+")
         .replace(r"\{e\}", r"\d+")
         for row in table.TABLE
@@ -249,7 +261,8 @@ def _config(run: Run) -> dict[str, Any]:
 
 def _modules(run: Run) -> list[str]:
     """The largest modules of which all has trained in full, by the shortest names for them."""
-    names = table.slots(run.config)
+    named = _naming(run)
+    names = {named(name): slot for name, slot in table.slots(run.config).items()}
     full = {name for name, slot in names.items() if slot.path in run.trained}
     inside: dict[str, set[str]] = {}  # of every module
     for name in names:

@@ -1,6 +1,7 @@
 """Adapters both ways: what training leaves works in PEFT on PyTorch, and PEFT's works here."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ peft = pytest.importorskip("peft")
 import jax  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from echovlm_jax.bench.torch_model import build, released_names  # noqa: E402
 from echovlm_jax.checkpoint import open_checkpoints  # noqa: E402
 from echovlm_jax.cli import main  # noqa: E402
 from echovlm_jax.config import to_hf  # noqa: E402
@@ -22,14 +24,18 @@ from echovlm_jax.convert.to_torch import export  # noqa: E402
 from echovlm_jax.errors import InputError  # noqa: E402
 from echovlm_jax.model import EchoVLM, param_specs, shapes_of  # noqa: E402
 from echovlm_jax.processing.batch import make_batch  # noqa: E402
+from echovlm_jax.train.config_file import load_config  # noqa: E402
 from echovlm_jax.train.lora import lora_specs, scaled  # noqa: E402
 from echovlm_jax.train.stages import match_rules, read_rules, split  # noqa: E402
 from echovlm_jax.train.step import TrainState  # noqa: E402
 from tests.golden.make_golden import rope_positions  # noqa: E402
 from tests.parity.cases import CONFIGS, TOKENS, inputs  # noqa: E402
+from tests.parity.test_qwen2_5_vl import CONFIGS as QWEN2_5  # noqa: E402
+from tests.parity.torch_echovlm import save  # noqa: E402
 from tests.parity.torch_released import Released  # noqa: E402
 
 CONFIG = CONFIGS["released_shape"]
+QWEN2_5_VL = QWEN2_5["irregular_tied"]
 LORA = {"rank": 3, "alpha": 5, "dropout": 0.1}
 STAGES = {
     "instruction": None,
@@ -66,38 +72,41 @@ def torch_base(base) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def run(base):
-    """stage → a run's folder, as training leaves it, with random values in all that trains."""
+    """stage → a run's folder."""
 
     def make(stage: str):
         folder = base.parent / f"run-{stage}"
-        if folder.exists():
-            return folder
-        rng = np.random.default_rng(3)
-        config, params = load_params(base)
-        rules = match_rules(params, read_rules("instruction", STAGES[stage]), stage)
-        how = {path: rule.how for path, rule in rules.items()}
-        full, frozen = split(params, how)
-        trainable = {
-            "params": jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), full),
-            "lora": jax.tree.map(
-                lambda s: 0.2 * rng.normal(size=s.shape),
-                shapes_of(lora_specs(param_specs(config), how, LORA["rank"])),
-            ),
-        }
-        trainable = jax.tree.map(lambda x: np.asarray(x, np.float32), trainable)
-        (folder / "model").mkdir(parents=True)
-        settings = {"model": str(base), "lora": LORA}
-        (folder / "config.json").write_text(json.dumps(settings))
-        described = (base / "config.json").read_text()
-        (folder / "model" / "config.json").write_text(described)
-        saved = open_checkpoints(folder / "checkpoints", keep=1)
-        state = TrainState(np.int32(1), trainable, frozen, {"count": np.int32(1)})
-        saved.save(1, state, {"config": settings})
-        saved.wait()
-        saved.close()
-        return folder
+        return folder if folder.exists() else trained(base, folder, STAGES[stage])
 
     return make
+
+
+def trained(base, folder, rules):
+    """A run's folder, as training leaves it, with random values in all that trains."""
+    rng = np.random.default_rng(3)
+    config, params = load_params(base)
+    matched = match_rules(params, read_rules("instruction", rules), folder.name)
+    how = {path: rule.how for path, rule in matched.items()}
+    full, frozen = split(params, how)
+    trainable = {
+        "params": jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), full),
+        "lora": jax.tree.map(
+            lambda s: 0.2 * rng.normal(size=s.shape),
+            shapes_of(lora_specs(param_specs(config), how, LORA["rank"])),
+        ),
+    }
+    trainable = jax.tree.map(lambda x: np.asarray(x, np.float32), trainable)
+    (folder / "model").mkdir(parents=True)
+    settings = {"model": str(base), "lora": LORA}
+    (folder / "config.json").write_text(json.dumps(settings))
+    described = (base / "config.json").read_text()
+    (folder / "model" / "config.json").write_text(described)
+    saved = open_checkpoints(folder / "checkpoints", keep=1)
+    state = TrainState(np.int32(1), trainable, frozen, {"count": np.int32(1)})
+    saved.save(1, state, {"config": settings})
+    saved.wait()
+    saved.close()
+    return folder
 
 
 BATCH = {name: x for name, x in inputs("image", CONFIG, seed=7).items() if name != "labels"}
@@ -144,6 +153,31 @@ def test_an_adapter_written_here_loads_in_peft(stage, base, run, tmp_path, recwa
         assert told.modules_to_save == ["coefficient", "moe"]
     else:
         assert "base_model.model.model.layers.1.moe.experts.3.up_proj.lora_B.weight" in written
+
+
+MERGER_IN_FULL = (("vision/merger/.*", "full"), (r"text/(final_norm|layers/attn_norm)/.*", "full"))
+
+
+@pytest.mark.parametrize("rules", [(), MERGER_IN_FULL], ids=["v2_lora", "in full"])
+def test_an_adapter_of_a_dense_model_loads_in_transformers_own(rules, tmp_path):
+    """Whose modules have other names than the tensors of released files."""
+    recipe = load_config(Path(__file__).parents[2] / "configs/v2_lora.py").stage_rules
+    model = build(QWEN2_5_VL, seed=4)
+    base = save(model, QWEN2_5_VL, tmp_path / "base")
+    run = trained(base, tmp_path / "run", (*rules, *recipe))
+    export_adapter(run, tmp_path / "adapter")
+    changed = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert written.keys() == peft.get_peft_model_state_dict(changed).keys()
+    merged = released_names(dict(changed.merge_and_unload().named_parameters()))
+    wanted = table.flatten(load_params(run)[1])
+    for name, slot in table.slots(QWEN2_5_VL).items():
+        value = wanted[slot.path][slot.index].reshape(slot.shape)
+        np.testing.assert_allclose(merged[name].detach(), value, atol=1e-5, err_msg=name)
+    convert(base, tmp_path / "merged", adapter=tmp_path / "adapter")
+    made = table.flatten(load_params(tmp_path / "merged")[1])
+    for path, value in wanted.items():
+        np.testing.assert_allclose(made[path], value, atol=1e-5, err_msg=path)
 
 
 @pytest.mark.parametrize("stage", [pytest.param("instruction", marks=pytest.mark.slow), "own"])
