@@ -220,6 +220,17 @@ PLANS = [
         ["a=1", "mesh.data=-1", "b=x=y", "c"],
         {"step": "train", "rows_per_chip": None, "slices": 1, "serving": {}},
     ),
+    (
+        f"{PLAN} --host-mtbf-hours 24 --save-seconds 1.5",
+        [],
+        {
+            "step": "train",
+            "rows_per_chip": None,
+            "slices": 1,
+            "serving": {},
+            "failures": {"host_mtbf_hours": 24, "save_seconds": 1.5},
+        },
+    ),
 ]
 
 
@@ -253,7 +264,7 @@ def fake_plan(fake, monkeypatch):
             calls.append((args, kwargs))
             return result
 
-        fake("echovlm_jax.plan", plan=plan, Serving=dict)
+        fake("echovlm_jax.plan", plan=plan, Serving=dict, Failures=dict)
         return calls
 
     return put
@@ -265,6 +276,7 @@ def test_plan_loads_the_configuration_with_its_overrides(
 ) -> None:
     calls = fake_plan({"ok": True, "chips": 16, "report": "two\nlines"})
     assert main(line.split()) == 0
+    kwargs = {"failures": {}, **kwargs}
     assert calls == [((Path("c.py"), overrides), {}), (({"a": 1}, "v5e:4x4"), kwargs)]
     assert {name: os.environ[name] for name in COMPILER_ONLY} == COMPILER_ONLY
     out = capfd.readouterr()
@@ -278,6 +290,23 @@ def test_sizes_of_generation_are_not_a_training_steps(fake_plan, capsys, option)
     calls = fake_plan({"ok": True, "report": ""})
     assert main([*PLAN.split(), *option.split()]) == 2 and not calls
     assert f"{option.split()[0]} is for --step prefill and decode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--step decode --save-seconds 2", "--save-seconds is for --step train; leave it out"),
+        ("--host-mtbf-hours 0", "--host-mtbf-hours: must be a number above 0, found '0'"),
+        ("--step-seconds inf", "--step-seconds: must be a number above 0, found 'inf'"),
+    ],
+)
+def test_what_failures_cost_is_a_training_steps(fake_plan, capsys, option, said) -> None:
+    calls = fake_plan({"ok": True, "report": ""})
+    try:
+        code = main([*PLAN.split(), *option.split()])
+    except SystemExit as end:  # argparse's own refusals
+        code = end.code
+    assert code == 2 and not calls and said in capsys.readouterr().err
 
 
 def test_bench_decode_compiles_for_a_topology(fake, capsys, monkeypatch) -> None:
@@ -321,7 +350,12 @@ def test_plan_keeps_the_environment_that_is_there(fake_plan, monkeypatch) -> Non
 
 def test_an_error_behind_hidden_noise_is_shown(fake, fake_plan, capfd) -> None:
     fake_plan({})
-    fake("echovlm_jax.plan", plan=_raiser(InputError("seq_len 3 is odd")), Serving=dict)
+    fake(
+        "echovlm_jax.plan",
+        plan=_raiser(InputError("seq_len 3 is odd")),
+        Serving=dict,
+        Failures=dict,
+    )
     assert main(PLAN.split()) == 2
     assert capfd.readouterr().err == "echovlm: error: seq_len 3 is odd\n"
 

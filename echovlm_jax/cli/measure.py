@@ -1,6 +1,7 @@
 """Commands that say what something costs: plan and bench."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,16 @@ SERVING = {
     "context": "slots of a row's cache, 512 of them for the answer; default: 2048",
     "patches": "of a prompt's images, four to a token; default: 5120",
 }
+# How often a host fails and what was measured, as `plan.goodput.Failures` has them.
+FAILURES = {
+    "host_mtbf_hours": "mean hours between failures of one host; default: 6335, which is Llama 3's "
+    "on H100 (419 in 54 days, 2048 hosts): an assumption for other hosts, too long for spot ones",
+    "step_seconds": "seconds of a step; default: the bound without overlap",
+    "save_seconds": "seconds that a save blocks the loop; default: the state at 8 GB/s a chip",
+    "write_seconds": "seconds until a checkpoint is whole after that; default: 1 GB/s a host",
+    "restart_seconds": "seconds from a failure to the next step; default: 300, reading the state "
+    "at 1 GB/s a host, and compiling as long as here",
+}
 
 
 def _plan(args: argparse.Namespace) -> Result:
@@ -34,13 +45,17 @@ def _plan(args: argparse.Namespace) -> Result:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_autotune_level" not in flags:  # choosing kernels by trying them needs a card
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
-    from echovlm_jax.plan import Serving, plan
+    from echovlm_jax.plan import Failures, Serving, plan
     from echovlm_jax.train.config_file import load_config
 
     names = (*SERVING, "quantize", "cache")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if given and args.step == "train":
         raise InputError(f"--{next(iter(given))} is for --step prefill and decode; leave it out")
+    known = {name: value for name in FAILURES if (value := getattr(args, name)) is not None}
+    if known and args.step != "train":
+        option = next(iter(known)).replace("_", "-")
+        raise InputError(f"--{option} is for --step train; leave it out")
     config = load_config(args.config, args.overrides)
     if sys.stderr.isatty():
         print(f"compiling for {args.topology}: about a minute at full size", file=sys.stderr)
@@ -52,6 +67,7 @@ def _plan(args: argparse.Namespace) -> Result:
             rows_per_chip=args.rows_per_chip,
             slices=args.slices,
             serving=Serving(**given),
+            failures=Failures(**known),
         )
     return {k: v for k, v in result.items() if not (args.json and k == "report")}
 
@@ -100,6 +116,10 @@ def add_plan(commands: Any) -> None:
         help="in place of the configuration's global_batch_size",
     )
     _add_serving(command)
+    saving = command.add_argument_group("of --step train: how often to save, and what it gives")
+    for name, text in FAILURES.items():
+        option = f"--{name.replace('_', '-')}"
+        saving.add_argument(option, type=_above_zero, metavar="X", help=text)
     command.set_defaults(overrides=[])
 
 
@@ -119,6 +139,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
     return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text!r}")
+    return value
 
 
 # What `bench` can do with --what, and where it keeps the runs of phantom.

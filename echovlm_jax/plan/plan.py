@@ -17,6 +17,7 @@ from echovlm_jax.flops import STEPS, Flops, model_flops
 from echovlm_jax.mesh import topology_devices
 from echovlm_jax.model.vision import WINDOWS_OR_FRAMES
 from echovlm_jax.plan import hlo
+from echovlm_jax.plan.goodput import Failures, recommend
 from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.programs import Planned, Serving, generation, nbytes, training
 from echovlm_jax.plan.report import report
@@ -43,6 +44,7 @@ def plan(
     slices: int = 1,
     model: ModelConfig | None = None,
     serving: Serving = Serving(),
+    failures: Failures = Failures(),
 ) -> dict[str, Any]:
     """Compiles one step of a configuration for a topology and says what it needs.
 
@@ -60,9 +62,11 @@ def plan(
       rows_per_chip: replaces global_batch_size, or serving.rows, by this many rows for each chip.
       model: sizes, where they are not config.model's.
       serving: the sizes of generation.
+      failures: how often a host fails, and what was measured of saves and restarts.
 
     Returns:
-      The contract's keys, `ok` (whether it fits) and `report`, a text for people. Of decode also
+      The contract's keys, `ok` (whether it fits) and `report`, a text for people. Of train, where
+      it fits, `goodput` (`goodput.recommend`): how often to save. Of decode also
       bytes_per_token, what all chips read by the HLO for one token of one row;
       needed_bytes_per_token (`programs.needed_bytes`); bytes_ratio, of the two; largest_reads.
 
@@ -119,6 +123,8 @@ def plan(
     else:
         result |= _read(compiled, place, useful, time.perf_counter() - started, planned)
         result |= _without_padding(result["mfu_upper_bound"], useful, config, step)
+        if step == "train":
+            result["goodput"] = _goodput(result, planned.mesh, config.checkpoint_every, failures)
     return {**result, "ok": result["fits"], "report": report(result)}
 
 
@@ -188,6 +194,26 @@ def _read(
         "unknown_loops": list(module.unknown_loops),
         **_bytes_per_token(module, place, planned),
     }
+
+
+def _goodput(
+    result: dict[str, Any], mesh: jax.sharding.Mesh, every: int, failures: Failures
+) -> dict[str, Any]:
+    """How often to save there. Unless it was measured, a step takes the bound without overlap, and
+    compiling what it took here."""
+    hosts = len({device.process_index for device in mesh.devices.flat})
+    groups = result["parameter_bytes_per_chip"].values()
+    held = sum(size for group in groups for size in group.values())
+    bound = {kind: seconds or 0.0 for kind, seconds in result["roofline_seconds"].items()}
+    return recommend(
+        failures,
+        hosts=hosts,
+        host_bytes=held * result["chips"] / hosts,
+        chip_bytes=held,
+        step=max(bound["compute"] + bound["ici"] + bound["network"], bound["hbm"]),
+        compiling=result["compile_seconds"],
+        every=every,
+    )
 
 
 def _granules(mesh: jax.sharding.Mesh) -> list[int]:

@@ -62,6 +62,7 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     yield f"compiled in {r['compile_seconds']:.0f} s to {r['code_bytes'] / 2**20:.0f} MiB of code"
     if r["unknown_loops"]:
         yield f"loops whose turns are unknown, counted once: {', '.join(r['unknown_loops'])}"
+    yield from _saving(r)
 
 
 def _reads(r: Mapping[str, Any]) -> Iterator[str]:
@@ -87,6 +88,28 @@ def _padding(r: Mapping[str, Any]) -> Iterator[str]:
         f"  useful MFU at most {r['useful_mfu_upper_bound']:.1%}: the data fill rows to"
         f" {full['tokens']:.1%} of tokens and {full['patches']:.1%} of patches"
     )
+
+
+def _saving(r: Mapping[str, Any]) -> Iterator[str]:
+    if "goodput" not in r:
+        return
+    g = r["goodput"]
+    now, best = g["configured"], g["checkpoint_every"]
+    yield ""
+    yield (
+        f"saving, where one of {g['hosts']} host{'s' * (g['hosts'] > 1)} fails every"
+        f" {g['mtbf_hours']:,.1f} h, each every {g['host_mtbf_hours']:,.0f} h"
+    )
+    yield (
+        f"  checkpoint_every={best}, every {best * g['step_seconds'] / 60:.3g} min: goodput"
+        f" {g['expected']:.2%}; {now['checkpoint_every']}, as configured: {now['expected']:.2%}"
+    )
+    yield (
+        f"  a save blocks {g['save_seconds']:.2g} s, is whole {g['write_seconds']:.2g} s later, a"
+        f" restart takes {g['restart_seconds']:.0f} s, a step {g['step_seconds']:.3g} s"
+    )
+    if g["estimated"]:
+        yield f"  estimated: {', '.join(g['estimated'])}; an option for each takes a measured one"
 
 
 def _mends(r: Mapping[str, Any]) -> Iterator[str]:

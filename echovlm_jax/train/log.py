@@ -30,12 +30,14 @@ from echovlm_jax.storage.files import (
     write_text,
 )
 from echovlm_jax.storage.layout import METRICS_LOG, ROUTING
+from echovlm_jax.train.clock import Clock
 from echovlm_jax.train.heatmap import heatmap
 from echovlm_jax.train.program import Config, Program
 from echovlm_jax.train.telemetry import KINDS
 
 ROUTING_PICTURE = "routing.png"
 EVALUATED = ("eval_loss", "eval_error")  # what an evaluation's line has one of
+COUNTS, CLOCK = "expert_counts", "clock"  # what a checkpoint holds of `counts` and `clock`
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient; then something is wrong
 
 
@@ -49,11 +51,22 @@ class Log:
       last_loss: of the last step that was read; None before.
       skipped: steps whose update was left out.
       counts: float64 [L, O, M, E], `mixture_sums`' expert_counts since the last evaluation, without
-        axes where nothing was counted; of a run that goes on, first what a checkpoint has of them.
+        axes where nothing was counted; of a run that goes on, first its checkpoint's.
+
+    Args:
+      first: the step that the run goes on from.
+      kept: what that checkpoint holds beside the state, such as `kept`; nothing at the start.
+      clock: the run's.
     """
 
     def __init__(
-        self, folder: Path, config: Config, program: Program, first: int, counts: Any = 0.0
+        self,
+        folder: Path,
+        config: Config,
+        program: Program,
+        first: int,
+        kept: Mapping[str, Any],
+        clock: Clock,
     ) -> None:
         self.last_loss: float | None = None
         self.skipped = 0
@@ -66,7 +79,11 @@ class Log:
         self._steps, self._used = 0, np.zeros(2)  # of tokens and patches, since the last line
         self._since = time.perf_counter()
         self._folder = folder
-        self.counts = np.asarray(counts, np.float64)
+        self.counts = np.asarray(kept.get(COUNTS, 0.0), np.float64)
+        self.clock = clock
+        if CLOCK in kept:
+            whole = kept["config"]["steps"] == first
+            clock.resume(kept[CLOCK], _last_time(folder / METRICS_LOG), whole=whole)
         self._file = self._board = None
         if jax.process_index() == 0:
             self._file = _reopen(folder / METRICS_LOG, first)
@@ -80,6 +97,7 @@ class Log:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.clock.stop()
         self._send()
         for writer in (self._file, self._board):
             if writer is not None:
@@ -99,6 +117,7 @@ class Log:
         Raises:
           InputError: MOST_SKIPPED steps in a row had no finite loss and gradient.
         """
+        self.clock.watch(metrics)
         before, self._pending = self._pending, (step, metrics)
         if before is not None:
             self._read(*before)
@@ -110,15 +129,20 @@ class Log:
             self._read(*pending)
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is done in here takes no part in the time of a step."""
+    def aside(self, part: str) -> Iterator[None]:
+        """What is done in here takes no part in the time of a step, but is `part` of the run's."""
         self.flush()
         began = time.perf_counter()
-        if self._file is not None:
-            self._file.sync()  # what a checkpoint comes after is not lost
-        self._send()
-        yield
+        with self.clock.during(part):
+            if self._file is not None:
+                self._file.sync()  # what a checkpoint comes after is not lost
+            self._send()
+            yield
         self._since += time.perf_counter() - began
+
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint holds, so that a run that goes on from it has the same log."""
+        return {COUNTS: self.counts.tolist(), CLOCK: self.clock.kept()}
 
     def evaluated(self, step: int, values: Mapping[str, Any]) -> None:
         """What an evaluation after `step` updates found, and the routing since the last one."""
@@ -146,10 +170,12 @@ class Log:
         self._board.add_image("expert_load", np.asarray(picture), step, dataformats="HWC")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl after `step` updates; numbers go to TensorBoard too."""
+        """A line of metrics.jsonl after `step` updates, at `time` (seconds since 1970); numbers go
+        to TensorBoard too, those inside a record with its name before theirs."""
         if self._file is None or self._board is None:
             return
-        line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
+        plain = {name: _plain(value) for name, value in values.items()}
+        line = {"step": step, "time": round(time.time(), 3), **plain}
         try:
             self._file.write(json.dumps(line) + "\n")
         except OSError as error:
@@ -157,9 +183,11 @@ class Log:
                 f"{self._file.path}: can't be written ({error.strerror}); mend that and start"
                 " again: the run goes on from its last checkpoint"
             ) from error
-        for name, value in line.items():
-            if isinstance(value, float):
-                self._board.add_scalar(name, value, step)
+        for name, value in plain.items():
+            inside = value.items() if isinstance(value, dict) else [("", value)]
+            for key, number in inside:
+                if isinstance(number, float):
+                    self._board.add_scalar(f"{name}/{key}".rstrip("/"), number, step)
 
     def _read(self, step: int, metrics: Mapping[str, Any]) -> None:
         found = jax.device_get(metrics)
@@ -173,6 +201,7 @@ class Log:
         if skipped or (step + 1) % self._config.log_every == 0 or step + 1 == self._config.steps:
             rate = float(np.asarray(self._program.schedule(found.pop("updates"))))
             line = {**found, "lr": rate, "batch": step, **self._pace()}
+            line["goodput"] = self.clock.goodput()
             self.write(step + 1, line)
             self._show(step + 1, line)
         if self._in_a_row == MOST_SKIPPED:
@@ -271,6 +300,15 @@ def _last_step(path: Path) -> int | None:
     """The step of a log's last line."""
     lines = path.read_text("utf-8").splitlines()
     return json.loads(lines[-1])["step"] if lines else None
+
+
+def _last_time(path: Path) -> float:
+    """When a log's last line was written, in seconds since 1970; 0 where none tells."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash cut off
+            return float(json.loads(line)["time"])
+    return 0.0
 
 
 def was_evaluated(folder: Path, step: int) -> bool:

@@ -38,6 +38,7 @@ from echovlm_jax.storage.layout import (
     steps,
 )
 from echovlm_jax.storage.verify import run_problems
+from echovlm_jax.train.clock import Clock
 from echovlm_jax.train.config_file import check_config, differences
 from echovlm_jax.train.log import Log, was_evaluated
 from echovlm_jax.train.program import Config, Program, init_state, make_program
@@ -45,7 +46,6 @@ from echovlm_jax.train.stages import training_table
 from echovlm_jax.train.start import Start, frozen_start, starting_point
 from echovlm_jax.train.step import TrainState
 
-COUNTS = "expert_counts"  # beside the configuration in a checkpoint: `Log.counts`
 EVALUATING = ".evaluating"  # the step whose evaluation is being made up for
 PROFILE, PLANS = "profile", "plans"
 VALIDATION = "validation"
@@ -86,6 +86,7 @@ def train(
         the data can't be read, or more samples than `allow_dropped` don't fit a row; or ten steps
         in a row had no finite loss and gradient.
     """
+    clock = Clock()
     check_config(config)
     folder = files.as_path(workdir)
     if profile and files.in_bucket(folder):
@@ -129,11 +130,12 @@ def train(
         stack.callback(batches.close)  # type: ignore[attr-defined]
         stop = stack.enter_context(_asked_to_stop())
         profiled = stack.enter_context(_profiler(folder, profile))
-        log = stack.enter_context(Log(folder, config, program, first, kept.get(COUNTS, 0.0)))
+        log = stack.enter_context(Log(folder, config, program, first, kept, clock))
         tick = stack.enter_context(progress(config.steps - first, "step", "train"))
         evaluate = _evaluation(settings, program)  # planned before minutes go into compiling
         _say(f"compiling for {program.mesh.size} devices")
-        update = program.compile()
+        with clock.during("compile"):
+            update = program.compile()
         # Only now is the folder this configuration's: one that could not begin may be mended.
         _write(folder / TRAINABLE, trains)
         _write(folder / CONFIG, _as_json(config))
@@ -143,11 +145,11 @@ def train(
 
         step, saved = first, first
         if first and _due(config, first):
-            with log.aside():
+            with log.aside("evaluation"):
                 log.evaluated(first, _catch_up(folder, first, functools.partial(evaluate, state)))
         while step < config.steps:
             with profiled(step):
-                batch = global_arrays(next(batches), program.batch)
+                batch = clock.data_wait(lambda: global_arrays(next(batches), program.batch))
                 state, metrics = update(state, batch)
                 log.add(step, metrics)  # reads those of the step before: this one still runs
             step += 1
@@ -155,16 +157,15 @@ def train(
             checkpoints.check()
             ending = step == config.steps or stop(step)
             if ending or step % config.checkpoint_every == 0:
-                with log.aside():
-                    extra = {"config": json.loads(config.to_json()), COUNTS: log.counts.tolist()}
-                    checkpoints.save(step, state, extra, model=folder / MODEL)
+                with log.aside("save"):
+                    extra = {"config": json.loads(config.to_json()), **log.kept()}
+                    checkpoints.save(step, state, extra, model=folder / MODEL, wait=ending)
                 saved = step
             if _due(config, step):  # after saving: it may take the run down
-                with log.aside():
+                with log.aside("evaluation"):
                     log.evaluated(step, evaluate(state))
             if ending:
                 break
-        checkpoints.wait()
     return {
         "final_step": step,
         "final_loss": log.last_loss,
@@ -172,6 +173,7 @@ def train(
         "stopped": step < config.steps,
         "skipped": log.skipped,
         "saved_step": saved,
+        "goodput": clock.report(),
         **seen,
     }
 

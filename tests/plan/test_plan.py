@@ -124,6 +124,12 @@ def test_every_configuration_compiles_for_a_slice(file):
     config = load_config(file, {**small, "data": "elsewhere", "grad_accum": 1})
     result = plan(config, "v5e:2x2", rows_per_chip=1)
     check(result)
+    saving, bound = result["goodput"], result["roofline_seconds"]
+    assert saving["hosts"] == 1 and saving["configured"]["checkpoint_every"] == 500
+    assert saving["step_seconds"] >= max(bound["compute"], bound["hbm"], bound["ici"])
+    state = sum(sum(groups.values()) for groups in result["parameter_bytes_per_chip"].values())
+    assert saving["write_seconds"] == pytest.approx(4 * state / 1e9)
+    assert f"checkpoint_every={saving['checkpoint_every']}" in result["report"]
     assert result["useful_mfu_upper_bound"] is None  # the data are where the run will be
     assert "padding is unknown: elsewhere: is no dataset" in result["report"]
     assert {"all-gather"} <= set(result["collective_bytes_per_chip"])

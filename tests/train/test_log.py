@@ -13,6 +13,7 @@ from echovlm_jax.config import preset
 from echovlm_jax.data.record import ORGANS
 from echovlm_jax.flops import Work, model_flops
 from echovlm_jax.train import log as log_module
+from echovlm_jax.train.clock import Clock
 from echovlm_jax.train.log import Log
 
 
@@ -26,7 +27,7 @@ def test_padding_is_no_useful_work(tmp_path, monkeypatch):
     program = SimpleNamespace(model=tiny, how=None, schedule=lambda step: 0.1)
     monkeypatch.setattr(log_module, "_peak_flops", lambda program: 1e15)
     step = {"loss": 1.0, "grad_norm": 1.0, "skipped": 0.0, "updates": 0.0}
-    with Log(tmp_path, config, program, 0) as log:
+    with Log(tmp_path, config, program, 0, {}, Clock()) as log:
         log.add(0, {**step, "tokens": 4 * 128 * 0.25, "patches": 4 * 256 * 0.5})
         log.add(1, {**step, "tokens": 4 * 128 * 0.75, "patches": 0.0})
         log.flush()
@@ -49,10 +50,9 @@ def test_routing_goes_on_where_a_checkpoint_was(tmp_path):
     )
     drawn = np.random.default_rng(0).integers(0, 2**24, (6, 2, len(ORGANS) + 1, 2, 4))
 
-    def steps(folder, first, last, counts=0.0, cut=False):
+    def steps(folder, first, last, kept=None, cut=False):
         """What a checkpoint after step `last` holds."""
-        kept = None
-        with Log(folder, config, program, first, counts) as log:
+        with Log(folder, config, program, first, kept or {}, Clock()) as log:
             if first in (3, 6):
                 log.evaluated(first, {})
             for step in range(first, last):
@@ -61,7 +61,7 @@ def test_routing_goes_on_where_a_checkpoint_was(tmp_path):
                 counted = {"expert_counts": drawn[step].astype(np.float32), "patches": 1.0}
                 log.add(step, told | sums | counted | {"tokens": 9.0})
                 log.flush()
-                kept = json.loads(json.dumps(log.counts.tolist()))
+                kept = json.loads(json.dumps({"config": {"steps": 6}, **log.kept()}))
                 if step in (2, 5) and not (cut and step + 1 == last):
                     log.evaluated(step + 1, {})
         return kept

@@ -30,6 +30,7 @@ from echovlm_jax.storage.layout import run_files
 from echovlm_jax.storage.lock import Lock
 from echovlm_jax.storage.verify import verify
 from echovlm_jax.train import loop
+from echovlm_jax.train.clock import PARTS
 from echovlm_jax.train.config_file import check_config, load_config
 from echovlm_jax.train.loop import train
 from echovlm_jax.train.lora import scaled
@@ -62,7 +63,7 @@ SMALL = {
     "mesh.fsdp": 1,
     "mesh.data": 1,
 }
-TIMES = {"step_seconds", "tokens_per_second", "model_flops_per_second"}
+TIMES = {"step_seconds", "tokens_per_second", "model_flops_per_second", "time", "goodput"}
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +133,7 @@ def undisturbed(model_folder, tmp_path_factory):
 
 
 def test_a_run_tells_what_it_did(undisturbed):
-    told = lines(undisturbed)
+    told, log = lines(undisturbed), (undisturbed / "metrics.jsonl").read_text()
     steps = [line["step"] for line in told if "loss" in line]
     assert steps == list(range(1, SMALL["steps"] + 1))
     for line in told:
@@ -147,7 +148,12 @@ def test_a_run_tells_what_it_did(undisturbed):
     assert (undisturbed / "routing.png").stat().st_size > 500
     routing = [json.loads(x) for x in (undisturbed / "routing.jsonl").read_text().splitlines()]
     assert [line["step"] for line in routing] == [4, 6]
-    assert list(undisturbed.glob("events.out.tfevents.*"))
+    parts = [line["goodput"] for line in map(json.loads, log.splitlines()) if "loss" in line]
+    walls = [one["wall"] for one in parts]
+    assert walls == sorted(walls) and all(0 < one["goodput"] < 1 for one in parts)
+    assert all(sum(one[part] for part in PARTS) == pytest.approx(one["wall"]) for one in parts)
+    (events,) = undisturbed.glob("events.out.tfevents.*")
+    assert b"goodput/data_wait" in events.read_bytes()
     kept = sorted(int(p.name) for p in (undisturbed / "checkpoints").iterdir())
     assert kept == [2, 4, 6]
 
@@ -330,15 +336,22 @@ def test_a_run_that_fails_goes_on_where_it_was(undisturbed, model_folder, tmp_pa
             yield batch
 
     monkeypatch.setattr(loop, "make_batches", failing)
+    settings, began = config(model_folder), time.perf_counter()
     with pytest.raises(RuntimeError, match="went away"):
-        train(config(model_folder), tmp_path)
+        train(settings, tmp_path)
+    time.sleep(1)
     monkeypatch.undo()
     devices = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     assert lines(tmp_path)[-1]["step"] > 2
-    result = train(config(model_folder), tmp_path)
+    result = train(settings, tmp_path)
+    wall = time.perf_counter() - began
     assert result["final_step"] == 6
     assert_same_run(tmp_path, undisturbed)
+    parts = {part: result["goodput"][part] for part in PARTS}
+    assert sum(parts.values()) == pytest.approx(result["goodput"]["wall"])
+    assert result["goodput"]["wall"] == pytest.approx(wall, rel=0.01)
+    assert parts["between"] > 1 and parts["lost"] > 0 and min(parts.values()) >= 0
     again = train(config(model_folder), tmp_path)
     assert again["final_step"] == 6 and again["final_loss"] is None
     assert_same_run(tmp_path, undisturbed)
