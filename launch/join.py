@@ -20,13 +20,22 @@ from typing import NoReturn
 
 import jax
 
+HEARTBEAT = "ECHOVLM_HEARTBEAT"  # seconds after which a process is taken for lost
+
 
 def initialize_from_environment() -> None:
-    """Calls jax.distributed.initialize with what the JAX_* variables say, if they are there."""
+    """Calls jax.distributed.initialize with what the environment says.
+
+    Raises:
+      ValueError: a variable can't be what it is.
+    """
+    text = os.environ.setdefault(HEARTBEAT, "60")
+    if not text.isdecimal() or int(text) < 10:
+        raise ValueError(f"{HEARTBEAT} is {text!r}: must be whole seconds, at least 10")
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, count, process = (os.environ.get(name) for name in names)
     if not (address and count and process):
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=int(text))
         return
     jax.distributed.initialize(
         address,
@@ -34,6 +43,7 @@ def initialize_from_environment() -> None:
         int(process),
         cluster_detection_method="deactivate",  # a job of its own inside another one's machine
         coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"),
+        heartbeat_timeout_seconds=int(text),
     )
 
 
@@ -62,7 +72,11 @@ def leave(code: int) -> NoReturn:
 def main(words: list[str]) -> None:
     if not words or words == ["-m"]:
         raise SystemExit("usage: python launch/join.py (program.py | -m module) [argument …]")
-    initialize_from_environment()
+    try:
+        initialize_from_environment()
+    except ValueError as error:
+        print(f"join.py: {error}", file=sys.stderr)
+        leave(2)
     try:
         run_program(words)
         return

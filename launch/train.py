@@ -49,7 +49,7 @@ def join() -> None:
         if missing and "should be defined" in str(error):  # JAX knows of no job
             print("train.py: the environment describes no job: training alone", file=sys.stderr)
             return
-        raise InputError(f"{', '.join(names)}: {error}") from None
+        raise InputError(f"the environment's job can't be joined: {error}") from None
 
 
 def train(words: list[str]) -> int:

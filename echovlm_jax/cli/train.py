@@ -1,10 +1,12 @@
 """The command that trains."""
 
 import argparse
+import os
 from typing import Any
 
 from echovlm_jax.cli.frame import LOCAL, PLACE, Result, add_command
 from echovlm_jax.cli.printing import show
+from echovlm_jax.errors import InputError
 from echovlm_jax.memory import keep_freed_memory
 
 _SHOWN = (
@@ -18,13 +20,17 @@ def add_train(commands: Any) -> None:
         keep_freed_memory()
         from echovlm_jax.train.config_file import load_config
         from echovlm_jax.train.loop import train
+        from echovlm_jax.train.watch import Watch
 
-        return train(
-            load_config(args.config, args.overrides),
-            args.workdir,
-            change_config=args.change_config,
-            profile=args.profile,
-        )
+        config = load_config(args.config, args.overrides)
+        with Watch(_heartbeat(), args.step_timeout) as watch:
+            return train(
+                config,
+                args.workdir,
+                change_config=args.change_config,
+                profile=args.profile,
+                watch=watch,
+            )
 
     command = add_command(
         commands,
@@ -55,6 +61,15 @@ def add_train(commands: Any) -> None:
         metavar="A:B",
         help="profile steps A to B - 1, for TensorBoard",
     )
+    command.add_argument(
+        "--step-timeout",
+        type=_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="where a step, or the wait for its data, takes so long, and ten times as long as any "
+        "step before, name the process that hangs and end all (600; 0: never); the first two "
+        "steps, evaluating and saving may take as long as they like",
+    )
     command.set_defaults(overrides=[])
 
 
@@ -70,3 +85,21 @@ def _steps(text: str) -> tuple[int, int]:
             f"must be A:B, two steps, the first before; found {text!r}"
         )
     return int(first), int(end)
+
+
+def _heartbeat() -> float:
+    """What whoever joined the job told JAX; JAX's own default where nobody told."""
+    text = os.environ.get("ECHOVLM_HEARTBEAT", "100")
+    if not text.isdecimal() or not int(text):
+        raise InputError(f"ECHOVLM_HEARTBEAT is {text!r}: must be whole seconds, above 0")
+    return float(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, or 0; found {text!r}")
+    return value

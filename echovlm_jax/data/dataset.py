@@ -4,8 +4,9 @@ import json
 import mmap
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from echovlm_jax.errors import InputError
 from echovlm_jax.processing.files import shown
 from echovlm_jax.processing.stills import decode_image
 from echovlm_jax.storage.files import local_path
+from echovlm_jax.storage.retry import patiently, system_error
+
+_Found = TypeVar("_Found")
 
 PHANTOM = "phantom"
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # what suits random access
@@ -99,7 +103,7 @@ class FolderDataset:
             _check_size(self._root / shard["name"], shard["bytes"])
         self._path = self._root / folder.records_name(self._split)
         _check_size(self._path, int(self._index["offset"][-1]))
-        with open(self._path, "rb") as file:
+        with _read(lambda: open(self._path, "rb"), self._path) as file:
             # Pages that the system drops and reads again as it likes: nothing is held in memory.
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._readers: dict[int, Any] = {}
@@ -145,10 +149,14 @@ class FolderDataset:
         shard = self._shards[number]
         path = self._root / shard["name"]
         position = i - int(self._ends[number] - shard["records"])
-        try:
-            data = self._reader(number, path).read([position])[0]
-        except (RuntimeError, ValueError, IndexError):  # what the C++ reader makes of damage
-            raise _damaged(path) from None
+
+        def read() -> bytes:
+            try:
+                return self._reader(number, path).read([position])[0]
+            except (RuntimeError, ValueError, IndexError) as error:  # the C++ reader's, also damage
+                raise system_error(str(error)) or _damaged(path) from None
+
+        data = _read(read, path)
         if folder.digest(data) != digest:
             raise _damaged(path)
         return data
@@ -165,14 +173,19 @@ class FolderDataset:
 
 
 def _check_size(path: Path, size: int) -> None:
+    if _read(path.stat, path).st_size != size:
+        raise _damaged(path)
+
+
+def _read(read: Callable[[], _Found], path: Path) -> _Found:
+    """`patiently`; what does not pass is an InputError."""
     try:
-        found = path.stat().st_size
+        return patiently(read, path)
     except OSError as error:
         raise InputError(
-            f"{shown(path)}: can't be read ({error.strerror}); build the dataset again"
+            f"{shown(path)}: can't be read ({error.strerror}); mend that, or build the dataset"
+            " again"
         ) from None
-    if found != size:
-        raise _damaged(path)
 
 
 def _damaged(path: Path) -> InputError:

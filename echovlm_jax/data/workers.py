@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage import retry
 
 # The arrays that a worker fills, by name: shape and dtype.
 Layout = Mapping[str, tuple[tuple[int, ...], Any]]
@@ -158,7 +160,9 @@ class _Worker:
     def run(self, job: Any, slot: Arrays) -> tuple[str, str, int] | None:
         self._set_note(-1)
         self._connection.send((job, self._places[id(slot)]))
-        return self._connection.recv()
+        reply, tried_again = self._connection.recv()
+        retry.count(tried_again)
+        return reply
 
     def note(self) -> int:
         return int(np.frombuffer(self._memory, np.int64, 1)[0])
@@ -229,6 +233,7 @@ def _slots(memory: mmap.mmap, layout: Layout) -> list[Arrays]:
 def serve(fd: int) -> None:
     """The worker's side: runs jobs until the other side is gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection = Connection(os.dup(0))
     with open(os.devnull) as null:  # what this process starts must not hold the connection open
         os.dup2(null.fileno(), 0)
@@ -243,7 +248,16 @@ def serve(fd: int) -> None:
 
         while True:
             job, place = connection.recv()
-            connection.send(_run(fill, job, slots[place], note, head))
+            before = retry.counted()
+            reply = _run(fill, job, slots[place], note, head)
+            connection.send((reply, retry.counted() - before))
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process once its parent is gone: a job that never returns hears of nothing."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run(

@@ -208,11 +208,26 @@ def refused(error: Exception, path: str) -> NoReturn:
     line = (str(error).splitlines() or [""])[0]
     # A code comes first. NOT_FOUND is the bucket: an object that is not there is no error of its.
     text = re.sub(r"^[A-Z_]+: |All \d+ retry attempts failed: ", "", line.split(" [")[0])
+    again = re.search(r"All (\d+) retry attempts failed", line)
     if found := re.search(r"\[http_response_code='(\d+)'\]", line):
         text = text.replace("Unknown", f"HTTP {found[1]}")  # a request without a body for reasons
         if found[1] in ("401", "403"):
             text = f"{text}; check the credentials and what they permit"
-    raise OSError(errno.EIO, text[:_REASON_CHARS], path) from error
+    tried = f", tried {int(again[1]) + 1} times" if again else ""
+    raise OSError(errno.EIO, text[:_REASON_CHARS] + tried, path) from error
+
+
+def retries() -> int:
+    """How many requests TensorStore has made again, of all buckets."""
+    if not _open.cache_info().currsize:
+        return 0
+    import tensorstore as ts
+
+    found = [
+        ts.experimental_collect_matching_metrics(f"/tensorstore/kvstore/{driver}/retries")
+        for driver in ("gcs", "s3")
+    ]
+    return sum(value["value"] for metrics in found for one in metrics for value in one["values"])
 
 
 def _spec(scheme: str, bucket: str, retries: dict[str, Any] = _RETRIES) -> dict[str, Any]:

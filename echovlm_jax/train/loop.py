@@ -8,9 +8,7 @@ number's.
 import contextlib
 import functools
 import json
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +43,7 @@ from echovlm_jax.train.program import Config, Program, init_state, make_program
 from echovlm_jax.train.stages import training_table
 from echovlm_jax.train.start import Start, frozen_start, starting_point
 from echovlm_jax.train.step import TrainState
+from echovlm_jax.train.watch import Watch, asked_to_stop
 
 EVALUATING = ".evaluating"  # the step whose evaluation is being made up for
 PROFILE, PLANS = "profile", "plans"
@@ -59,6 +58,7 @@ def train(
     *,
     change_config: bool = False,
     profile: tuple[int, int] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Trains to `config.steps`, from the newest checkpoint of `workdir` where there is one.
 
@@ -75,6 +75,7 @@ def train(
         metrics.jsonl, TensorBoard events and checkpoints/.
       change_config: go on although the configuration differs from the folder's, which it replaces.
       profile: (first, end): of these steps a profile for TensorBoard is written.
+      watch: the watch over the job's processes, which the caller has entered; none by default.
 
     Returns:
       final_step, final_loss (of the last step logged; None where no step was left), workdir,
@@ -88,7 +89,7 @@ def train(
     """
     clock = Clock()
     check_config(config)
-    folder = files.as_path(workdir)
+    folder, watch = files.as_path(workdir), watch or Watch()
     if profile and files.in_bucket(folder):
         raise InputError(f"{folder}: a profile can't be written to a bucket; name a local folder")
     changed = _differences(config, folder, change_config)
@@ -128,11 +129,11 @@ def train(
             start_step=first,
         )
         stack.callback(batches.close)  # type: ignore[attr-defined]
-        stop = stack.enter_context(_asked_to_stop())
+        stop = stack.enter_context(asked_to_stop())
         profiled = stack.enter_context(_profiler(folder, profile))
         log = stack.enter_context(Log(folder, config, program, first, kept, clock))
         tick = stack.enter_context(progress(config.steps - first, "step", "train"))
-        evaluate = _evaluation(settings, program)  # planned before minutes go into compiling
+        evaluate = _evaluation(settings, program, watch.next)  # planned before compiling
         _say(f"compiling for {program.mesh.size} devices")
         with clock.during("compile"):
             update = program.compile()
@@ -142,17 +143,17 @@ def train(
         if jax.process_index() == 0:
             digests.write(folder, names=run_files(folder))
         _say(f"training from step {first} to {config.steps} in {folder}")
-
         step, saved = first, first
         if first and _due(config, first):
             with log.aside("evaluation"):
                 log.evaluated(first, _catch_up(folder, first, functools.partial(evaluate, state)))
         while step < config.steps:
             with profiled(step):
-                batch = clock.data_wait(lambda: global_arrays(next(batches), program.batch))
-                state, metrics = update(state, batch)
+                batch = clock.data_wait(functools.partial(watch.next, batches, step))
+                state, metrics = update(state, global_arrays(batch, program.batch))
+                metrics["retries"] = watch.retries()
                 log.add(step, metrics)  # reads those of the step before: this one still runs
-            step += 1
+            step = watch.made(step + 1)
             tick(1)
             checkpoints.check()
             ending = step == config.steps or stop(step)
@@ -296,33 +297,14 @@ def _write(path: Path, text: str) -> None:
         raise InputError(f"{path}: can't be written ({error.strerror or error})") from error
 
 
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Any]:
-    """Yields `stop`: called after each step with its number, whether the run is to end there.
-
-    Processes of one job have to end after the same step: JAX's own notice finds one. A process by
-    itself listens for SIGTERM.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield lambda step: asked.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _due(config: Config, step: int) -> bool:
     """Whether there is an evaluation after so many steps: wherever the run stops, the same ones."""
     return step % config.eval_every == 0 or step == config.steps
 
 
-def _evaluation(config: Config, program: Program) -> Callable[[TrainState], dict[str, Any]]:
+def _evaluation(
+    config: Config, program: Program, take: Callable[[Any], Any] = next
+) -> Callable[[TrainState], dict[str, Any]]:
     """A function of the state: `eval_loss` over the first batches of the split VALIDATION.
 
     It does not raise: what went wrong is its `eval_error`, and the run goes on. What is planned of
@@ -354,7 +336,7 @@ def _evaluation(config: Config, program: Program) -> Callable[[TrainState], dict
         losses = labels = 0.0
         with contextlib.closing(_together(read)) as batches:
             for _ in range(config.get("eval_batches") or 4):
-                batch = global_arrays(_together(lambda: next(batches)), program.batch)
+                batch = global_arrays(_together(lambda: take(batches)), program.batch)
                 if compiled is None:
                     compiled = program.compile_eval()
                 found = jax.device_get(compiled(state.trainable, state.frozen, batch))
