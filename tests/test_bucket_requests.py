@@ -258,8 +258,21 @@ def test_what_fails_for_a_moment_is_asked_again(server):
             return None
 
         server.answer = once
+        before = buckets.retries()
         assert place.read_bytes() == b"1" and as_path("s3://bucket/moment0").below() == []
+        assert buckets.retries() == before + 1
     assert failed == ["moment", ""]
+
+
+def test_what_fails_for_long_says_how_often(server, monkeypatch):
+    place = as_path("s3://bucket/moment")
+    monkeypatch.setitem(buckets._RETRIES, "max_retries", 2)
+    monkeypatch.setitem(buckets._RETRIES, "initial_delay", "0.01s")
+    buckets._open.cache_clear()
+    server.answer = lambda request: 503 if request.name == "moment" else None
+    with pytest.raises(OSError, match=r"SlowDown: no, tried 3 times: 's3://bucket/moment'"):
+        place.read_bytes()
+    buckets._open.cache_clear()
 
 
 def test_google_may_refuse_a_list_without_a_word(monkeypatch):

@@ -502,7 +502,7 @@ def jobs(folder: Path, *modes: tuple[int, str]) -> None:
     launcher = str(ROOT / "launch/local_processes.py")
     program = str(Path(__file__).parent / "distributed/checkpoints.py")
     for processes, mode in modes:
-        devices = str(4 // processes)
+        devices = str(max(4 // processes, 1))
         options = ["--processes", str(processes), "--devices", devices, "--", program]
         done = subprocess.run(
             [sys.executable, launcher, *options, str(folder), *mode.split()],
@@ -521,6 +521,12 @@ def test_another_number_of_processes(tmp_path: Path) -> None:
     jobs(tmp_path / "run", *ANOTHER)
     assert steps(tmp_path / "run") == [2] and (tmp_path / "run/3.broken").is_dir()
     assert verify(tmp_path / "run")["ok"]
+
+
+@pytest.mark.slow
+def test_what_four_processes_saved_is_restored_on_one_two_and_eight(tmp_path: Path) -> None:
+    """On as many devices as there, and on twice as many."""
+    jobs(tmp_path / "run", (4, "save 1"), (1, "restore 1"), (2, "restore 1"), (8, "restore 1"))
 
 
 @pytest.mark.parametrize("modes", [ANOTHER[:1], pytest.param(ANOTHER, marks=pytest.mark.slow)])

@@ -117,8 +117,10 @@ class Watch:
                 _say(f"{self._name()} fails: {text}; waits {seconds:.0f} s for word of another one")
                 self._thread.join(seconds)
             self._accuse(self._index, f"failed: {text}", failed=True)
-            if self._index == 0:  # whose end ends the coordinator: the others have to read first
-                time.sleep(3 * self._beat)
+            until = time.monotonic() + 3 * self._beat
+            # Its end is that of the coordinator: the others have to read first, or to end.
+            while self._index == 0 and time.monotonic() < until and not self._others_are_done():
+                time.sleep(self._beat / 10)
         self._ended.set()
         self._thread.join()
         if self._client is not None:
@@ -140,7 +142,7 @@ class Watch:
                 continue
             if verdict is not None:
                 self._leave(verdict)
-                return
+                continue
             if (found := self._judge()) is not None:
                 self._accuse(*found)
             elif self._index == 0 and beat % _WINDOW == 0:
@@ -265,6 +267,9 @@ class Watch:
                     f" stands still, {own[i]:.2f} s; the others {others[i]:.2f} s"
                 )
         self._slow = slow
+
+    def _others_are_done(self) -> bool:
+        return all(told["done"] for i, told in self._told.items() if i != self._index)
 
     def _name(self, process: int | None = None) -> str:
         process = self._index if process is None else process

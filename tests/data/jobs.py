@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage import retry
 
 LAYOUT = {"number": ((), np.int64), "values": ((3, 5000), np.float32)}
 
@@ -26,6 +27,8 @@ def fill(job, out, note) -> None:
         print("printed by a worker")
     if what == "modules":
         number = sum(name in sys.modules for name in ("jax", "grain", "torch", "tests.data.fakes"))
+    if what == "retry":
+        retry.count(number)
     if what == "sleep":
         time.sleep(3600)
     out["number"][...] = number

@@ -16,6 +16,7 @@ from echovlm_jax.data.dataset import open_dataset
 from echovlm_jax.data.examples import texts_of
 from echovlm_jax.errors import InputError
 from echovlm_jax.processing.images import load_media
+from echovlm_jax.storage import retry
 from tests.data.sources import record, write
 
 
@@ -48,6 +49,61 @@ def test_what_went_in_comes_out(made):
     texts = list(texts_of(out))
     assert "What is seen?" in texts  # what is asked, and what is answered
     assert any(text.startswith("Finding") for text in texts)
+
+
+class Refusing:
+    """A shard's reader, which so many times says what ArrayRecord's says."""
+
+    def __init__(self, reader, times: int, text: str) -> None:
+        self.reader, self.times, self.text, self.asked = reader, times, text, 0
+
+    def read(self, positions):
+        self.asked += 1
+        if self.asked <= self.times:
+            raise RuntimeError(self.text)
+        return self.reader.read(positions)
+
+
+REFUSED = "pread() failed: Input/output error; reading /data/x; at byte 0"
+
+
+@pytest.fixture
+def refusing(made, monkeypatch):
+    """A dataset whose reader is `Refusing`, and that; nobody waits."""
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+    dataset = open_dataset(made[0])
+    right = dataset.media(0)
+
+    def make(times: int, text: str = REFUSED):
+        reader = Refusing(dataset._readers[0], times, text)
+        dataset._readers[0] = reader
+        return dataset, reader, right
+
+    return make
+
+
+def test_a_read_that_is_refused_for_a_moment_is_made_again(refusing, capsys):
+    dataset, reader, right = refusing(2)
+    before = retry.counted()
+    for found, wanted in zip(dataset.media(0), right, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert reader.asked == 3 and retry.counted() == before + 2
+    assert "can't be read (Input/output error); tried again" in capsys.readouterr().err
+
+
+def test_a_read_that_is_always_refused_is_named(refusing):
+    dataset, reader, _ = refusing(100)
+    wanted = r"out/echovlm-train.array_record-00000-of-00003: can't be read \(Input/output error,"
+    with pytest.raises(InputError, match=wanted + r" tried 7 times"):
+        dataset.media(0)
+    assert reader.asked == 7
+
+
+def test_damage_is_not_read_again(refusing):
+    dataset, reader, _ = refusing(1, "Corrupted Riegeli/records file: chunk data hash mismatch")
+    with pytest.raises(InputError, match="is not what `data build` wrote"):
+        dataset.media(0)
+    assert reader.asked == 1
 
 
 def test_it_pickles_small_and_reads_from_threads(made):

@@ -14,6 +14,7 @@ import pytest
 
 from echovlm_jax.data.workers import WorkerDied, Workers, WorkersClosed
 from echovlm_jax.errors import InputError
+from echovlm_jax.storage import retry
 from tests.data import jobs
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,13 @@ def test_what_a_job_raises_names_its_part(pool) -> None:
     with pytest.raises(RuntimeError, match=r"^part 1 of 8: a data worker failed:\n(.|\n)*KeyError"):
         pool(("fail", 8), empty())
     pool(("fill", 9), empty())  # and the worker goes on
+
+
+def test_reads_that_a_worker_made_again_are_counted_here(pool) -> None:
+    before = retry.counted()
+    for number in (3, 0, 4):
+        pool(("retry", number), empty())
+    assert retry.counted() == before + 7
 
 
 def test_workers_import_only_what_they_need(pool) -> None:

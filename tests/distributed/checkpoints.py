@@ -1,6 +1,6 @@
 """A program for several processes: restores the newest checkpoint and saves the next.
 
-checkpoints.py FOLDER save STEP | FOLDER damage
+checkpoints.py FOLDER save STEP | FOLDER restore STEP | FOLDER damage
 """
 
 import sys
@@ -56,6 +56,9 @@ if __name__ == "__main__":
             check(checkpoints, step)
             parts = {name.split("/")[0] for name in below(folder / str(step) / "state")}
             assert sum(p.startswith("ocdbt.process_") for p in parts) == jax.process_count()
+        elif mode == "restore":
+            assert checkpoints.latest() == int(sys.argv[3])
+            check(checkpoints, int(sys.argv[3]))
         else:
             if jax.process_index() == 0:
                 stored = folder / "3/state"

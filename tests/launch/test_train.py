@@ -132,6 +132,8 @@ def test_bad_input_ends_both_processes(tmp_path, data, start, way):
         ({"JAX_PROCESS_ID": "1"}, [], "has JAX_PROCESS_ID but not JAX_COORDINATOR_ADDRESS"),
         ({**explicit(0, 1), "JAX_PROCESS_ID": "two"}, [], "invalid literal"),
         ({**explicit(0, 1), "JAX_PROCESS_ID": "2"}, [], "process_id"),
+        ({**explicit(0, 1), "ECHOVLM_HEARTBEAT": "soon"}, [], "ECHOVLM_HEARTBEAT is 'soon': must"),
+        (explicit(0, 1), ["--step-timeout", "-1"], "must be a number of seconds, or 0"),
         (explicit(0, 1), ["--stepss", "3"], "unrecognized arguments: --stepss"),
     ],
 )
