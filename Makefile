@@ -5,15 +5,16 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-only test-all lint format demo interpreter clean clean-all
+.PHONY: help setup test test-only test-all lint format demo docs interpreter clean clean-all
 
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
-# Two stamps: what the demo runs on, and what the tests need besides.
+# Stamps: what the demo runs on, and what the tests and the documentation need besides.
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 # Two workers whatever the machine: a third would only fight XLA's own threads for two cores.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -47,6 +48,10 @@ $(DEV): pyproject.toml
 	$(call install,.[dev])
 	@touch $(RUN) $@
 
+$(DOCS): pyproject.toml
+	$(call install,.[docs])
+	@touch $(RUN) $@
+
 setup: $(DEV)  ## make the virtual environment; again when pyproject.toml changes
 
 test: lint test-only  ## linters and every test that is not slow
@@ -69,11 +74,14 @@ format: $(DEV)  ## let ruff mend what it can
 demo: $(RUN)  ## the whole way on this machine, in demo_out/
 	$(BIN)/echovlm demo --out demo_out
 
+docs: $(DOCS)  ## the documentation, in site/; a warning fails the build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 interpreter:  # prints the interpreter that PYTHON stands for, or fails
 	@$(FIND_PYTHON)
 
 clean:  ## remove caches and outputs
-	rm -rf build dist demo_out bench_out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site demo_out bench_out *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -exec rm -rf {} +
 
 clean-all: clean  ## remove the virtual environments too

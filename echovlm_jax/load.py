@@ -72,8 +72,10 @@ def load_model(
         apart as in training: whoever writes a prompt can neither end a turn nor speak for another.
 
     Example:
+      ```python
       model = load_model("EchoVLM-hf")
       print(model.generate(["liver.png"], "Write the report.")["text"])
+      ```
 
     Raises:
       InputError: no model there, damaged data, one that is quantized in another way, or a mesh that

@@ -116,6 +116,7 @@ PYPI_NAMES = {"PIL": "pillow", "orbax": "orbax-checkpoint", "gdcm": "python-gdcm
 TOP_LEVEL = {
     *("pyproject.toml", "Makefile", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
     *(".ci", ".gitignore", ".gitattributes", ".pre-commit-config.yaml", PACKAGE, "tests"),
+    "mkdocs.yml",
 }
 TOP_LEVEL_LATER = {"configs", "docs", "launch", "notebooks"}  # git keeps no empty folder
 

@@ -7,9 +7,11 @@ class Chat:
     """A conversation about one exam.
 
     Example:
+      ```python
       chat = Chat(model, ["liver1.png", "cine.dcm"])
       print(chat.ask("Is there a focal lesion?"))
       print(chat.ask("Where?"))
+      ```
 
     Attributes:
       messages: the turns so far, as {"role", "content"}.
