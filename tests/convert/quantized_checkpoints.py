@@ -194,7 +194,10 @@ def nf4(dtype: Any = torch.bfloat16, *, kind: str = "nf4", double: bool = True, 
             quant_storage=storage,
         )  # fmt: skip
         parts = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-        return {"weight": packed, **parts}, dequantize_4bit(packed, state)
+        # As one row: on processors with AVX-512, bitsandbytes 0.50.2 takes another block's scale
+        # where a row is no whole number of blocks.
+        state.shape = torch.Size((1, weight.numel()))
+        return {"weight": packed, **parts}, dequantize_4bit(packed, state).reshape(weight.shape)
 
     told = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
     return made(one, {"quantization_config": told}, dtype=dtype, vision=True)
