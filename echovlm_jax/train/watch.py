@@ -220,10 +220,8 @@ class Watch:
         """Ends this process, unless it ends by its own failure meanwhile."""
         if verdict["failed"] and verdict["process"] == self._index:
             return
-        _say(
-            f"{verdict['line']}; all processes end: run the same command again, it goes on from the"
-            " newest checkpoint"
-        )
+        mend = "run the same command again, it goes on from the newest checkpoint"
+        _say(f"{verdict['line']}; all processes end{'' if verdict['failed'] else f': {mend}'}")
         if verdict["process"] == self._index:
             faulthandler.dump_traceback(file=sys.stderr)
         if not self._ended.wait(self._beat * (3 if self._index == 0 else verdict["failed"])):
