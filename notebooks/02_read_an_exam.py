@@ -88,6 +88,9 @@ work = Path(WORK)
 # A synthetic exam of a liver, with the report that belongs to it. Your own file does as well: put its
 # path into `PICTURE` (relative paths begin in this notebook's folder). PNG, JPEG, DICOM, TIFF, video
 # and NIfTI are read; the content of a file decides, not its name.
+#
+# No picture leaves the computer that runs this notebook. In Colab that computer is Google's. A saved
+# notebook keeps the pictures that it has shown, with a name that is written in them.
 
 # %%
 organs = ("heart", "liver", "thyroid")
@@ -105,9 +108,13 @@ sheet
 # ## The model
 #
 # `MODEL` is a folder in Hugging Face's form, one that `echovlm convert` made, or a training run. Where
-# it is empty, a model of 1.4 M parameters is trained here, from `EXAMS` synthetic exams: first
-# `DIAGNOSIS_STEPS` (called alignment below), then `REPORT_STEPS` (instruction). That takes most of this
-# notebook's minutes, and is kept: the next time it is found. Other sizes need another `WORK`.
+# it is empty, a model of 1.4 M parameters is trained here, from `EXAMS` synthetic exams, some of them
+# held out: first `DIAGNOSIS_STEPS` (called alignment below), then `REPORT_STEPS` (instruction). That takes
+# most of this notebook's minutes, more on a busy computer, and is kept: the next time it is found. Other
+# sizes need another `WORK`. What is printed is the record of the training: you can go on without it.
+#
+# `QUANTIZE` rounds the weights to 8 or 4 bits, for a large model on a small accelerator; the small one
+# needs none. `NEW_TOKENS` is the longest report, in tokens; a word is one or more.
 #
 # `crop=True` cuts DICOM frames to their ultrasound regions; of a PNG it says that it can't. A model reads
 # pictures at the size that it was trained with: `MAX_PIXELS` 0. For the small one that is about 10,000
@@ -126,6 +133,10 @@ model = load_model(folder, quantize=QUANTIZE or None, crop=True, max_pixels=MAX_
 #
 # The first answer compiles the model, which takes longer than the answer. **The small model is often
 # wrong**: compare with the report above.
+#
+# `asked` is the prompt, `question` below another: change them as you like. The small model knows English
+# alone, and two tasks, the report and the diagnosis. To anything else it answers with a report, a
+# diagnosis or nonsense.
 
 # %%
 asked = "Read this ultrasound image and write the report: findings first, then the impression."
@@ -159,7 +170,7 @@ for name, count in others.most_common():
 # ## A conversation about the same exam
 #
 # `Chat` keeps what was said. The images stand before the first question. The small model has seen one
-# question an exam in training: its later answers show that the conversation is kept, and nothing else.
+# question per exam in training: its later answers show that the conversation is kept, and nothing else.
 
 # %%
 chat = Chat(model, [picture])
@@ -170,24 +181,25 @@ for question_of_turn in (question, "Where is it?", "Write the report of this ult
 # ## Where it looked
 #
 # One part of the picture after the other is made grey, at most 8 × 8, each an image token or more. Where
-# the answer becomes less likely without a part, it is red: full red where half of its probability goes.
-# A pale picture depends on no part alone. This is what the answer depends on; it is no proof of a
-# reason, and grey where all was black is something new as well.
+# the answer becomes less likely without a part, it is red. Full red is the part that counts most. Where
+# even that one takes less than half of the probability, there is no full red: the answer depends on no
+# part alone. This is what the answer depends on; it is no proof of a reason, and grey where all was
+# black is something new as well. Of a DICOM file the region is shown, as the model sees it.
 
 # %%
 inputs = model.prepare([picture], question, max_new_tokens=32)
 heat = where_looked(model, inputs, diagnosis or "normal", cells=8)[0]
 print(f"{heat.shape[1]} × {heat.shape[0]} parts, of the answer {diagnosis!r}")
 print(f"without the one that counts most it is {1 - math.exp(-max(0, heat.max())):.0%} less likely")
-overlay(load_media(picture), heat)
+overlay(load_media(picture, crop=True), heat)
 
 # %% [markdown]
 # ## Which experts answered
 #
 # Every token, of the picture, of the question with its chat template, and of the answer, goes to two
-# experts in each layer. A column is an expert: white is an even share, red more, blue less; an answer of
-# few tokens can't use all. The coefficient is the mixture's share of a layer: of 0.67, a third is the
-# dense path's.
+# experts in each layer. A column is an expert: white is an even share, red more, blue less, and the
+# darkest blue none at all; an answer of few tokens can't use all experts. The coefficient is the
+# mixture's share of a layer: of 0.67, a third is the dense path's.
 
 # %%
 read = read_answer(model, inputs, diagnosis or "normal")
@@ -204,8 +216,9 @@ heatmap(mixture.shares, KINDS)
 #
 # A synthetic loop of a heart. The yellow outline is the ultrasound region that the header states: what
 # lies outside, on a real machine often a name, is cut away before the model sees it. Nothing else of a
-# header is shown, logged or kept. All frames are read, in pairs; four are shown. The small model has seen
-# hearts in stills alone: of a loop expect nonsense. `LOOP` is a file of your own.
+# header is shown, logged or kept. Frames are read in pairs: all of a loop up to 16, else 16, evenly
+# spaced. Four are shown. The small model has seen hearts in stills alone: of a loop expect nonsense.
+# `LOOP` is a file of your own.
 
 # %%
 cines = [work / "exams" / name for e in exams for name in e["image"] if name.endswith(".dcm")]
@@ -217,8 +230,9 @@ exam_sheet([loop])
 # ## DICOM: real files
 #
 # A still and a loop that come with pydicom. They were made smaller, and their headers state regions of
-# the old size. Such a region can't be used: all of the picture is read, with what is written in it (the
-# package's guide to data has how to find and blacken that), and a line says so. `crop="require"` refuses
+# the old size. Such a region can't be used: all of the picture is read, with what is written in it
+# ([how to find and blacken that](https://github.com/{REPOSITORY}/blob/main/docs/data.md#names-in-the-pixels)),
+# and a line says so. `crop="require"` refuses
 # such a file. For the small model these exams are OUTSIDE what it was trained on: expect nonsense, in
 # fluent sentences too, about an organ that is not there.
 
