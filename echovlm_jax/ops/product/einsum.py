@@ -18,7 +18,8 @@ from echovlm_jax.ops.product.weight import Quantized, Weight, as_operand, no_gra
 
 Axes = tuple[str, ...]
 
-# Up to so many rows a card's time for a weight in few bits is that of reading it.
+# By cards' rates in float32, so many rows are added up in about the time that reading takes: on a
+# T4 in 0.6 of it for int8, 1.2 for int4.
 _FEW_ROWS = 8
 
 
