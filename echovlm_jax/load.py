@@ -21,7 +21,7 @@ from echovlm_jax.convert.folder import as_dtype, open_model, side_files
 from echovlm_jax.convert.load import load_params
 from echovlm_jax.errors import InputError
 from echovlm_jax.generate import Generated, SamplingOptions, generate
-from echovlm_jax.generate.compute import compute_on
+from echovlm_jax.generate.defaults import compute_on
 from echovlm_jax.generate.engine import request
 from echovlm_jax.generate.offline import Asked, Run
 from echovlm_jax.generate.prompts import check_new_tokens, check_room, prompt_lengths, split_rows

@@ -17,13 +17,15 @@ usage: launch/slurm.sh --nodes N --config F.py --workdir DIR [option …] [-- WO
   --partition NAME, --account NAME
                      as of sbatch; so are all variables SBATCH_*
   --notice SECONDS   how long before the limit training is told to save and end (300)
+  --retry N          where a process was lost or hung, queue the job again unless it has been
+                     queued N times already, whatever for (10)
   --python FILE      the Python of the nodes (this checkout's .venv, or python3)
   --wait             end with the job, and with its exit code
   --dry-run          print the command, submit nothing
   WORD …             for training, such as --config.model=start/
 
 A job that reaches its limit, or is preempted, saves and is queued again; it goes on where it was.
-One that fails stays failed. The log is echovlm-JOB.log in the folder that you submit from.
+So is one of which a process was lost or hung. One that fails otherwise stays failed. The log is echovlm-JOB.log in the folder that you submit from.
 TEXT
 }
 
@@ -31,21 +33,26 @@ fail() { echo "slurm.sh: error: $*" >&2; exit 2; }
 
 # The job itself: sbatch runs a copy of this file, so that its place is an argument.
 if [ "${1:-}" = in-job ]; then
-  here=$2 python=$3
-  shift 3
+  here=$2 python=$3 retry=$4
+  shift 4
   code=0
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
   srun --kill-on-bad-exit=1 "$python" "$here/train.py" "$@" || code=$?
-  if [ "$code" = 75 ]; then # it was asked to stop, and has saved
-    echo "slurm.sh: not done yet: queued again"
+  again=''
+  case $code in
+    75) again=yes ;; # it was asked to stop, and has saved
+    69 | 137) [ "${SLURM_RESTART_COUNT:-0}" -ge "$retry" ] || again=yes ;; # one was lost, hung or killed
+  esac
+  if [ -n "$again" ]; then
+    echo "slurm.sh: ended with $code, not done yet: queued again"
     scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"
 fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-nodes='' config='' workdir='' gpus=8 cpus=8 time='' partition='' account='' notice=300 python='' wait=''
-dry_run=''
+nodes='' config='' workdir='' gpus=8 cpus=8 time='' partition='' account='' notice=300 retry=10 python=''
+wait='' dry_run=''
 while [ $# -gt 0 ]; do
   case $1 in
     --) shift; break ;;
@@ -53,7 +60,7 @@ while [ $# -gt 0 ]; do
     --dry-run) dry_run=yes; shift; continue ;;
     --wait) wait=yes; shift; continue ;;
     --nodes | --config | --workdir | --gpus | --cpus | --time | --partition | --account | --notice \
-      | --python) ;;
+      | --retry | --python) ;;
     *) fail "unknown option $1; words for training come after --" ;;
   esac
   [ $# -gt 1 ] || fail "$1 has no value"
@@ -64,6 +71,7 @@ done
 for number in nodes gpus cpus notice; do
   [[ ${!number} =~ ^[1-9][0-9]*$ ]] || fail "--$number '${!number}' must be a number of at least 1"
 done
+[[ $retry =~ ^[0-9]+$ ]] || fail "--retry '$retry' must be a number"
 [ -n "$config" ] || fail "--config is missing, such as configs/instruction.py"
 [ -f "$config" ] || fail "--config $config: no such file"
 [ -n "$workdir" ] || fail "--workdir is missing: a folder that all nodes share"
@@ -83,7 +91,7 @@ command=(
 [ -z "$partition" ] || command+=(--partition "$partition")
 [ -z "$account" ] || command+=(--account "$account")
 [ -z "$wait" ] || command+=(--wait)
-command+=("$here/slurm.sh" in-job "$here" "$python" --config "$config" --workdir "$workdir" "$@")
+command+=("$here/slurm.sh" in-job "$here" "$python" "$retry" --config "$config" --workdir "$workdir" "$@")
 
 if [ -n "$dry_run" ]; then
   printf -v line '%q ' "${command[@]}"

@@ -21,7 +21,8 @@ usage: launch/tpu_vm.sh ACTION --name NAME --zone ZONE [option …] [-- WORD …
                          -- --config.mesh.dcn.data=N
   --spot                 cheaper; can be taken away at any time
   --data gs://…          a dataset's folder: copied to every worker, and trained on
-  --retry N              after a preemption, begin again up to N times (0)
+  --retry N              after a preemption, or where a process was lost or hung, begin again up
+                         to N times (0)
   --delete-when-done     delete the slice when training has ended, well or not
   --wheel F.whl          the package; built from this checkout by default
   --runtime VERSION      the image of the workers; by generation by default
@@ -204,13 +205,21 @@ run() {
     once "$@" || code=$?
     [ "$code" != 0 ] && [ "$code" != 2 ] && [ "$tries" -lt "$retry" ] || break
     now=$(state) || break
-    [ "$code" = 75 ] || [ "$now" != ACTIVE ] || break # on a slice that is there: no preemption
+    if [ "$now" = ACTIVE ]; then # no preemption, or one that left the slice there
+      case $code in
+        69 | 75 | 137) ;; # a process was lost or hung; training was asked to stop; was killed
+        *) break ;;
+      esac
+    fi
     [ "$now" = ACTIVE ] || installed=''               # its disks are gone
     tries=$((tries + 1))
-    say "preempted; try $tries of $retry"
+    say "ended with $code; try $tries of $retry"
   done
   if [ -n "$delete_when_done" ]; then delete || say "not deleted: do it by hand"; else tell_cost; fi
-  [ "$code" != 75 ] || say "asked to stop: it has saved; the same command goes on"
+  case $code in
+    75) say "asked to stop: it has saved; the same command goes on" ;;
+    69) say "a process was lost or hung: its line above names it; the same command goes on" ;;
+  esac
   return "$code"
 }
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from echovlm_jax.config import ModelConfig, preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import Work
-from echovlm_jax.generate.compute import compute_on
+from echovlm_jax.generate.defaults import compute_on
 from echovlm_jax.generate.engine import NEW_TOKENS, lower_decode, lower_prefill
 from echovlm_jax.mesh import make_mesh
 from echovlm_jax.model import ParamSpec, init_cache, param_specs

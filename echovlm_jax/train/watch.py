@@ -3,7 +3,8 @@
 Every few seconds a thread of each process tells JAX's coordinator how far it is, and reads what the
 others told. The loop only notes what it does, and waits for nothing. Lost is a process that is no
 longer heard of: killed, stopped, or cut off. One that lives hangs where a step takes too long. Who
-sees that first tells all; each process then ends with one line, and the exit code LOST.
+sees that first tells all; each process then ends with one line, and the exit code LOST. Where one
+fails by itself, the others end with its exit code: what fails again is not worth another try.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Watch:
                 seconds = (_SILENT + 4) * self._beat
                 _say(f"{self._name()} fails: {text}; waits {seconds:.0f} s for word of another one")
                 self._thread.join(seconds)
-            self._accuse(self._index, f"failed: {text}", failed=True)
+            self._accuse(self._index, f"failed: {text}", 2 if isinstance(error, InputError) else 1)
             until = time.monotonic() + 3 * self._beat
             # Its end is that of the coordinator: the others have to read first, or to end.
             while self._index == 0 and time.monotonic() < until and not self._others_are_done():
@@ -207,9 +208,9 @@ class Watch:
             how = f"where it {told['doing']}; others wait for it"
         return i, f"hangs in step {told['step']} for {seconds:.0f} s, {how}"
 
-    def _accuse(self, process: int, text: str, failed: bool = False) -> None:
+    def _accuse(self, process: int, text: str, code: int = LOST) -> None:
         """Tells all what ends the job. The first who does is right: the rest are its results."""
-        verdict = {"process": process, "line": f"{self._name(process)} {text}", "failed": failed}
+        verdict = {"process": process, "line": f"{self._name(process)} {text}", "code": code}
         if self._client is None:
             self._leave(verdict)
             return
@@ -218,14 +219,15 @@ class Watch:
 
     def _leave(self, verdict: dict[str, Any]) -> None:
         """Ends this process, unless it ends by its own failure meanwhile."""
-        if verdict["failed"] and verdict["process"] == self._index:
+        failed = verdict["code"] != LOST
+        if failed and verdict["process"] == self._index:
             return
         mend = "run the same command again, it goes on from the newest checkpoint"
-        _say(f"{verdict['line']}; all processes end{'' if verdict['failed'] else f': {mend}'}")
+        _say(f"{verdict['line']}; all processes end{'' if failed else f': {mend}'}")
         if verdict["process"] == self._index:
             faulthandler.dump_traceback(file=sys.stderr)
-        if not self._ended.wait(self._beat * (3 if self._index == 0 else verdict["failed"])):
-            os._exit(LOST)
+        if not self._ended.wait(self._beat * (3 if self._index == 0 else failed)):
+            os._exit(verdict["code"])
 
     def _abort(self) -> None:
         """JAX aborts a process that lost its coordinator, or that this one has given up: says which

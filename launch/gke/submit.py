@@ -126,7 +126,7 @@ def xpk(args: argparse.Namespace, words: list[str]) -> list[str]:
     command = ["xpk", "workload", "create", "--cluster", args.xpk, "--workload", args.name]
     command += [f"--tpu-type={TPUS[kind][1]}-{text}", f"--num-slices={args.slices}"]
     command += [f"--docker-image={args.image}", f"--max-restarts={args.restarts}"]
-    command += ["--restart-on-exit-codes=1,70,75", *(["--spot"] if args.spot else [])]
+    command += ["--restart-on-exit-codes=1,69,70,75,137", *(["--spot"] if args.spot else [])]
     return [*command, "--command", " ".join(program)]
 
 

@@ -207,6 +207,16 @@ def test_a_preempted_run_begins_again(false):
     assert len(calls(false, "follow")) == 3 and len(calls(false, "install")) == 1
 
 
+def test_a_run_that_lost_a_process_begins_again_on_the_same_slice(false):
+    plan(false, describe=[[0, "ACTIVE"]] * 9, follow=[[69, ""], [137, ""], [0, "done"]])
+    done = run_tpu(false, "--retry", "2")
+    assert done.returncode == 0, done.stderr
+    assert len(calls(false, "follow")) == 3 and len(calls(false, "install")) == 1
+    plan(false, describe=[[0, "ACTIVE"]] * 9, follow=[[69, ""]])
+    done = run_tpu(false)
+    assert done.returncode == 69 and "lost or hung" in done.stderr
+
+
 def test_bad_input_is_not_tried_again(false):
     plan(false, describe=[[0, "ACTIVE"]] * 9, follow=[[2, "config key steps"]])
     assert run_tpu(false, "--retry", "5").returncode == 2
@@ -245,7 +255,7 @@ def test_slurm_is_given_whole_nodes_and_the_words_as_they_are(false):
     assert {"--requeue", "--wait", "--time"} <= set(given)
     job = given[given.index(str(LAUNCH / "slurm.sh")) :]
     wanted = ["--config", SLURM["--config"], "--workdir", SLURM["--workdir"], *HARD]
-    assert job[1:3] == ["in-job", str(LAUNCH)] and job[4:] == wanted
+    assert job[1:3] == ["in-job", str(LAUNCH)] and job[4:] == ["10", *wanted]
     assert "32 card-hours" in done.stderr
     # As sbatch would start it, from a copy.
     copy = false / "script"
@@ -258,14 +268,20 @@ def test_slurm_is_given_whole_nodes_and_the_words_as_they_are(false):
     assert name == "srun" and step[2:] == [str(LAUNCH / "train.py"), *wanted]
 
 
-@pytest.mark.parametrize("code", [0, 2, 9, 75])
-def test_a_job_of_slurm_ends_with_trainings_code_and_is_queued_again_for_75(false, code):
+@pytest.mark.parametrize(
+    ("code", "times", "again"),
+    [(0, 0, False), (2, 0, False), (9, 0, False), (75, 0, True), (75, 99, True), (69, 2, True)]
+    + [(69, 3, False), (137, 0, True), (137, 3, False)],
+)
+def test_a_job_of_slurm_ends_with_trainings_code_and_is_queued_again(false, code, times, again):
     plan(false, srun=[[code, ""]])
     environment = {"SLURM_JOB_ID": "17", "PATH": f"{false}:{os.environ['PATH']}"}
-    command = ["bash", str(LAUNCH / "slurm.sh"), "in-job", str(LAUNCH), "python", "--config", "a"]
+    environment |= {"SLURM_RESTART_COUNT": str(times)} if times else {}
+    command = ["bash", str(LAUNCH / "slurm.sh"), "in-job", str(LAUNCH), "python", "3"]
+    command += ["--config", "a"]
     assert subprocess.run(command, env={**os.environ, **environment}).returncode == code
     requeued = [call for call in calls(false) if call[0] == "scontrol"]
-    assert requeued == ([["scontrol", "requeue", "17"]] if code == 75 else [])
+    assert requeued == ([["scontrol", "requeue", "17"]] if again else [])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,22 @@ def test_the_first_accusation_stands(capfd, monkeypatch):
     assert said.count(f"echovlm: process 1 ({HOST}) hangs; all processes end") == 2
     assert "is lost" not in said
     assert said.count("Current thread 0x") == 1  # where the accused one stands, and who else lives
+
+
+@pytest.mark.parametrize(("error", "code"), [(InputError("mine"), 2), (OSError("mine"), 1)])
+def test_the_others_end_with_the_code_of_one_that_failed(capfd, monkeypatch, error, code):
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    a, b = both = watches(2)
+    a._beat = b._beat = 0.001
+    b._thread = threading.Thread(target=int)
+    b._thread.start()
+    b._restore = int
+    b.__exit__(type(error), error, None)
+    verdict, _ = beat(both)
+    assert verdict is not None
+    a._leave(verdict)
+    assert left == [code] and f"process 1 ({HOST}) failed: " in capfd.readouterr().err
 
 
 def hang(watch: Watch, what: str, number: int) -> None:
@@ -276,7 +293,7 @@ def test_a_failure_is_told_to_the_others(tmp_path):
     with running(tmp_path, 2) as processes:
         (tmp_path / "1").unlink()
         (tmp_path / "1").mkdir()  # its next write fails
-        assert processes[0].wait(60) == LOST and processes[1].wait(60) == 1
+        assert [process.wait(60) for process in processes] == [1, 1]
     said = (tmp_path / "0.said").read_text()
     assert f"process 1 ({HOST}) failed: IsADirectoryError" in said, said
 
