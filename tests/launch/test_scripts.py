@@ -270,8 +270,10 @@ def test_slurm_is_given_whole_nodes_and_the_words_as_they_are(false):
 
 @pytest.mark.parametrize(
     ("code", "times", "again"),
-    [(0, 0, False), (2, 0, False), (9, 0, False), (75, 0, True), (75, 99, True), (69, 2, True)]
-    + [(69, 3, False), (137, 0, True), (137, 3, False)],
+    [
+        *((0, 0, False), (2, 0, False), (9, 0, False), (75, 0, True), (75, 99, True)),
+        *((69, 2, True), (69, 3, False), (137, 0, True), (137, 3, False)),
+    ],
 )
 def test_a_job_of_slurm_ends_with_trainings_code_and_is_queued_again(false, code, times, again):
     plan(false, srun=[[code, ""]])
