@@ -17,7 +17,7 @@ import numpy as np
 
 from echovlm_jax.plan.hlo_loops import Branches, Loop, count_runs
 from echovlm_jax.plan.hlo_memory import COLLECTIVES, SCHEDULING, START, arrays_made, traffic
-from echovlm_jax.plan.hlo_text import Computation, Instruction, Shape, parse
+from echovlm_jax.plan.hlo_text import Computation, Instruction, Shape, Text, parse
 
 
 class Matmul(NamedTuple):
@@ -145,7 +145,7 @@ class Module(NamedTuple):
 
 
 def read(
-    text: str,
+    text: str | Text,
     *,
     buffers: int = 20,
     granules: Sequence[int] = (),
@@ -154,7 +154,7 @@ def read(
     """Reads a compiled module.
 
     Args:
-      text: `compiled.as_text()`, of CPU, TPU or GPU.
+      text: `compiled.as_text()`, of CPU, TPU or GPU; or that, parsed.
       buffers: how many of the largest arrays, and of the largest transfers, to return.
       granules: the slice or host of each device, in the mesh's order; empty: all are in one.
       branches: see `hlo_loops.count_runs`.
@@ -162,26 +162,21 @@ def read(
     Raises:
       ValueError: the text has no ENTRY computation.
     """
-    module = parse(text)
-    counts, fused, loops = count_runs(module, branches or {})
+    module = parse(text) if isinstance(text, str) else text
+    runs = count_runs(module, branches or {})
     matmuls, collectives, calls = [], [], []
     made: Counter[tuple[Shape, str, str]] = Counter()
     moves: dict[tuple[str, str, str, float, float], float] = defaultdict(float)
-    for name, count in counts.items():
+    for name, count in runs.counts.items():
         here = module.computations[name]
         for i in here.body.values():
-            if i.opcode in ("dot", "convolution"):
-                flops = _dot_flops(i, here) if i.opcode == "dot" else _convolution_flops(i, here)
+            if flops := matmul_flops(i, here):
                 matmuls.append(Matmul(i.op_name, flops, count))
-            elif (kind := i.opcode.removesuffix("-start")) in COLLECTIVES:
-                if _begins(i, here):
-                    found = _collective(kind, i, here, module.devices, count, fused)
-                    crossing = _crossing(found, _groups(i, module.devices), granules)
-                    collectives.append(found._replace(network_bytes=crossing))
-            elif i.opcode == "custom-call" and i.attribute("custom_call_target") is not None:
-                call = _custom_call(i, here, count)
-                calls += [call] if call.target not in SCHEDULING else []
-        if name not in fused:
+            elif found := collective(i, here, module.devices, runs.fused, granules):
+                collectives.append(found._replace(count=count))
+            elif call := custom_call(i, here):
+                calls.append(call._replace(count=count))
+        if name not in runs.fused:
             for i in here.body.values():
                 moved = traffic(i, here, module)
                 if moved.read or moved.written:
@@ -194,7 +189,7 @@ def read(
         matmuls=tuple(matmuls),
         collectives=tuple(collectives),
         custom_calls=tuple(calls),
-        loops=loops,
+        loops=runs.loops,
         buffers=tuple(Buffer(*key, count) for key, count in largest),
         transfers=tuple(sorted(transfers, key=lambda t: -t.read * t.count)[:buffers]),
         hbm_bytes=sum((t.read + t.written) * t.count for t in transfers),
@@ -209,6 +204,13 @@ def _largest(i: Instruction, here: Computation) -> str:
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------
+
+
+def matmul_flops(i: Instruction, here: Computation) -> float:
+    """Of one run of an instruction: 0 of what is no product."""
+    if i.opcode == "dot":
+        return _dot_flops(i, here)
+    return _convolution_flops(i, here) if i.opcode == "convolution" else 0.0
 
 
 def _operand(i: Instruction, here: Computation, index: int) -> Shape:
@@ -300,9 +302,13 @@ def _begins(i: Instruction, here: Computation) -> bool:
     )
 
 
-def _collective(
-    kind: str, i: Instruction, here: Computation, devices: int, count: float, fused: set[str]
-) -> Collective:
+def collective(
+    i: Instruction, here: Computation, devices: int, fused: set[str], granules: Sequence[int] = ()
+) -> Collective | None:
+    """The collective that an instruction begins, run once; None where it begins none."""
+    kind = i.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES or not _begins(i, here):
+        return None
     names = i.operands[:1] if kind in ("ragged-all-to-all", "collective-permute") else i.operands
     operands = tuple(shape for name in names for shape in here.body[name].shapes)
     size = sum(shape.bytes for shape in operands)
@@ -318,7 +324,8 @@ def _collective(
         "collective-permute": (size, size if n else 0.0),
         "collective-broadcast": (size, size),
     }.get(kind, (size, size * others))
-    return Collective(kind, operands, n, wire, result, i.op_name, count)
+    found = Collective(kind, operands, n, wire, result, i.op_name, 1.0)
+    return found._replace(network_bytes=_crossing(found, _groups(i, devices), granules))
 
 
 def _only_sliced(i: Instruction, here: Computation) -> bool:
@@ -405,14 +412,18 @@ def _mesh_groups(mesh: str, axes: str) -> list[tuple[int, ...]]:
     return [tuple(g) for g in np.moveaxis(ids, chosen, last).reshape(-1, group).tolist()]
 
 
-def _custom_call(i: Instruction, here: Computation, count: float) -> CustomCall:
+def custom_call(i: Instruction, here: Computation) -> CustomCall | None:
+    """The call of what isn't HLO that an instruction makes, run once; None where it makes none."""
+    target = (i.attribute("custom_call_target") or "").strip('"')
+    if i.opcode != "custom-call" or not target or target in SCHEDULING:
+        return None
     declared = re.search(r'"cost_estimate":\{"flops":"?(\d+)', i.rest)
     return CustomCall(
-        target=(i.attribute("custom_call_target") or "").strip('"'),
+        target=target,
         name=re.sub(r"(\.\d+|\.clone)*$", "", i.name),
         operands=tuple(shape for name in i.operands for shape in here.body[name].shapes),
         results=i.shapes,
         flops=float(declared[1]) if declared else 0.0,
         op_name=i.op_name,
-        count=count,
+        count=1.0,
     )

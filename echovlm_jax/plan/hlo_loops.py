@@ -43,14 +43,26 @@ def _called(i: Instruction) -> list[str]:
 Branches = Mapping[str, tuple[float, float]]
 
 
-def count_runs(
-    module: Text, branches: Branches
-) -> tuple[dict[str, float], set[str], tuple[Loop, ...]]:
-    """How often each computation runs, which of them are inside fusions, and the loops.
+class Runs(NamedTuple):
+    """How often a module's computations run.
 
-    A computation that never runs, such as the addition of a reduction, is left out. Each branch of
-    a conditional counts as run, unless `branches` says how often each is taken, which HLO doesn't.
+    Attributes:
+      counts: of each computation that does; one that never runs, such as the addition of a
+        reduction, is left out. Callers come first.
+      fused: those inside fusions.
+      loops: all while loops.
+      calls: of each instruction that runs computations, how often one run of it runs each.
     """
+
+    counts: dict[str, float]
+    fused: set[str]
+    loops: tuple[Loop, ...]
+    calls: dict[str, list[tuple[str, float]]]
+
+
+def count_runs(module: Text, branches: Branches) -> Runs:
+    """Each branch of a conditional counts as run, unless `branches` says how often each is taken,
+    which HLO doesn't."""
     callers: dict[str, set[str]] = {name: set() for name in module.computations}
     for name, computation in module.computations.items():
         for i in computation.body.values():
@@ -58,24 +70,30 @@ def count_runs(
                 callers[callee].add(name)
     counts: dict[str, float] = defaultdict(float, {module.entry: 1})
     fused: set[str] = set()
-    loops = []
+    loops: list[Loop] = []
+    calls: dict[str, list[tuple[str, float]]] = {}
     constants: dict[str, dict[int, int]] = {}
     for name in TopologicalSorter(callers).static_order():
         here, count = module.computations[name], counts[name]
         for i in here.body.values() if count else ():
-            callees, times = _called(i), count
+            callees = _called(i)
+            if not callees:
+                continue
+            times = [1.0] * len(callees)
             if i.opcode == "while":
                 trips = _trips(i, here, module, constants)
                 loops.append(Loop(i.name, trips, count))
-                times *= 1 if trips is None else trips
+                times = [1.0 if trips is None else float(trips)] * len(callees)
             shares = next((s for part, s in branches.items() if part in i.op_name), None)
-            if i.opcode != "conditional" or shares is None or len(callees) != 2:
-                shares = (1, 1) * len(callees)
-            for callee, share in zip(callees, shares, strict=False):
-                counts[callee] += times * share
+            if i.opcode == "conditional" and shares is not None and len(callees) == 2:
+                times = list(shares)
+            calls[i.name] = list(zip(callees, times, strict=True))
+            for callee, often in calls[i.name]:
+                counts[callee] += count * often
             if i.opcode == "fusion" or name in fused:
                 fused.update(callees)
-    return {name: count for name, count in counts.items() if count}, fused, tuple(loops)
+    ran = {name: count for name, count in counts.items() if count}
+    return Runs(ran, fused, tuple(loops), calls)
 
 
 def _trips(

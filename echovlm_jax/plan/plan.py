@@ -1,6 +1,8 @@
 """`echovlm plan`: compiles a step for a named topology with the real compiler, and reads it."""
 
 import dataclasses
+import functools
+import math
 import re
 import time
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import jax
 
 from echovlm_jax.cards import CARDS, card_devices
-from echovlm_jax.chips import Topology, mfu_upper_bound, roofline, topology
+from echovlm_jax.chips import Chip, Topology, mfu_upper_bound, roofline, topology
 from echovlm_jax.config import ModelConfig
 from echovlm_jax.data.review import expected_filling
 from echovlm_jax.data.settings import Settings
@@ -18,6 +20,8 @@ from echovlm_jax.mesh import topology_devices
 from echovlm_jax.model.vision import WINDOWS_OR_FRAMES
 from echovlm_jax.plan import hlo
 from echovlm_jax.plan.goodput import Failures, recommend
+from echovlm_jax.plan.hlo_schedule import Rates, scheduled_seconds
+from echovlm_jax.plan.hlo_text import parse
 from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.programs import Planned, Serving, generation, nbytes, training
 from echovlm_jax.plan.report import report
@@ -49,7 +53,8 @@ def plan(
     """Compiles one step of a configuration for a topology and says what it needs.
 
     Memory, collectives and matmul FLOPs are those of the compiled program, its loops counted by
-    their turns. Seconds are bounds: each resource at its peak rate, all overlapping.
+    their turns. Seconds are bounds: each resource at its peak rate, all overlapping; those that
+    are scheduled follow the compiler's order (`hlo_schedule`).
 
     Args:
       config: as the files in configs/ return it.
@@ -137,10 +142,12 @@ def _read(
 ) -> dict[str, Any]:
     chip, per_chip = place.chip, place.chip.devices
     memory: Any = compiled.memory_analysis()
-    granules, text = _granules(planned.mesh), compiled.as_text() or ""
-    module = hlo.read(text, granules=granules, branches=branches(planned.model))
+    granules, text = _granules(planned.mesh), parse(compiled.as_text() or "")
+    where: Any = {"granules": granules, "branches": branches(planned.model)}
+    module = hlo.read(text, **where)
     frame = planned.work.frame_patches or planned.work.max_patches
-    kernels = sum(kernel_flops(call, frame) for call in module.custom_calls)
+    in_kernel = functools.partial(kernel_flops, frame_patches=frame)
+    kernels = sum(map(in_kernel, module.custom_calls))
     flops = module.matmul_flops + kernels
     wire = sum(module.collective_bytes.values())
     bound = roofline(
@@ -152,6 +159,10 @@ def _read(
     )
     share = useful.total / place.devices
     serial = bound.compute + (bound.ici or 0.0) + (bound.network or 0.0)
+    scheduled = {
+        name: scheduled_seconds(text, rates, kernel_flops=in_kernel, **where)
+        for name, rates in _rates(chip).items()
+    }
     return {
         "hbm_per_chip": {
             "arguments": memory.argument_size_in_bytes * per_chip,
@@ -180,6 +191,10 @@ def _read(
         "limit": bound.limit,
         "mfu_upper_bound": mfu_upper_bound(share, bound, chip),
         "mfu_without_overlap": share / (chip.flops / per_chip) / max(serial, bound.hbm or 0.0),
+        "scheduled_seconds": scheduled,
+        "mfu_scheduled": {
+            name: share / (chip.flops / per_chip) / taken for name, taken in scheduled.items()
+        },
         "compile_seconds": seconds,
         "code_bytes": memory.generated_code_size_in_bytes,
         "largest_buffers": [
@@ -194,6 +209,13 @@ def _read(
         "unknown_loops": list(module.unknown_loops),
         **_bytes_per_token(module, place, planned),
     }
+
+
+def _rates(chip: Chip) -> dict[str, Rates]:
+    """What a device waits for in its program's order: the network alone, or its memory too."""
+    peaks = (chip.flops, chip.hbm_rate, chip.ici_rate and chip.ici_rate / 2, chip.network_rate)
+    all_ = Rates(*(peak / chip.devices if peak else math.inf for peak in peaks))
+    return {"network": all_._replace(memory=math.inf), "network_and_memory": all_}
 
 
 def _goodput(

@@ -54,9 +54,14 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     yield "roofline (seconds at peak rates)"
     for kind, seconds in r["roofline_seconds"].items():
         yield f"  {kind:<24}{'unknown' if seconds is None else format(seconds, '8.3f')}"
+    scheduled = r["mfu_scheduled"]
     yield (
         f"  MFU at most {r['mfu_upper_bound']:.1%} (limit: {r['limit']}; all overlap),"
         f" {r['mfu_without_overlap']:.1%} where the network waits for products"
+    )
+    yield (
+        f"  in the order that the compiler chose: {scheduled['network']:.1%} with products and"
+        f" network, {scheduled['network_and_memory']:.1%} if each operation waits for memory too"
     )
     yield from _padding(r)
     yield f"compiled in {r['compile_seconds']:.0f} s to {r['code_bytes'] / 2**20:.0f} MiB of code"

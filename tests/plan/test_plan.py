@@ -247,6 +247,9 @@ def check(result):
     assert memory["arguments"] * 0.9 < memory["peak"] < 2**30
     assert result["roofline_seconds"]["compute"] > 0 and 0 < result["mfu_upper_bound"] <= 1
     assert result["mfu_without_overlap"] <= result["mfu_upper_bound"]
+    scheduled = result["mfu_scheduled"]
+    slowest = scheduled["network_and_memory"]
+    assert 0 < slowest <= min(scheduled["network"], result["mfu_upper_bound"])
     assert "DOES NOT" not in result["report"] and "MFU at most" in result["report"]
 
 
