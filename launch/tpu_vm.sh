@@ -21,6 +21,8 @@ usage: launch/tpu_vm.sh ACTION --name NAME --zone ZONE [option …] [-- WORD …
                          -- --config.mesh.dcn.data=N
   --spot                 cheaper; can be taken away at any time
   --data gs://…          a dataset's folder: copied to every worker, and trained on
+  --programs gs://…      compiled programs are kept there for the next try, and one host compiles
+                         for all; who may write there runs code on the slice
   --retry N              after a preemption, or where a process was lost or hung, begin again up
                          to N times (0)
   --delete-when-done     delete the slice when training has ended, well or not
@@ -51,7 +53,7 @@ case $1 in
 esac
 shift
 
-name='' zone='' topology='' config='' workdir='' data='' wheel='' runtime='' project='' spot=''
+name='' zone='' topology='' config='' workdir='' data='' programs='' wheel='' runtime='' project='' spot=''
 dry_run='' delete_when_done='' slices=1 retry=0 poll=30
 while [ $# -gt 0 ]; do
   case $1 in
@@ -60,8 +62,8 @@ while [ $# -gt 0 ]; do
     --spot) spot=yes; shift; continue ;;
     --dry-run) dry_run=yes; shift; continue ;;
     --delete-when-done) delete_when_done=yes; shift; continue ;;
-    --name | --zone | --topology | --config | --workdir | --data | --wheel | --runtime | --project \
-      | --slices | --retry | --poll) ;;
+    --name | --zone | --topology | --config | --workdir | --data | --programs | --wheel | --runtime \
+      | --project | --slices | --retry | --poll) ;;
     *) fail "unknown option $1; words for training come after --" ;;
   esac
   [ $# -gt 1 ] || fail "$1 has no value"
@@ -109,6 +111,7 @@ check_run() {
   [ -f "$config" ] || fail "--config $config: no such file"
   [[ $workdir =~ ^(gs|s3)://. ]] || fail "--workdir must be gs://… or s3://…; a slice's disks end with it"
   [[ -z $data || $data =~ ^gs://. ]] || fail "--data '$data' must be gs://…"
+  [[ -z $programs || $programs =~ ^gs://. ]] || fail "--programs '$programs' must be gs://…"
   [ -z "$wheel" ] || [ -f "$wheel" ] || fail "--wheel $wheel: no such file"
   [ -n "$wheel" ] || [ -f "$here/../pyproject.toml" ] || fail "--wheel is missing: this is no checkout to build from"
   [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not installed"
@@ -190,7 +193,7 @@ install() {
 once() {
   [ -n "$installed" ] || install || return 1
   installed=yes
-  on_workers start --config config.py --workdir "$workdir" ${data:+--config.data=data} "$@" || return 1
+  on_workers start "$programs" --config config.py --workdir "$workdir" ${data:+--config.data=data} "$@" || return 1
   on_workers follow
 }
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What tpu_vm.sh runs on every worker of a slice, in the folder that this file is in:
 #   install WHEEL [gs://DATA]   a Python, the wheel with its versions pinned, the data on this disk
-#   start WORD…                 train in the background, unless it is being trained already
+#   start PROGRAMS WORD…        train in the background, unless it is being trained already;
+#                               compiled programs are kept in PROGRAMS, '' for nowhere
 #   follow                      print the log from its beginning; ends with training's exit code
 #   stop                        SIGTERM: training saves, and ends with 75
 set -euo pipefail
@@ -33,6 +34,8 @@ start() {
 
 supervise() {
   local code=0
+  export JAX_COMPILATION_CACHE_DIR=$1
+  shift
   venv/bin/python launch/train.py "$@" &
   echo $! >pid
   wait $! || code=$?

@@ -26,7 +26,7 @@ from echovlm_jax.plan.kernels import kernel_flops
 from echovlm_jax.plan.programs import Planned, Serving, generation, nbytes, training
 from echovlm_jax.plan.report import report
 from echovlm_jax.train.config_file import check_config
-from echovlm_jax.train.program import Config
+from echovlm_jax.train.program import Config, fingerprint
 
 GROUPS = {  # of parameters, by the first expression that finds something in a path
     "vision": r"(^|/)vision/",
@@ -119,7 +119,9 @@ def plan(
         result |= {"quantize": serving.quantize, "context": serving.context}
     started = time.perf_counter()
     try:
-        compiled = planned.compile()
+        lowered = planned.lower()
+        result["program"] = fingerprint(lowered)
+        compiled = planned.compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -142,23 +144,13 @@ def _read(
 ) -> dict[str, Any]:
     chip, per_chip = place.chip, place.chip.devices
     memory: Any = compiled.memory_analysis()
-    granules, text = _granules(planned.mesh), parse(compiled.as_text() or "")
-    where: Any = {"granules": granules, "branches": branches(planned.model)}
+    text = parse(compiled.as_text() or "")
+    where: Any = {"granules": _granules(planned.mesh), "branches": branches(planned.model)}
     module = hlo.read(text, **where)
     frame = planned.work.frame_patches or planned.work.max_patches
     in_kernel = functools.partial(kernel_flops, frame_patches=frame)
     kernels = sum(map(in_kernel, module.custom_calls))
     flops = module.matmul_flops + kernels
-    wire = sum(module.collective_bytes.values())
-    bound = roofline(
-        flops=flops,
-        hbm_bytes=module.hbm_bytes,
-        collective_bytes=wire,
-        chip=chip,
-        network_bytes=module.network_bytes,
-    )
-    share = useful.total / place.devices
-    serial = bound.compute + (bound.ici or 0.0) + (bound.network or 0.0)
     scheduled = {
         name: scheduled_seconds(text, rates, kernel_flops=in_kernel, **where)
         for name, rates in _rates(chip).items()
@@ -182,18 +174,11 @@ def _read(
             kind: {dtype: size * per_chip for dtype, size in dtypes.items()}
             for kind, dtypes in module.collective_dtypes.items()
         },
-        "roofline_seconds": {
-            "compute": bound.compute,
-            "hbm": bound.hbm,
-            "ici": bound.ici,
-            "network": bound.network if len(set(granules)) > 1 else 0.0,
-        },
-        "limit": bound.limit,
-        "mfu_upper_bound": mfu_upper_bound(share, bound, chip),
-        "mfu_without_overlap": share / (chip.flops / per_chip) / max(serial, bound.hbm or 0.0),
+        **_bounds(module, flops, useful.total / place.devices, chip),
         "scheduled_seconds": scheduled,
         "mfu_scheduled": {
-            name: share / (chip.flops / per_chip) / taken for name, taken in scheduled.items()
+            name: useful.total / place.devices / (chip.flops / per_chip) / taken
+            for name, taken in scheduled.items()
         },
         "compile_seconds": seconds,
         "code_bytes": memory.generated_code_size_in_bytes,
@@ -208,6 +193,29 @@ def _read(
         ],
         "unknown_loops": list(module.unknown_loops),
         **_bytes_per_token(module, place, planned),
+    }
+
+
+def _bounds(module: hlo.Module, flops: float, useful: float, chip: Chip) -> dict[str, Any]:
+    """What a device's step takes at least: each resource alone, all that overlap, or none."""
+    bound = roofline(
+        flops=flops,
+        hbm_bytes=module.hbm_bytes,
+        collective_bytes=sum(module.collective_bytes.values()),
+        chip=chip,
+        network_bytes=module.network_bytes,
+    )
+    serial = bound.compute + (bound.ici or 0.0) + (bound.network or 0.0)
+    return {
+        "roofline_seconds": {
+            "compute": bound.compute,
+            "hbm": bound.hbm,
+            "ici": bound.ici,
+            "network": bound.network if module.network_bytes else 0.0,
+        },
+        "limit": bound.limit,
+        "mfu_upper_bound": mfu_upper_bound(useful, bound, chip),
+        "mfu_without_overlap": useful / (chip.flops / chip.devices) / max(serial, bound.hbm or 0.0),
     }
 
 

@@ -65,7 +65,8 @@ class Planned(NamedTuple):
     arrays: dict[str, Any]  # kind → a tree of jax.ShapeDtypeStruct with shardings
     params: int
     trainable: int
-    compile: Callable[[], jax.stages.Compiled]
+    lower: Callable[[], jax.stages.Lowered]
+    compile: Callable[[jax.stages.Lowered], jax.stages.Compiled]
     needed_bytes: float | None = None  # `needed_bytes`, of a decoding step
 
 
@@ -87,7 +88,8 @@ def training(config: Config, devices: Sequence[Any], model: ModelConfig | None) 
         {"parameters": (state.trainable, state.frozen), "optimizer": state.opt_state},
         count(state.frozen) + count(state.trainable["params"]),
         count(state.trainable),
-        functools.partial(program.compile, _printable(devices)),
+        program.lower,
+        functools.partial(program.compile, options=_printable(devices)),
     )
 
 
@@ -110,17 +112,15 @@ def generation(
     shapes = serving_params(specs, mesh, dtype, serving.quantize)
     compute = compute_on(devices[0], mesh, cache=serving.cache)
 
-    def compiling() -> jax.stages.Compiled:
+    def lower() -> jax.stages.Lowered:
         common: dict[str, Any] = {
             "rows": serving.rows, "slots": serving.context, "dtype": dtype, "compute": compute
         }  # fmt: skip
         with jax.set_mesh(mesh):
             if step == "prefill":
                 sizes: dict[str, Any] = {"prompt": prompt, "patches": serving.patches}
-                lowered = lower_prefill(model, shapes, **common, **sizes)
-            else:
-                lowered = lower_decode(model, shapes, **common)
-        return lowered.compile(_printable(devices))
+                return lower_prefill(model, shapes, **common, **sizes)
+            return lower_decode(model, shapes, **common)
 
     decode = step == "decode"
     return Planned(
@@ -135,7 +135,8 @@ def generation(
         {"parameters": shapes},
         sum(math.prod(spec.shape) for spec in specs.values()),
         0,
-        compiling,
+        lower,
+        lambda lowered: lowered.compile(_printable(devices)),
         needed_bytes(model, shapes, serving, dtype) if decode else None,
     )
 

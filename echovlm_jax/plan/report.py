@@ -64,7 +64,10 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         f" network, {scheduled['network_and_memory']:.1%} if each operation waits for memory too"
     )
     yield from _padding(r)
-    yield f"compiled in {r['compile_seconds']:.0f} s to {r['code_bytes'] / 2**20:.0f} MiB of code"
+    yield (
+        f"program {r['program']}, compiled in {r['compile_seconds']:.0f} s to"
+        f" {r['code_bytes'] / 2**20:.0f} MiB of code"
+    )
     if r["unknown_loops"]:
         yield f"loops whose turns are unknown, counted once: {', '.join(r['unknown_loops'])}"
     yield from _saving(r)

@@ -37,9 +37,10 @@ from echovlm_jax.storage.layout import (
 )
 from echovlm_jax.storage.verify import run_problems
 from echovlm_jax.train.clock import Clock
+from echovlm_jax.train.compile_cache import in_turn, use_compile_cache
 from echovlm_jax.train.config_file import check_config, differences
 from echovlm_jax.train.log import Log, was_evaluated
-from echovlm_jax.train.program import Config, Program, init_state, make_program
+from echovlm_jax.train.program import Config, Program, fingerprint, init_state, make_program
 from echovlm_jax.train.stages import training_table
 from echovlm_jax.train.start import Start, frozen_start, starting_point
 from echovlm_jax.train.step import TrainState
@@ -89,6 +90,7 @@ def train(
     """
     clock = Clock()
     check_config(config)
+    use_compile_cache()
     folder, watch = files.as_path(workdir), watch or Watch()
     if profile and files.in_bucket(folder):
         raise InputError(f"{folder}: a profile can't be written to a bucket; name a local folder")
@@ -134,9 +136,8 @@ def train(
         log = stack.enter_context(Log(folder, config, program, first, kept, clock))
         tick = stack.enter_context(progress(config.steps - first, "step", "train"))
         evaluate = _evaluation(settings, program, watch.next)  # planned before compiling
-        _say(f"compiling for {program.mesh.size} devices")
         with clock.during("compile"):
-            update = program.compile()
+            update = _compiled(program)
         # Only now is the folder this configuration's: one that could not begin may be mended.
         _write(folder / TRAINABLE, trains)
         _write(folder / CONFIG, _as_json(config))
@@ -297,6 +298,12 @@ def _write(path: Path, text: str) -> None:
         raise InputError(f"{path}: can't be written ({error.strerror or error})") from error
 
 
+def _compiled(program: Program) -> jax.stages.Compiled:
+    lowered = program.lower()
+    _say(f"compiling for {program.mesh.size} devices: program {fingerprint(lowered)}")
+    return in_turn(functools.partial(program.compile, lowered))
+
+
 def _due(config: Config, step: int) -> bool:
     """Whether there is an evaluation after so many steps: wherever the run stops, the same ones."""
     return step % config.eval_every == 0 or step == config.steps
@@ -338,7 +345,7 @@ def _evaluation(
             for _ in range(config.get("eval_batches") or 4):
                 batch = global_arrays(_together(lambda: take(batches)), program.batch)
                 if compiled is None:
-                    compiled = program.compile_eval()
+                    compiled = in_turn(program.compile_eval)
                 found = jax.device_get(compiled(state.trainable, state.frozen, batch))
                 losses += float(found["ce_loss"] * found["labels"])
                 labels += float(found["labels"])

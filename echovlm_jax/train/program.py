@@ -7,6 +7,7 @@ the state and the batch. `plan` compiles the same program for machines that aren
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -66,9 +67,18 @@ class Program(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]  # with shardings
     optimization_level: str | None  # XLA's; None is its default
 
-    def compile(self, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
-        """Compiles the step for the mesh's devices, be they here or not; `options` are XLA's."""
-        lowered = self.lower()
+    def compile(
+        self,
+        lowered: jax.stages.Lowered | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> jax.stages.Compiled:
+        """Compiles the step for the mesh's devices, be they here or not.
+
+        Args:
+          lowered: what `lower` returned, where it was called.
+          options: XLA's.
+        """
+        lowered = self.lower() if lowered is None else lowered
         before = jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_optimization_level", self.optimization_level or "UNKNOWN")
         try:
@@ -96,6 +106,12 @@ class Program(NamedTuple):
         """The step as a program for the compiler."""
         with jax.set_mesh(self.mesh):
             return self.step.lower(self.state, self.batch)
+
+
+def fingerprint(lowered: jax.stages.Lowered) -> str:
+    """Of a program before it is compiled: the same in `plan` and in `train`, for one configuration
+    and topology, with one version of this package and of JAX."""
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
 
 
 def make_program(

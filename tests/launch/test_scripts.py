@@ -140,7 +140,7 @@ def test_words_for_training_arrive_as_they_are(false):
         text=True,
     )
     training = ["--config", "config.py", "--workdir", TPU["--workdir"], "--config.data=data"]
-    wanted = ["echovlm/tpu_worker.sh", "start", *training, *HARD]
+    wanted = ["echovlm/tpu_worker.sh", "start", "", *training, *HARD]
     assert worker.stdout.splitlines() == wanted
     [install] = calls(false, "install")
     assert shlex.split(install[-1])[-1] == "gs://bucket/my exams"
@@ -235,6 +235,7 @@ def test_bad_input_is_not_tried_again(false):
         ({"--config": "nowhere.py"}, "--config nowhere.py: no such file"),
         ({"--workdir": None}, "--workdir must be gs://"),
         ({"--workdir": "/home/me"}, "--workdir must be gs://"),
+        ({"--programs": "/home/me"}, "--programs '/home/me' must be gs://"),
         ({"--slices": "two"}, "--slices 'two'"),
         ({"--color": "red"}, "unknown option --color"),
     ],
@@ -310,9 +311,9 @@ def worker(tmp_path):
     (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
     shutil.copy(LAUNCH / "tpu_worker.sh", tmp_path)
     (tmp_path / "launch" / "train.py").write_text(
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        "print('words', sys.argv[1:], flush=True)\n"
+        "print('words', sys.argv[1:], os.environ['JAX_COMPILATION_CACHE_DIR'], flush=True)\n"
         "time.sleep(60) if sys.argv[1] == 'wait' else sys.exit(int(sys.argv[1]))\n"
     )
 
@@ -329,20 +330,20 @@ def worker(tmp_path):
 @pytest.mark.parametrize("code", [0, 2, 7])
 def test_following_a_worker_ends_with_its_code(worker, code):
     run, _ = worker
-    assert run("start", str(code), *HARD).returncode == 0
+    assert run("start", "gs://b/programs", str(code), *HARD).returncode == 0
     for _ in range(2):  # again, as after a lost connection
         done = run("follow")
         assert done.returncode == code
-        assert repr([str(code), *HARD]) in done.stdout
+        assert f"{[str(code), *HARD]!r} gs://b/programs" in done.stdout
 
 
 def test_a_worker_that_trains_is_left_to_it_until_it_is_stopped(worker):
     run, folder = worker
-    run("start", "wait")
+    run("start", "", "wait")
     while not (folder / "log").exists() or "words" not in (folder / "log").read_text():
         time.sleep(0.05)
     pid = (folder / "pid").read_text()
-    assert "is training already" in run("start", "0").stderr
+    assert "is training already" in run("start", "", "0").stderr
     assert (folder / "pid").read_text() == pid
     assert run("stop").returncode == 0
     assert run("follow").returncode == 75
@@ -352,7 +353,7 @@ def test_a_worker_that_trains_is_left_to_it_until_it_is_stopped(worker):
 def test_a_killed_worker_is_told(worker):
     run, folder = worker
     assert run("follow").returncode == 2
-    run("start", "wait")
+    run("start", "", "wait")
     while not (folder / "pid").exists():
         time.sleep(0.05)
     os.kill(int((folder / "pid").read_text()), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The compiler's order in seconds, against sums worked out by hand and against what `hlo` counts."""
+"""The compiler's order in seconds, against sums by hand and against what `hlo` counts."""
 
 import math
 import textwrap

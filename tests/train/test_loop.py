@@ -19,12 +19,13 @@ import pytest
 
 from echovlm_jax import demo
 from echovlm_jax.config import preset
-from echovlm_jax.convert.folder import open_model
+from echovlm_jax.convert.folder import open_model, read_config
 from echovlm_jax.convert.table import leaf_shapes
 from echovlm_jax.convert.to_torch import export
 from echovlm_jax.errors import InputError
 from echovlm_jax.load import load_model
 from echovlm_jax.model import EchoVLM
+from echovlm_jax.plan import programs as plan_programs
 from echovlm_jax.storage import digests
 from echovlm_jax.storage.layout import run_files
 from echovlm_jax.storage.lock import Lock
@@ -35,6 +36,7 @@ from echovlm_jax.train.config_file import check_config, load_config
 from echovlm_jax.train.loop import train
 from echovlm_jax.train.lora import scaled
 from echovlm_jax.train.optimizer import learning_rate
+from echovlm_jax.train.program import fingerprint
 from echovlm_jax.train.stages import merge
 from tests.distributed.train_steps import random_batch
 
@@ -530,6 +532,18 @@ def test_a_run_says_what_it_loses(model_folder, capfd):
         assert task["drawn"] == task["trained"] + task["dropped"]
         assert f"{name:<16}{task['drawn']:>10,}{task['trained']:>10,}" in text
     assert sum(seen["dropped"].values()) == sum(t["dropped"] for t in seen["tasks"].values()) > 0
+
+
+def test_the_program_is_the_one_that_plan_compiles(undisturbed, model_folder, tmp_path, capfd):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    own = config(model_folder)
+    train(own, tmp_path)
+    planned = plan_programs.training(own, jax.devices(), read_config(model_folder))
+    name = fingerprint(planned.lower())
+    assert f"compiling for 1 devices: program {name}\n" in capfd.readouterr().err
+    other = config(model_folder, remat="none")
+    planned = plan_programs.training(other, jax.devices(), read_config(model_folder))
+    assert fingerprint(planned.lower()) != name
 
 
 def test_a_run_that_goes_on_with_other_rows_says_so(tmp_path, monkeypatch, capfd):
