@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     # Nothing has updates in this stage; these count where --config.stage=instruction.
     config.lora = ConfigDict({"rank": 8, "alpha": 16, "dropout": 0.05})
 
-    config.moe_dispatch = "ragged"  # dropless, and no product that an expert's token doesn't need
+    config.moe_dispatch = "auto"  # ragged on TPUs, dense elsewhere: the fastest that drops nothing
     config.dtype = "bfloat16"  # of the products, and of the weights that don't train
     config.param_dtype = "float32"  # of those that do: in bfloat16 most steps would round to none
     config.remat = "full"  # backward goes through every layer, to the merger: its inputs alone stay

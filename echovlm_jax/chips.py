@@ -96,6 +96,7 @@ class Defaults(NamedTuple):
 
     attention: str  # of whole sequences; an implementation of `ops.attention.dispatch`
     dtype: str | None  # None: the one that the weights are stored in
+    moe_dispatch: str = "dense"  # in training: of those that drop nothing, the one with least work
 
 
 # The compute capability of Ampere: the first cards with bfloat16, and the first that the compiler
@@ -106,13 +107,16 @@ _AMPERE = (8, 0)
 def defaults(device: Any) -> Defaults:
     """What suits a device: a `jax.Device`, or what a topology has in its place.
 
+    TPUs alone have a grouped product that multiplies a token by its own experts and no other; for
+    `ragged` XLA:GPU and XLA:CPU multiply every chosen row by all experts (jax 0.10.2).
+
     Cards older than Ampere, such as a T4, compute in float32. They have no bfloat16, and float16
     ends at 65,504: Qwen2-VL's activations exceed that, and its answers become gibberish
     (github.com/huggingface/transformers/issues/33294). CPUs do too: with jax 0.10.2 a bfloat16
     product takes longer there.
     """
     if device.platform == "tpu":
-        return Defaults("splash", None)
+        return Defaults("splash", None, "ragged")
     if device.platform == "cpu":
         return Defaults("xla", "float32")
     capability = _capability(device)

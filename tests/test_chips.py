@@ -63,7 +63,8 @@ def test_a_device_has_what_it_can_compute(platform, capability, attention, dtype
     device = types.SimpleNamespace(platform=platform)
     if capability is not None:
         device.compute_capability = capability
-    assert defaults(device) == (attention, dtype)
+    dispatch = "ragged" if platform == "tpu" else "dense"
+    assert defaults(device) == (attention, dtype, dispatch)
     assert attention in IMPLEMENTATIONS
 
 

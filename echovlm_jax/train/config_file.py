@@ -74,7 +74,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "lora.rank": _at_least(1),
     "lora.alpha": _ABOVE_0,
     "lora.dropout": _BELOW_1,
-    "moe_dispatch": _one_of(DISPATCHES),
+    "moe_dispatch": _one_of((*DISPATCHES, "auto")),
     "balance_weight": _NOT_NEGATIVE._replace(optional=True),
     "balance_over": _one_of(BALANCES, optional=True),
     "router_z_weight": _NOT_NEGATIVE._replace(optional=True),

@@ -49,6 +49,11 @@ def _attention(device: Any) -> str:
     return "xla_halves" if device.platform == "cpu" else defaults(device).attention
 
 
+def _dispatch(config: Config, device: Any) -> str:
+    given = config.moe_dispatch
+    return defaults(device).moe_dispatch if given == "auto" else given
+
+
 class Program(NamedTuple):
     """A training step and all that it is made for."""
 
@@ -136,7 +141,7 @@ def make_program(
     mesh = config_mesh(config, devices)
     layout = activation_layout(mesh, sum_dtype=config.get("grad_sum_dtype") or "float32")
     compute = Compute(
-        moe_dispatch=config.moe_dispatch,
+        moe_dispatch=_dispatch(config, devices[0]),
         capacity_factor=config.get("capacity_factor"),
         attention=_attention(devices[0]),
         remat=config.remat,

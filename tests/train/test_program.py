@@ -18,3 +18,10 @@ def test_gradients_are_summed_in_float32_unless_asked_otherwise(said):
     changes = {"dtype": "bfloat16"} | ({"grad_sum_dtype": said} if said else {})
     program = make_program(load_config(own_config("phantom"), changes), jax.devices()[:1])
     assert program.compute.layout.sum_dtype == (said or "float32")
+
+
+@pytest.mark.parametrize(("said", "is_"), [("auto", "dense"), ("ragged", "ragged")])
+def test_what_is_left_open_is_the_devices_choice(said, is_):
+    """A TPU's is ragged: tests/test_chips.py."""
+    config = load_config(own_config("phantom"), {"moe_dispatch": said})
+    assert make_program(config, jax.devices()[:1]).compute.moe_dispatch == is_
