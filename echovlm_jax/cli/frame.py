@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import sys
 import traceback
@@ -40,6 +41,25 @@ def _door(check: Callable[[str], Any]) -> Callable[[str], Any]:
 PLACE = _door(as_path)  # here or in a bucket
 LOCAL = _door(local_path)
 NAMED = _door(lambda text: str(local_path(text)))  # a path, or a word that stands for something
+
+
+def _number(holds: Callable[[float], bool], must: str) -> Callable[[str], float]:
+    """The type of an argument that is a finite number."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and holds(value)):
+            raise argparse.ArgumentTypeError(f"must be {must}, found {text!r}")
+        return value
+
+    return convert
+
+
+ABOVE_ZERO = _number(lambda value: value > 0, "a number above 0")
+SECONDS = _number(lambda value: value >= 0, "a number of seconds, or 0")
 
 
 def add_command(

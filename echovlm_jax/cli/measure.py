@@ -1,14 +1,21 @@
 """Commands that say what something costs: plan and bench."""
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from echovlm_jax.cli.frame import LOCAL, NAMED, PLACE, Result, add_command, no_native_stderr
+from echovlm_jax.cli.frame import (
+    ABOVE_ZERO,
+    LOCAL,
+    NAMED,
+    PLACE,
+    Result,
+    add_command,
+    no_native_stderr,
+)
 from echovlm_jax.cli.printing import lines, show, table
 from echovlm_jax.errors import InputError
 from echovlm_jax.memory import keep_freed_memory
@@ -119,7 +126,7 @@ def add_plan(commands: Any) -> None:
     saving = command.add_argument_group("of --step train: how often to save, and what it gives")
     for name, text in FAILURES.items():
         option = f"--{name.replace('_', '-')}"
-        saving.add_argument(option, type=_above_zero, metavar="X", help=text)
+        saving.add_argument(option, type=ABOVE_ZERO, metavar="X", help=text)
     command.set_defaults(overrides=[])
 
 
@@ -139,16 +146,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
     return int(text)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text!r}")
-    return value
 
 
 # What `bench` can do with --what, and where it keeps the runs of phantom.

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from echovlm_jax.cli.frame import LOCAL, PLACE, Result, add_command
+from echovlm_jax.cli.frame import LOCAL, PLACE, SECONDS, Result, add_command
 from echovlm_jax.cli.printing import show
 from echovlm_jax.errors import InputError
 from echovlm_jax.memory import keep_freed_memory
@@ -63,7 +63,7 @@ def add_train(commands: Any) -> None:
     )
     command.add_argument(
         "--step-timeout",
-        type=_seconds,
+        type=SECONDS,
         default=600.0,
         metavar="SECONDS",
         help="where a step, or the wait for its data, takes so long, and ten times as long as any "
@@ -93,13 +93,3 @@ def _heartbeat() -> float:
     if not text.isdecimal() or not int(text):
         raise InputError(f"ECHOVLM_HEARTBEAT is {text!r}: must be whole seconds, above 0")
     return float(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, or 0; found {text!r}")
-    return value

@@ -57,7 +57,9 @@ class Watch:
     def __init__(self, heartbeat: float = 100.0, step_timeout: float = 0.0) -> None:
         self._beat, self._limit = heartbeat / _BEATS, step_timeout
         self._now: tuple[str, int, float] = (_ELSE, 0, 0.0)  # what, in which step, since when
-        self._began = self._longest = self._own = 0.0
+        self._began = self._longest = 0.0
+        # Seconds of its own: for data, which the loop counts, and standing still, the watch.
+        self._waited = self._stalled = 0.0
         self._steps = 0  # made by this process
         self._told: dict[int, dict[str, Any]] = {}  # of each process, what it told last
         self._silent: dict[int, int] = {}  # for how many beats it has told nothing new
@@ -77,7 +79,7 @@ class Watch:
         self._now = (_DATA, at, self._began)
         batch = next(batches)
         now = time.monotonic()
-        self._own += now - self._began
+        self._waited += now - self._began
         self._now = (_ELSE if step is None else _STEP, at, now)
         return batch
 
@@ -136,7 +138,7 @@ class Watch:
                 return
             self._asleep = None
             self._stood = time.monotonic() - before - self._beat
-            self._own += max(0.0, self._stood)
+            self._stalled += max(0.0, self._stood)
             try:
                 verdict = self._exchange()
             except RuntimeError:  # JAX ends this process if that lasts: `_abort`
@@ -179,7 +181,7 @@ class Watch:
             "step": step,
             "seconds": now - since,
             "late": what != _ELSE and self._steps >= _UNTIMED and now - since > limit,
-            "own": self._own,
+            "own": self._waited + self._stalled,
             "retries": retry.counted(),
             "done": done,
         }

@@ -185,7 +185,7 @@ def test_a_slow_process_is_named_once(capsys):
         a._compare()
         for number in range(5):
             step(all_, 5 * window + number)
-        b._own += 5.0
+        b._waited += 5.0
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and f"process 1 ({HOST}) is slow" in said[0]
     assert re.search(r"of a step's \d+\.\d\d s it .* 1\.00 s; the others 0\.00 s", said[0])
@@ -200,7 +200,7 @@ def test_equally_slow_ones_are_not_named(capsys):
         for number in range(5):
             step(all_, 5 * window + number)
         for watch in all_:
-            watch._own += 5.0
+            watch._waited += 5.0
     assert not capsys.readouterr().err
 
 
