@@ -17,15 +17,16 @@ usage: launch/slurm.sh --nodes N --config F.py --workdir DIR [option …] [-- WO
   --partition NAME, --account NAME
                      as of sbatch; so are all variables SBATCH_*
   --notice SECONDS   how long before the limit training is told to save and end (300)
-  --retry N          where a process was lost or hung, queue the job again unless it has been
-                     queued N times already, whatever for (10)
+  --retry N          a job in which a process hung or was lost is queued again, unless that would
+                     be its Nth restart or a later one; SLURM counts preemptions too (10)
   --python FILE      the Python of the nodes (this checkout's .venv, or python3)
   --wait             end with the job, and with its exit code
   --dry-run          print the command, submit nothing
   WORD …             for training, such as --config.model=start/
 
 A job that reaches its limit, or is preempted, saves and is queued again; it goes on where it was.
-So is one of which a process was lost or hung. One that fails otherwise stays failed. The log is echovlm-JOB.log in the folder that you submit from.
+A job in which a process hung or was lost is queued again too. One that fails otherwise, or of
+which a process was killed, stays failed. The log is echovlm-JOB.log in the folder that you submit from.
 TEXT
 }
 
@@ -37,11 +38,12 @@ if [ "${1:-}" = in-job ]; then
   shift 4
   code=0
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
-  srun --kill-on-bad-exit=1 "$python" "$here/train.py" "$@" || code=$?
+  # A process that ends ends the others by itself, and they say which; srun kills what is left.
+  srun --kill-on-bad-exit=0 --wait=120 "$python" "$here/train.py" "$@" || code=$?
   again=''
   case $code in
     75) again=yes ;; # it was asked to stop, and has saved
-    69 | 137) [ "${SLURM_RESTART_COUNT:-0}" -ge "$retry" ] || again=yes ;; # one was lost, hung or killed
+    69) [ "${SLURM_RESTART_COUNT:-0}" -ge "$retry" ] || again=yes ;; # a process hung, or was lost
   esac
   if [ -n "$again" ]; then
     echo "slurm.sh: ended with $code, not done yet: queued again"

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from echovlm_jax.cli.frame import LOCAL, PLACE, SECONDS, Result, add_command
+from echovlm_jax.cli.frame import LOCAL, PLACE, SECONDS, Result, add_command, explain
 from echovlm_jax.cli.printing import show
 from echovlm_jax.errors import InputError
 from echovlm_jax.memory import keep_freed_memory
@@ -23,7 +23,7 @@ def add_train(commands: Any) -> None:
         from echovlm_jax.train.watch import Watch
 
         config = load_config(args.config, args.overrides)
-        with Watch(_heartbeat(), args.step_timeout) as watch:
+        with Watch(_heartbeat(), args.step_timeout, lambda error: explain(error)[1]) as watch:
             return train(
                 config,
                 args.workdir,

@@ -152,9 +152,10 @@ def _read(
     kernels = sum(map(in_kernel, module.custom_calls))
     flops = module.matmul_flops + kernels
     scheduled = {
-        name: scheduled_seconds(text, rates, kernel_flops=in_kernel, **where)
-        for name, rates in _rates(chip).items()
+        name: rates and scheduled_seconds(text, rates, kernel_flops=in_kernel, **where)
+        for name, rates in _rates(chip, across=module.network_bytes > 0).items()
     }
+    peak = useful.total / place.devices / (chip.flops / per_chip)
     return {
         "hbm_per_chip": {
             "arguments": memory.argument_size_in_bytes * per_chip,
@@ -176,10 +177,7 @@ def _read(
         },
         **_bounds(module, flops, useful.total / place.devices, chip),
         "scheduled_seconds": scheduled,
-        "mfu_scheduled": {
-            name: useful.total / place.devices / (chip.flops / per_chip) / taken
-            for name, taken in scheduled.items()
-        },
+        "mfu_scheduled": {name: taken and peak / taken for name, taken in scheduled.items()},
         "compile_seconds": seconds,
         "code_bytes": memory.generated_code_size_in_bytes,
         "largest_buffers": [
@@ -219,11 +217,19 @@ def _bounds(module: hlo.Module, flops: float, useful: float, chip: Chip) -> dict
     }
 
 
-def _rates(chip: Chip) -> dict[str, Rates]:
-    """What a device waits for in its program's order: the network alone, or its memory too."""
-    peaks = (chip.flops, chip.hbm_rate, chip.ici_rate and chip.ici_rate / 2, chip.network_rate)
-    all_ = Rates(*(peak / chip.devices if peak else math.inf for peak in peaks))
-    return {"network": all_._replace(memory=math.inf), "network_and_memory": all_}
+def _rates(chip: Chip, across: bool) -> dict[str, Rates | None]:
+    """What a device waits for in its program's order; None where a rate of it is unknown.
+
+    Args:
+      across: whether something comes from other slices or hosts.
+    """
+    peaks = [chip.flops, chip.hbm_rate, chip.ici_rate and chip.ici_rate / 2, chip.network_rate]
+    rates = Rates(*(peak / chip.devices if peak else math.inf for peak in peaks))
+    linked = None not in (chip.ici_rate, chip.network_rate if across else 0)
+    return {
+        "products_and_links": rates._replace(memory=math.inf) if linked else None,
+        "products_links_and_memory": rates if linked and chip.hbm_rate else None,
+    }
 
 
 def _goodput(

@@ -50,19 +50,7 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {'of it from other hosts':<24}{r['network_bytes_per_chip'] / 1e9:8.2f}"
     if "bytes_per_token" in r:
         yield from _reads(r)
-    yield ""
-    yield "roofline (seconds at peak rates)"
-    for kind, seconds in r["roofline_seconds"].items():
-        yield f"  {kind:<24}{'unknown' if seconds is None else format(seconds, '8.3f')}"
-    scheduled = r["mfu_scheduled"]
-    yield (
-        f"  MFU at most {r['mfu_upper_bound']:.1%} (limit: {r['limit']}; all overlap),"
-        f" {r['mfu_without_overlap']:.1%} where the network waits for products"
-    )
-    yield (
-        f"  in the order that the compiler chose: {scheduled['network']:.1%} with products and"
-        f" network, {scheduled['network_and_memory']:.1%} if each operation waits for memory too"
-    )
+    yield from _speed(r)
     yield from _padding(r)
     yield (
         f"program {r['program']}, compiled in {r['compile_seconds']:.0f} s to"
@@ -71,6 +59,24 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     if r["unknown_loops"]:
         yield f"loops whose turns are unknown, counted once: {', '.join(r['unknown_loops'])}"
     yield from _saving(r)
+
+
+def _speed(r: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    yield "roofline (seconds at peak rates)"
+    for kind, seconds in r["roofline_seconds"].items():
+        yield f"  {kind:<24}{'unknown' if seconds is None else format(seconds, '8.3f')}"
+    scheduled = [
+        "unknown" if share is None else f"{share:.1%}" for share in r["mfu_scheduled"].values()
+    ]
+    yield (
+        f"  MFU at most {r['mfu_upper_bound']:.1%} (limit: {r['limit']}; all overlap),"
+        f" {r['mfu_without_overlap']:.1%} where the network waits for products"
+    )
+    yield (
+        f"  in the order that the compiler chose: {scheduled[0]} by products and links,"
+        f" {scheduled[1]} where each operation also waits for its own bytes"
+    )
 
 
 def _reads(r: Mapping[str, Any]) -> Iterator[str]:

@@ -300,7 +300,8 @@ def _write(path: Path, text: str) -> None:
 
 def _compiled(program: Program) -> jax.stages.Compiled:
     lowered = program.lower()
-    _say(f"compiling for {program.mesh.size} devices: program {fingerprint(lowered)}")
+    how = f"attention {program.compute.attention}, moe_dispatch {program.compute.moe_dispatch}"
+    _say(f"compiling for {program.mesh.size} devices, {how}: program {fingerprint(lowered)}")
     return in_turn(functools.partial(program.compile, lowered))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +44,9 @@ MOST_FSDP = 64
 # the last axis are slower without it (`optimizer.global_norm`, and attention's "xla_halves").
 # until: jax 0.13
 _ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 def _attention(device: Any) -> str:
@@ -115,8 +119,13 @@ class Program(NamedTuple):
 
 def fingerprint(lowered: jax.stages.Lowered) -> str:
     """Of a program before it is compiled: the same in `plan` and in `train`, for one configuration
-    and topology, with one version of this package and of JAX."""
-    return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+    and topology, with one version of this package and of JAX.
+
+    The code of Pallas kernels, which are long strings in the text, is left out: it says in which
+    folder their source lies.
+    """
+    text = _STRING.sub(lambda found: found[0] if len(found[0]) < 256 else "", lowered.as_text())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def make_program(

@@ -21,7 +21,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -52,9 +52,16 @@ class Watch:
       step_timeout: seconds for a step and the wait for its data, each, or ten times the longest
         step so far if that is more; 0: no limit. The first two steps, compiling, evaluating and
         saving have none.
+      exit_code: that of a process which ends with an exception.
     """
 
-    def __init__(self, heartbeat: float = 100.0, step_timeout: float = 0.0) -> None:
+    def __init__(
+        self,
+        heartbeat: float = 100.0,
+        step_timeout: float = 0.0,
+        exit_code: Callable[[Exception], int] = lambda error: 1,
+    ) -> None:
+        self._exit_code = exit_code
         self._beat, self._limit = heartbeat / _BEATS, step_timeout
         self._now: tuple[str, int, float] = (_ELSE, 0, 0.0)  # what, in which step, since when
         self._began = self._longest = 0.0
@@ -119,7 +126,8 @@ class Watch:
                 seconds = (_SILENT + 4) * self._beat
                 _say(f"{self._name()} fails: {text}; waits {seconds:.0f} s for word of another one")
                 self._thread.join(seconds)
-            self._accuse(self._index, f"failed: {text}", 2 if isinstance(error, InputError) else 1)
+            code = self._exit_code(error) if isinstance(error, Exception) else 1
+            self._accuse(self._index, f"failed: {text}", code)
             until = time.monotonic() + 3 * self._beat
             # Its end is that of the coordinator: the others have to read first, or to end.
             while self._index == 0 and time.monotonic() < until and not self._others_are_done():

@@ -41,18 +41,20 @@ PYTHON
 
 say "alignment on 2 processes of 4 devices; one is killed while it saves"
 python launch/local_processes.py --processes 2 --devices 4 -- \
-  launch/train.py "${alignment[@]}" 2>&1 | tee first.log &
+  launch/train.py "${alignment[@]}" >first.log 2>&1 &
 job=$!
+trap 'kill "$job" 2>/dev/null || true' EXIT
 until grep -q 'training from step' first.log 2>/dev/null; do
   kill -0 "$job" 2>/dev/null || { say "training did not begin"; exit 1; }
   sleep 0.2
 done
-victim=$(pgrep -f "launch/train.py .*$bucket/stage1" | tail -n 1)
+victim=$(pgrep -P "$job" | tail -n 1)
 kill_in_save 4 "$victim" || { say "no save of step 4 was seen that was not whole"; exit 1; }
-! wait "$job" || { say "a job that lost a process ended well"; exit 1; }
+if wait "$job"; then say "a job that lost a process ended well"; exit 1; fi
+trap - EXIT
 say "killed; the same run goes on with 4 processes of 2 devices"
 python launch/local_processes.py --processes 4 --devices 2 -- \
-  launch/train.py "${alignment[@]}" 2>&1 | tee second.log
+  launch/train.py "${alignment[@]}" >second.log 2>&1 || { tail -n 30 second.log; exit 1; }
 grep -q 'training from step 2 to 6' second.log
 echovlm verify "$bucket/stage1"
 

@@ -69,7 +69,13 @@ def test_an_operation_waits_for_its_memory_where_that_takes_longer():
     assert of(entry(copy, done), memory=1e6) == 4.0
     slow = f"%q = {PRODUCT}"
     assert of(entry(copy, done, on_chip), flops=1e9, memory=1e6) == 6.0
-    assert of(entry(copy, slow, done, on_chip), flops=1e9, memory=1e6) == 4.0 + 12.0 + 2.0
+    assert of(entry(copy, slow, done, on_chip), flops=1e9, memory=1e6) == 4.0 + 12.0
+    # What touches memory for a moment does not wait for the copy.
+    moment = "%m = f32[2]{0} add(%n, %n)"
+    others = "%n = f32[2]{0} parameter(2)\n%e = f32[1000,1000]{1,0:S(1)} parameter(3)"
+    late = "%p = f32[1000,1000]{1,0:S(1)} dot(%e, %e), lhs_contracting_dims={1}"
+    found = of(entry(others, copy, moment, late, done), flops=5e8, memory=1e6)
+    assert found == pytest.approx(4.0, rel=1e-4)
 
 
 def test_a_loop_takes_its_turns_and_each_ends_what_it_began():
@@ -114,6 +120,75 @@ def test_what_is_wrapped_for_another_stream_is_what_it_wraps():
         f"%q = {PRODUCT}",
     )
     assert of(entry(*lines, rest=rest), **NETWORK) == 3.5 + 2.0
+    assert of(entry(lines[0], lines[2], rest=rest), memory=1e6) == 4.5
+
+
+def test_fusions_that_begin_and_end_collectives():
+    """As XLA:TPU writes them: one may end a collective and begin the next, beside a product."""
+
+    def fusion(name: str, *marks: str) -> str:
+        gather = "f32[1000,1000]{1,0} all-gather(%y), replica_groups=[1,8]<=[8]"
+        config = 'backend_config={"async_collective_fusion_config":{}}'
+        lines = [
+            f"%{name}.g{n} = {gather}, channel_id={mark[1:]}, {config}\n"
+            f"  %{name}.c{n} = (f32[8]{{0}}) custom-call(%{name}.g{n}),"
+            f' custom_call_target="AsyncCollective{"Start" if mark[0] == "s" else "Done"}"'
+            for n, mark in enumerate(marks)
+        ]
+        product = f"  ROOT %{name}.p = {PRODUCT.replace('%a', '%x')}"
+        return "\n".join(
+            [
+                f"%{name} (x: f32[1000,1000]) -> f32[1000,1000] {{",
+                "  %x = f32[1000,1000]{1,0} parameter(0)",
+                "  %y = f32[125,1000]{1,0} parameter(1)",
+                *(f"  {line}" for line in lines),
+                f"{product}\n}}\n",
+            ]
+        )
+
+    rest = "\n".join([fusion("one", "s7"), fusion("two", "d7", "s8"), fusion("three", "d8")])
+    call = "%{0}.f = f32[1000,1000]{{1,0}} fusion(%a, %b), kind=kCustom, calls=%{0}"
+    one, two, three = (call.format(name) for name in ("one", "two", "three"))
+    between = [f"%p{n} = {PRODUCT}" for n in range(2)]
+    # 3.5 s for the first, beside 2 s of products; then 2 and 4 s beside the second; then 2.
+    lines = entry(one, two, *between, three, rest=rest)
+    assert of(lines, **NETWORK) == 3.5 + 2.0 + 4.0 + 2.0
+    assert of(entry(one, two, three, rest=rest), **NETWORK) == 3.5 + 3.5 + 2.0
+
+
+def test_what_spans_a_loop_runs_beside_it_unless_it_has_collectives():
+    body = """
+    %%body (s: s32[]) -> s32[] {
+      %%s = (s32[], f32[1000,1000]{1,0}, f32[125,1000]{1,0}) parameter(0)
+      %%a.1 = f32[1000,1000]{1,0} get-tuple-element(%%s), index=1
+      %%b.1 = f32[125,1000]{1,0} get-tuple-element(%%s), index=2
+      %%i.0 = s32[] get-tuple-element(%%s), index=0
+      %%x = %s
+      ROOT %%t = (s32[], f32[1000,1000]{1,0}, f32[125,1000]{1,0}) tuple(%%i.0, %%a.1, %%b.1)
+    }
+
+    %%condition (s: s32[]) -> pred[] {
+      %%s.1 = (s32[], f32[1000,1000]{1,0}, f32[125,1000]{1,0}) parameter(0)
+      ROOT %%yes = pred[] constant(true)
+    }
+    """
+    lines = (
+        f"%g = {GATHER}",
+        "%zero = s32[] constant(0)",
+        "%start = (s32[], f32[1000,1000]{1,0}, f32[125,1000]{1,0}) tuple(%zero, %a, %b)",
+        "%w = (s32[], f32[1000,1000]{1,0}, f32[125,1000]{1,0}) while(%start),"
+        ' condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"N"}}',
+        "%d = f32[1000,1000]{1,0} all-gather-done(%g)",
+    )
+
+    def takes(turns: int, inside: str) -> float:
+        text = [line.replace('"N"', f'"{turns}"') for line in lines]
+        return of(entry(*text, rest=body % inside), **NETWORK)
+
+    product, gather = PRODUCT.replace("%a", "%a.1"), WAITED.replace("%b", "%b.1")
+    assert takes(10, product) == 20.0
+    assert takes(10, gather) == 3.5 + 35.0
+    assert takes(0, product) == 3.5  # what never runs, loops within it too
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
@@ -124,6 +199,7 @@ def test_alone_each_resource_takes_what_it_has_to_do(path):
     declared = sum(call.flops * call.count for call in found.custom_calls)
     assert of(module, flops=1.0) == pytest.approx(found.matmul_flops + declared)
     assert of(module, links=1.0) == pytest.approx(wire)
+    assert of(module, memory=1.0) == pytest.approx(found.hbm_bytes)
     products, links = of(module, flops=1e12), of(module, links=1e9)
     both = of(module, flops=1e12, links=1e9)
     assert max(products, links) <= both * (1 + 1e-9)

@@ -248,8 +248,8 @@ def check(result):
     assert result["roofline_seconds"]["compute"] > 0 and 0 < result["mfu_upper_bound"] <= 1
     assert result["mfu_without_overlap"] <= result["mfu_upper_bound"]
     scheduled = result["mfu_scheduled"]
-    slowest = scheduled["network_and_memory"]
-    assert 0 < slowest <= min(scheduled["network"], result["mfu_upper_bound"])
+    slowest = scheduled["products_links_and_memory"]
+    assert 0 < slowest <= min(scheduled["products_and_links"], result["mfu_upper_bound"]) + 1e-9
     assert "DOES NOT" not in result["report"] and "MFU at most" in result["report"]
 
 

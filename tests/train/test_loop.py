@@ -540,7 +540,8 @@ def test_the_program_is_the_one_that_plan_compiles(undisturbed, model_folder, tm
     train(own, tmp_path)
     planned = plan_programs.training(own, jax.devices(), read_config(model_folder))
     name = fingerprint(planned.lower())
-    assert f"compiling for 1 devices: program {name}\n" in capfd.readouterr().err
+    how = "attention xla_halves, moe_dispatch dense"
+    assert f"compiling for 1 devices, {how}: program {name}\n" in capfd.readouterr().err
     other = config(model_folder, remat="none")
     planned = plan_programs.training(other, jax.devices(), read_config(model_folder))
     assert fingerprint(planned.lower()) != name

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from echovlm_jax.cli.frame import explain
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage import retry
 from echovlm_jax.train import watch as module
@@ -104,12 +105,16 @@ def test_the_first_accusation_stands(capfd, monkeypatch):
     assert said.count("Current thread 0x") == 1  # where the accused one stands, and who else lives
 
 
-@pytest.mark.parametrize(("error", "code"), [(InputError("mine"), 2), (OSError("mine"), 1)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InputError("mine"), 2), (OSError(28, "No space left"), 2), (KeyError("mine"), 70)],
+)
 def test_the_others_end_with_the_code_of_one_that_failed(capfd, monkeypatch, error, code):
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
     a, b = both = watches(2)
     a._beat = b._beat = 0.001
+    b._exit_code = lambda error: explain(error)[1]  # as `train` has it
     b._thread = threading.Thread(target=int)
     b._thread.start()
     b._restore = int
@@ -289,7 +294,7 @@ def test_one_that_gets_no_data_is_named(tmp_path, count):
 
 @pytest.mark.slow
 def test_a_failure_is_told_to_the_others(tmp_path):
-    """Bad input that one process alone has."""
+    """A file that one process alone can't write."""
     with running(tmp_path, 2) as processes:
         (tmp_path / "1").unlink()
         (tmp_path / "1").mkdir()  # its next write fails
