@@ -125,7 +125,8 @@ def test_every_configuration_compiles_for_a_slice(file):
     result = plan(config, "v5e:2x2", rows_per_chip=1)
     check(result)
     saving, bound = result["goodput"], result["roofline_seconds"]
-    assert saving["hosts"] == 1 and saving["configured"]["checkpoint_every"] == 500
+    configured = saving["configured"]["checkpoint_every"]
+    assert saving["hosts"] == 1 and configured == config.checkpoint_every
     assert saving["step_seconds"] >= max(bound["compute"], bound["hbm"], bound["ici"])
     state = sum(sum(groups.values()) for groups in result["parameter_bytes_per_chip"].values())
     assert saving["write_seconds"] == pytest.approx(4 * state / 1e9)
