@@ -534,6 +534,7 @@ def test_a_run_says_what_it_loses(model_folder, capfd):
     assert sum(seen["dropped"].values()) == sum(t["dropped"] for t in seen["tasks"].values()) > 0
 
 
+@pytest.mark.slow
 def test_the_program_is_the_one_that_plan_compiles(undisturbed, model_folder, tmp_path, capfd):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     own = config(model_folder)
