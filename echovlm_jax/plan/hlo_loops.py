@@ -48,7 +48,7 @@ class Runs(NamedTuple):
 
     Attributes:
       counts: of each computation that does; one that never runs, such as the addition of a
-        reduction, is left out. Callers come first.
+        reduction, is left out.
       fused: those inside fusions.
       loops: all while loops.
       calls: of each instruction that runs computations, how often one run of it runs each.
