@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-only test-all lint format demo docs interpreter clean clean-all
+.PHONY: help setup test test-only test-short test-all lint format demo docs interpreter clean clean-all
 
 PYTHON ?= python3
 ARGS ?=
@@ -13,6 +13,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 # Stamps: what the demo runs on, and what the tests and the documentation need besides.
 RUN := $(VENV)/.installed
+TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 # Two workers whatever the machine: a third would only fight XLA's own threads for two cores.
@@ -47,6 +48,10 @@ $(RUN): pyproject.toml
 
 $(DEV): pyproject.toml
 	$(call install,.[dev])
+	@touch $(RUN) $(TEST) $@
+
+$(TEST): pyproject.toml
+	$(call install,.[test])
 	@touch $(RUN) $@
 
 $(DOCS): pyproject.toml
@@ -57,7 +62,11 @@ setup: $(DEV)  ## make the virtual environment; again when pyproject.toml change
 
 test: lint test-only  ## linters and every test that is not slow
 
-test-only: $(DEV)  # the tests alone: what a linter finds is the same with each Python
+test-only: $(DEV)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# Tests named in ARGS with what they alone need: a second Python does not lint, and loads less.
+test-short: $(TEST)
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: lint  ## the slow proofs too

@@ -288,9 +288,9 @@ def _measure_in_workers(
     workers = Workers(partial(_fill, source.settings), count, layout, name)
 
     def run(job: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-        out = {name: np.empty(*of) for name, of in layout.items()}
-        workers(job, out)
-        return {name: values[: len(job[0])] for name, values in out.items()}
+        shared = workers.share()
+        workers(job, shared)
+        return {name: values[: len(job[0])].copy() for name, values in shared.arrays.items()}
 
     try:
         with ThreadPoolExecutor(count) as pool:

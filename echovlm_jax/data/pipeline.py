@@ -18,7 +18,7 @@ from echovlm_jax.data import rows
 from echovlm_jax.data.epoch import Epoch, Epochs, Sample, make_epoch
 from echovlm_jax.data.examples import Source, open_source
 from echovlm_jax.data.settings import Settings
-from echovlm_jax.data.workers import Workers
+from echovlm_jax.data.workers import Layout, Shared, Workers
 from echovlm_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -108,8 +108,11 @@ def _batches(
     import grain  # here: it imports JAX, which worker processes do without
 
     source, settings = epochs.source, epochs.source.settings
-    layout = rows.row_layout(settings, source.model)
-    building: dict[int, Batch] = {}  # by step; Grain asks for a row at a time, in order
+    layout = {
+        key: ((count, *shape), dtype)
+        for key, (shape, dtype) in rows.row_layout(settings, source.model).items()
+    }
+    building: dict[int, Shared] = {}  # by step; Grain asks for a row at a time, in order
     lock = threading.Lock()
 
     def row(i: int) -> tuple[int, Batch]:
@@ -118,12 +121,10 @@ def _batches(
         samples = epochs.row(step, first + at)
         with lock:
             if step not in building:
-                building[step] = {
-                    key: np.empty((count, *shape), dtype) for key, (shape, dtype) in layout.items()
-                }
+                building[step] = workers.share() if workers else _own(layout)
             batch = building[step]
-        build(samples, {key: array[at] for key, array in batch.items()})
-        return step, batch
+        build(samples, batch, at)
+        return step, batch.arrays
 
     def whole(parts: Sequence[tuple[int, Batch]]) -> Batch:
         step, batch = parts[0]
@@ -140,7 +141,7 @@ def _batches(
             workers = Workers(fill, settings.workers, layout, partial(_name, source))
             stack.callback(workers.close)
         build = workers or partial(_fill_here, source)
-        # A thread more than workers: it copies one row while the workers build the next.
+        # A thread more than workers: its row waits for the first worker that is idle.
         threads = settings.workers + 1
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + count)
         numbers = grain.MapDataset.range(sys.maxsize)
@@ -154,7 +155,13 @@ def _batches(
             del batch  # it is large, and the caller's
 
 
-def _fill_here(source: Source, samples: list[Sample], out: Batch) -> None:
+def _own(layout: Layout) -> Shared:
+    """A batch of this process's own memory."""
+    return Shared({key: np.empty(shape, dtype) for key, (shape, dtype) in layout.items()}, 0)
+
+
+def _fill_here(source: Source, samples: list[Sample], batch: Shared, row: int) -> None:
+    out = {key: array[row] for key, array in batch.arrays.items()}
     at = -1
 
     def note(n: int) -> None:
@@ -235,7 +242,7 @@ def _plan_in_worker(settings: Settings, number: int, out: Batch, note: Any) -> N
 
 def _settle(future: Future[None], workers: Workers, number: int) -> None:
     try:
-        workers(number, {})
+        workers(number)
         future.set_result(None)
     except Exception as error:
         future.set_exception(error)

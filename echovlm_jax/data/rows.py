@@ -126,7 +126,7 @@ def _positions(
 
 def _index(model: ModelConfig, tokens: np.ndarray, patch: int, out: np.ndarray) -> None:
     """Each vision token's merged patch in the row, the first of which comes after `patch`."""
-    vision = np.isin(tokens, (model.image_token_id, model.video_token_id))
+    vision = (tokens == model.image_token_id) | (tokens == model.video_token_id)
     first = patch // model.vision.merge_unit
     out[:] = np.where(vision, first + np.cumsum(vision) - 1, -1)
 

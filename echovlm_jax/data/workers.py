@@ -1,4 +1,4 @@
-"""Processes that fill arrays for this one: jobs in, shared memory out, no death unnoticed.
+"""Processes that fill arrays of this one: jobs in, values in shared memory, no death unnoticed.
 
 Grain's own worker processes won't do (0.2.18): one that exits with 0 is waited for without end, a
 crash is reported without the record, each imports JAX (a second and 200 MB, before any data), and
@@ -22,9 +22,9 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,11 +37,22 @@ Arrays = dict[str, np.ndarray]
 # A worker's task: (job, arrays to fill, note); it calls note(n) when the n-th part of a job begins.
 Fill = Callable[[Any, Arrays, Callable[[int], None]], None]
 
-_SLOTS = 2  # a worker fills the next row while this process copies the last one
-_HEAD = 64  # bytes in front of the slots: the note
 _CHILD = (
-    "import sys; sys.path[:] = {path!r}; from echovlm_jax.data.workers import serve; serve({fd})"
+    "import sys; sys.path[:] = {path!r}; from echovlm_jax.data.workers import serve;"
+    " serve({fd}, {number})"
 )
+
+
+class Shared(NamedTuple):
+    """Arrays that the workers see too. Their memory is used again once nobody has a view of it."""
+
+    arrays: Arrays
+    offset: int  # where they begin in the workers' file
+
+
+class _Lease(np.ndarray):
+    """Memory until its last view is dropped: a view of a subclass keeps this very object, where one
+    of a plain array keeps only what lies under it."""
 
 
 # until: grain 0.3
@@ -59,7 +70,8 @@ class Workers:
     Args:
       fill: the function of each job; it pickles, or is a partial of one that does.
       count: processes, started at once.
-      layout: the arrays that a job fills, all of them: the memory holds an earlier job's values.
+      layout: the arrays of `share`; a job fills all of them, or all of their row: the memory holds
+        an earlier job's values.
       name: (job, n) → what the n-th part of a job is called in errors; n is −1 before the first.
     """
 
@@ -71,15 +83,35 @@ class Workers:
         self._lock = threading.Lock()
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
+        self._layout, self._size = layout, _pages(sum(_bytes(*one) for one in layout.values()))
+        self._free: list[tuple[int, mmap.mmap]] = []
+        self._end = _pages(8 * count)  # the notes are in front
+        self._fd = _file(self._end)
         # Also at the interpreter's end, and where the pool is dropped without a close.
         self.close = weakref.finalize(self, _stop, self._workers, self._idle)
+        weakref.finalize(self, os.close, self._fd)  # what is shared stays while it has a view
         for number in range(count):
-            worker = _Worker(number, fill, layout)
+            worker = _Worker(number, fill, layout, self._fd)
             self._workers.append(worker)
             self._idle.put(worker)
 
-    def __call__(self, job: Any, out: Mapping[str, np.ndarray]) -> None:
-        """Runs a job and copies what it filled into `out`; waits for a worker that is idle.
+    def share(self) -> Shared:
+        """New arrays of the layout, for `__call__` to fill. Raises WorkersClosed."""
+        try:
+            offset, memory = self._free.pop()
+        except IndexError:
+            with self._lock:
+                if not self.close.alive:
+                    raise WorkersClosed("the data workers are closed") from None
+                offset, self._end = self._end, self._end + self._size
+                os.ftruncate(self._fd, self._end)
+                memory = mmap.mmap(self._fd, self._size, offset=offset)
+        lease = np.frombuffer(memory, np.uint8).view(_Lease)
+        weakref.finalize(lease, self._free.append, (offset, memory)).atexit = False
+        return Shared(_arrays(lease, self._layout), offset)
+
+    def __call__(self, job: Any, shared: Shared | None = None, row: int | None = None) -> None:
+        """Runs a job, which fills what is shared, or one row of it; waits for an idle worker.
 
         Raises:
           InputError: the job raised one; the message begins with the name of its part.
@@ -90,16 +122,11 @@ class Workers:
         if worker is None:
             self._idle.put(None)  # for the next who waits
             raise self._failure or WorkersClosed("the data workers are closed")
-        slot = worker.slots.get()
         try:
-            reply = worker.run(job, slot)
+            reply = worker.run(job, shared.offset if shared else None, row)
         except (EOFError, OSError):
             raise self._died(worker, job) from None
         self._idle.put(worker)
-        if reply is None:
-            for name, array in out.items():
-                np.copyto(array, slot[name])
-        worker.slots.put(slot)
         if reply is not None:
             kind, text, part = reply
             if kind == "input":
@@ -131,44 +158,34 @@ class Workers:
 
 
 class _Worker:
-    """One process, the socket to it, and the memory shared with it."""
+    """One process, and the socket to it."""
 
-    def __init__(self, number: int, fill: Fill, layout: Layout) -> None:
+    def __init__(self, number: int, fill: Fill, layout: Layout, fd: int) -> None:
         self.number = number
-        size = _HEAD + _SLOTS * _size(layout)
-        with _memory(size) as fd:
-            self._memory = mmap.mmap(fd, size)
-            ours, its = socket.socketpair()
-            with its:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-c", _CHILD.format(path=sys.path, fd=fd)],
-                    stdin=its.fileno(),
-                    stdout=2,  # what a library prints there must not get into a result's JSON
-                    pass_fds=[fd],
-                    start_new_session=True,  # Ctrl-C is for this process, which closes them
-                )
+        self._note = np.frombuffer(mmap.mmap(fd, 8 * (number + 1)), np.int64)[number:]
+        ours, its = socket.socketpair()
+        with its:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD.format(path=sys.path, fd=fd, number=number)],
+                stdin=its.fileno(),
+                stdout=2,  # what a library prints there must not get into a result's JSON
+                pass_fds=[fd],
+                start_new_session=True,  # Ctrl-C is for this process, which closes them
+            )
         self._connection = Connection(ours.detach())
-        self.slots: queue.SimpleQueue[Arrays] = queue.SimpleQueue()
-        self._places = {}
-        for place, slot in enumerate(_slots(self._memory, layout)):
-            self._places[id(slot)] = place
-            self.slots.put(slot)
-        self._set_note(-1)
+        self._note[0] = -1
         with contextlib.suppress(OSError):  # dead already: the first job will say so
             self._connection.send((fill, dict(layout)))
 
-    def run(self, job: Any, slot: Arrays) -> tuple[str, str, int] | None:
-        self._set_note(-1)
-        self._connection.send((job, self._places[id(slot)]))
+    def run(self, job: Any, offset: int | None, row: int | None) -> tuple[str, str, int] | None:
+        self._note[0] = -1
+        self._connection.send((job, offset, row))
         reply, tried_again = self._connection.recv()
         retry.count(tried_again)
         return reply
 
     def note(self) -> int:
-        return int(np.frombuffer(self._memory, np.int64, 1)[0])
-
-    def _set_note(self, part: int) -> None:
-        np.frombuffer(self._memory, np.int64, 1)[0] = part
+        return int(self._note[0])
 
 
 def _stop(workers: Sequence[_Worker], idle: queue.SimpleQueue[_Worker | None]) -> None:
@@ -193,24 +210,20 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
         return f"was killed by signal {-code}"
 
 
-@contextlib.contextmanager
-def _memory(size: int) -> Iterator[int]:
-    """A descriptor of memory that two processes can map. memfd: no limit of /dev/shm applies."""
+def _file(size: int) -> int:
+    """A descriptor of memory that processes can map. memfd: no limit of /dev/shm applies."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("echovlm-data")
-        try:
-            os.ftruncate(fd, size)
-            yield fd
-        finally:
-            os.close(fd)
     else:
         with tempfile.TemporaryFile() as file:
-            file.truncate(size)
-            yield file.fileno()
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size)
+    return fd
 
 
-def _size(layout: Layout) -> int:
-    return sum(_bytes(*one) for one in layout.values())
+def _pages(size: int) -> int:
+    """Bytes rounded up to whole pages, at least one."""
+    return max(1, -(-size // mmap.ALLOCATIONGRANULARITY)) * mmap.ALLOCATIONGRANULARITY
 
 
 def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
@@ -218,19 +231,17 @@ def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
     return -(-size // 64) * 64  # each array begins on a cache line
 
 
-def _slots(memory: mmap.mmap, layout: Layout) -> list[Arrays]:
-    slots, at = [], _HEAD
-    for _ in range(_SLOTS):
-        slot = {}
-        for name, (shape, dtype) in layout.items():
-            count = int(np.prod(shape))
-            slot[name] = np.frombuffer(memory, dtype, count, at).reshape(shape)
-            at += _bytes(shape, dtype)
-        slots.append(slot)
-    return slots
+def _arrays(memory: np.ndarray, layout: Layout) -> Arrays:
+    """The arrays of a layout in uint8 [bytes]."""
+    arrays, at = {}, 0
+    for name, (shape, dtype) in layout.items():
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        arrays[name] = memory[at : at + size].view(dtype).reshape(shape).view(np.ndarray)
+        at += _bytes(shape, dtype)
+    return arrays
 
 
-def serve(fd: int) -> None:
+def serve(fd: int, number: int) -> None:
     """The worker's side: runs jobs until the other side is gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -239,17 +250,23 @@ def serve(fd: int) -> None:
         os.dup2(null.fileno(), 0)
     with contextlib.suppress(EOFError, OSError):
         fill, layout = connection.recv()
-        memory = mmap.mmap(fd, _HEAD + _SLOTS * _size(layout))
-        slots = _slots(memory, layout)
-        head = np.frombuffer(memory, np.int64, 1)
+        size = _pages(sum(_bytes(*one) for one in layout.values()))
+        head = np.frombuffer(mmap.mmap(fd, 8 * (number + 1)), np.int64)[number:]
+        seen: dict[int, Arrays] = {}  # by offset; the same few come again
 
         def note(part: int) -> None:
             head[0] = part
 
         while True:
-            job, place = connection.recv()
+            job, offset, row = connection.recv()
             before = retry.counted()
-            reply = _run(fill, job, slots[place], note, head)
+            if offset is not None and offset not in seen:
+                memory = mmap.mmap(fd, size, offset=offset)
+                seen[offset] = _arrays(np.frombuffer(memory, np.uint8), layout)
+            out = {} if offset is None else seen[offset]
+            if row is not None:
+                out = {name: array[row] for name, array in out.items()}
+            reply = _run(fill, job, out, note, head)
             connection.send((reply, retry.counted() - before))
 
 

@@ -102,7 +102,7 @@ def write_exams(
             pool = Workers(write, workers, {}, lambda job, _: job[0])
             stack.callback(pool.close)
             threads = stack.enter_context(ThreadPoolExecutor(workers))
-            for _ in threads.map(lambda job: pool(job, {}), jobs):
+            for _ in threads.map(pool, jobs):
                 tick(1)
         else:
             for job in jobs:

@@ -1,9 +1,10 @@
 """Images and video frames to patches, equal to Hugging Face's Qwen2-VL image processor.
 
-Everything stays uint8 until the last step: resizing works on 8-bit pixels (as PIL does), and
-rescaling and normalising map each of the 256 values a channel can take, so they are one table.
+Everything stays uint8 until the last steps: resizing works on 8-bit pixels (as PIL does), and
+rescaling maps each of the 256 values, so it is one table.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ def image_config(raw: Mapping[str, Any], source: str = "preprocessor_config.json
             f"{source}: min_pixels {config.min_pixels} exceeds max_pixels {config.max_pixels}"
         )
     with np.errstate(all="ignore"):
-        if not np.isfinite(_value_table(config)).all():
+        tables = [_normalized(_rescaled(config), config, channel) for channel in range(3)]
+        if not np.isfinite(tables).all():
             raise InputError(
                 f"{source}: image_mean, image_std and rescale_factor together take a pixel's value"
                 " beyond float32; mend the extreme one"
@@ -177,6 +179,8 @@ def to_patches(
 
 
 def _is_grey(frames: np.ndarray) -> bool:
+    if frames.strides[-1] == 0:  # one channel, seen three times: as grey files are decoded
+        return True
     red, green, blue = (frames[..., channel] for channel in range(3))
     return bool(np.array_equal(red, green) and np.array_equal(green, blue))
 
@@ -209,25 +213,30 @@ def _cut(
         out = np.empty((t * h * w, 3 * s * p * p), np.float32)
     patches = out[: t * h * w]
     places = patches.reshape(t, h * w, 3, s, p * p)
-    table = np.ascontiguousarray(_value_table(config).T)
-    for channel in range(3):
-        for frame, block in enumerate(blocks[:, channel % channels]):
-            # The last frame stands for those that a whole time step lacks.
-            until = s if frame == count - 1 else frame % s + 1
-            places[frame // s, :, channel, frame % s : until] = table[channel].take(block)[:, None]
+    values = _rescaled(config).take(blocks)
+    for frame in range(count):
+        # The last frame stands for those that a whole time step lacks.
+        until = s if frame == count - 1 else frame % s + 1
+        for channel in range(3):
+            one = _normalized(values[frame, channel % channels], config, channel)
+            places[frame // s, :, channel, frame % s : until] = one[:, None]
     return patches, (t, h, w)
 
 
-def _value_table(config: ImageConfig) -> np.ndarray:
-    """What each 8-bit value becomes in each channel, float32 [256, 3], rounded as HF rounds."""
+@functools.lru_cache(maxsize=8)
+def _rescaled(config: ImageConfig) -> np.ndarray:
+    """What each 8-bit value becomes before normalisation, float32 [256], rounded as HF rounds."""
     values = np.arange(256, dtype=np.float64)
-    if config.do_rescale:
-        values = values * config.rescale_factor
-    table = np.repeat(values.astype(np.float32)[:, None], 3, axis=1)
-    if config.do_normalize:
-        mean, std = (np.array(v, np.float32) for v in (config.image_mean, config.image_std))
-        table = (table - mean) / std
-    return table
+    return (values * config.rescale_factor if config.do_rescale else values).astype(np.float32)
+
+
+def _normalized(values: np.ndarray, config: ImageConfig, channel: int) -> np.ndarray:
+    """Rescaled values [...] of a channel."""
+    if not config.do_normalize:
+        return values
+    out = values - np.float32(config.image_mean[channel])
+    out /= np.float32(config.image_std[channel])
+    return out
 
 
 def load_media(item: Any, **how: Any) -> np.ndarray:

@@ -102,7 +102,7 @@ def _row_positions(
     """[3, len(tokens)]; counts the grids it takes in `used`."""
     out = np.empty((3, len(tokens)), np.int64)
     kinds = {media.token: kind for kind, media in queues.items()}
-    vision = np.flatnonzero(np.isin(tokens, list(kinds)))
+    vision = np.flatnonzero((tokens[:, None] == list(kinds)).any(-1))
     at = running = 0  # the next column, and the next free position
     while at < len(tokens):
         following = vision[np.searchsorted(vision, at) :]

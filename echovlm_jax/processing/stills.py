@@ -56,11 +56,13 @@ def read_stills(
 ) -> np.ndarray:
     """The frames of a picture file, uint8 RGB [T, H, W, 3]; see `images.load_media`."""
     with open_file(path) as file:
-        return decode_stills(file, shown(path), num_frames, convert_rgb, say)
+        return np.array(decode_stills(file, shown(path), num_frames, convert_rgb, say), order="C")
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """The bytes of a stored PNG or JPEG as uint8 RGB [H, W, 3], as `load_media` reads its file.
+
+    Read-only; a grey picture's three channels are one in memory.
 
     Raises:
       InputError: beginning with `name`; they are damaged, no image, or claim too many pixels.
@@ -76,7 +78,8 @@ def decode_stills(
     say: Say = silent,
     forms: tuple[str, ...] = _FORMS,
 ) -> np.ndarray:
-    """The frames of an open picture file, uint8 RGB [T, H, W, 3]; of STORED forms the first."""
+    """The frames of an open picture file, uint8 RGB [T, H, W, 3], maybe read-only; of STORED forms
+    the first."""
 
     def told(line: str) -> None:
         say(f"{name}: {line}")
@@ -105,7 +108,8 @@ def decode_stills(
 def decode_pil(image: Image.Image, name: str, convert_rgb: bool, say: Say = silent) -> np.ndarray:
     """A PIL image as uint8 RGB [H, W, 3], by the rules for files."""
     try:
-        return _to_rgb([_picture(image, convert_rgb)], lambda line: say(f"{name}: {line}"))[0]
+        frames = _to_rgb([_picture(image, convert_rgb)], lambda line: say(f"{name}: {line}"))
+        return np.array(frames[0], order="C")
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
 
@@ -222,6 +226,9 @@ def _picture(image: Image.Image, convert_rgb: bool) -> _Picture:
         values = values.astype(values.dtype.newbyteorder("="))
         opaque = (values != clear).astype(np.float32) if isinstance(clear, int) else None
         return _Picture(values, opaque)
+    if mode == "L" and clear is None:
+        grey = np.asarray(image)
+        return _Picture(np.broadcast_to(grey[..., None], (*grey.shape, 3)))
     try:
         if mode in _WITH_ALPHA or clear is not None:
             image = image.convert("RGBA")
@@ -237,7 +244,7 @@ def _to_rgb(pictures: list[_Picture], say: Say) -> np.ndarray:
     first = pictures[0]
     if len({(p.values.shape, p.values.dtype, p.inverted) for p in pictures}) > 1:
         raise InputError("its pages differ in kind; save the page that is meant as its own file")
-    values = np.stack([picture.values for picture in pictures])
+    values = first.values[None] if len(pictures) == 1 else np.stack([p.values for p in pictures])
     if values.dtype == np.uint8 and values.ndim == 4:
         return values
     levels = to_levels(values, say, colour=values.ndim == 4)

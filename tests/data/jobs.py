@@ -10,7 +10,7 @@ import numpy as np
 from echovlm_jax.errors import InputError
 from echovlm_jax.storage import retry
 
-LAYOUT = {"number": ((), np.int64), "values": ((3, 5000), np.float32)}
+LAYOUT = {"number": ((3,), np.int64), "values": ((3, 5000), np.float32)}
 
 
 def fill(job, out, note) -> None:
@@ -31,5 +31,9 @@ def fill(job, out, note) -> None:
         retry.count(number)
     if what == "sleep":
         time.sleep(3600)
+    if what == "row":
+        assert out["values"].shape == (5000,)
+        out["values"][...] = number
+        return
     out["number"][...] = number
     out["values"][...] = number

@@ -31,45 +31,68 @@ def make(count: int) -> Workers:
     return Workers(jobs.fill, count, jobs.LAYOUT, lambda job, part: f"part {part} of {job[1]}")
 
 
-def empty() -> dict[str, np.ndarray]:
-    return {name: np.empty(*of) for name, of in jobs.LAYOUT.items()}
-
-
 def test_each_job_gets_its_own_values(pool) -> None:
     def run(number: int) -> None:
-        out = empty()
-        pool(("fill", number), out)
-        assert out["number"] == number and np.all(out["values"] == number)
+        shared = pool.share()
+        pool(("fill", number), shared)
+        assert np.all(shared.arrays["number"] == number) and np.all(
+            shared.arrays["values"] == number
+        )
 
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(run, range(400)))
 
 
+def test_rows_of_one_block_are_filled_by_any_worker(pool) -> None:
+    shared = pool.share()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda row: pool(("row", row), shared, row), range(3)))
+    assert shared.arrays["values"].tolist() == [[row] * 5000 for row in range(3)]
+
+
+def test_memory_is_used_again_when_nobody_has_a_view_of_it() -> None:
+    workers = make(1)
+    first = workers.share()
+    workers(("fill", 1), first)
+    place, kept = first.offset, first.arrays["values"][1, ::7][3:]  # a view of a view
+    del first
+    second = workers.share()
+    workers(("fill", 2), second)
+    assert second.offset != place and np.all(kept == 1)
+    del kept
+    assert workers.share().offset == place
+    values = second.arrays["values"]
+    workers.close()
+    del workers, second
+    assert np.all(values == 2)  # it outlives the workers
+
+
 def test_what_a_job_raises_names_its_part(pool) -> None:
     with pytest.raises(InputError, match=r"^part 1 of 7: 7 is refused$"):
-        pool(("refuse", 7), empty())
+        pool(("refuse", 7), pool.share())
     with pytest.raises(RuntimeError, match=r"^part 1 of 8: a data worker failed:\n(.|\n)*KeyError"):
-        pool(("fail", 8), empty())
-    pool(("fill", 9), empty())  # and the worker goes on
+        pool(("fail", 8), pool.share())
+    pool(("fill", 9), pool.share())  # and the worker goes on
 
 
 def test_reads_that_a_worker_made_again_are_counted_here(pool) -> None:
     before = retry.counted()
     for number in (3, 0, 4):
-        pool(("retry", number), empty())
+        pool(("retry", number), pool.share())
     assert retry.counted() == before + 7
 
 
 def test_workers_import_only_what_they_need(pool) -> None:
-    out = empty()
-    pool(("modules", 0), out)
-    assert out["number"] == 0
+    shared = pool.share()
+    pool(("modules", 0), shared)
+    assert not shared.arrays["number"].any()
 
 
 def test_what_a_worker_prints_is_no_result() -> None:
     program = """
-from tests.data.test_workers import empty, make
-make(1)(("print", 1), empty())
+from tests.data.test_workers import make
+workers = make(1)
+workers(("print", 1), workers.share())
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
@@ -80,14 +103,14 @@ make(1)(("print", 1), empty())
 def test_a_death_before_the_first_part_is_told() -> None:
     workers = make(1)
     with pytest.raises(WorkerDied, match="was killed by SIGTERM while it worked on part -1 of 3"):
-        workers(("die first", 3), empty())
+        workers(("die first", 3), workers.share())
 
 
 def test_a_death_is_told_to_all_who_wait() -> None:
     workers = make(1)
     pid = workers.pids[0]
     with ThreadPoolExecutor(4) as threads:
-        waiting = [threads.submit(workers, ("sleep", n), empty()) for n in range(4)]
+        waiting = [threads.submit(workers, ("sleep", n), workers.share()) for n in range(4)]
         while workers._workers[0].note() < 1:  # until it has begun
             time.sleep(0.01)
         os.kill(pid, signal.SIGKILL)
@@ -104,7 +127,7 @@ def test_closing_frees_those_who_wait() -> None:
 
     def run() -> None:
         try:
-            workers(("sleep", 0), empty())
+            workers(("sleep", 0), workers.share())
         except Exception as error:
             errors.append(error)
 
