@@ -140,11 +140,17 @@ def _tokenize(tokenizer: Tokenizer, pieces: Sequence[_Piece]) -> list[list[int]]
     """The ids of each piece. Short ones are mostly questions, which come again: remembered."""
     long = list(dict.fromkeys(piece.text for piece in pieces if len(piece.text) > _SHORT))
     if len(long) < _BATCH:  # a thread pool for a handful of texts costs more than it saves
-        found = [tokenizer.encode(text) for text in long]
+        found = [_latest(tokenizer, text) for text in long]
     else:
         found = tokenizer.encode_batch(long)
     known = dict(zip(long, found, strict=True))
     return [known.get(piece.text) or _remembered(tokenizer, piece.text) for piece in pieces]
+
+
+@functools.lru_cache(maxsize=64)
+def _latest(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Of a text that was measured a moment ago, to see what fits."""
+    return tokenizer.encode(text)
 
 
 @functools.lru_cache(maxsize=8192)

@@ -159,7 +159,7 @@ def _possible(record: Record, task: str) -> Iterator[Report]:
         elif task == "question":
             found = _questions(report)
         elif task in ("choice", "choice_restate"):
-            found = _questions(report, options=True) or _fields(report)
+            found = _fields(report) or _questions(report, options=True)
         elif task == "judge":
             found = _fields(report)
         else:

@@ -371,8 +371,11 @@ def _groups(i: Instruction, devices: int) -> list[tuple[int, ...]]:
     """Who takes part together; of a permute, pairs of (source, target).
 
     Groups come as lists, {{0,1},{2,3}}; counted, [2,8]<=[8,2]T(1,0) (2 groups of 8); by mesh axes,
-    mesh['x'=8,'y'=2] {'x'}, where 'x':(2)4 is a piece of an axis, of size 4, after the 2 before it;
-    {} is everybody.
+    mesh['x'=8,'y'=2] {'x'}, where 'x':(2)4 is a piece of an axis, of size 4, after the 2 before it,
+    and device_ids=([2,8]T(1,0)) behind the axes says who stands where in the mesh; {} is everybody.
+
+    Raises:
+      ValueError: another form, which a newer compiler may write.
     """
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", i.rest)
     if listed:
@@ -383,16 +386,28 @@ def _groups(i: Instruction, devices: int) -> list[tuple[int, ...]]:
         shape, dims, order = (
             [int(n) for n in (part or "").split(",") if n] for part in counted.groups()
         )
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        ids = ids.transpose(order) if order else ids
-        return [tuple(group) for group in ids.reshape(-1, shape[-1]).tolist()]
-    named = re.search(r"replica_groups=@?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", i.rest)
+        return [tuple(group) for group in _ids(dims, order).reshape(-1, shape[-1]).tolist()]
+    named = re.search(
+        r"replica_groups=@?mesh\[([^\]]*)\](?:, *device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+        r" *\{([^}]*)\}",
+        i.rest,
+    )
     if named:
-        return _mesh_groups(named[1], named[2])
+        dims, order = ([int(n) for n in (part or "").split(",") if n] for part in named.group(2, 3))
+        return _mesh_groups(named[1], named[4], _ids(dims, order) if dims else None)
+    if "replica_groups={}" not in i.rest and "replica_groups=" in i.rest:
+        form = i.rest.partition("replica_groups=")[2][:80]
+        raise ValueError(f"who takes part in {i.name} is written in an unknown form: {form}")
     return [tuple(range(devices))]
 
 
-def _mesh_groups(mesh: str, axes: str) -> list[tuple[int, ...]]:
+def _ids(dims: list[int], order: list[int]) -> np.ndarray:
+    """Devices counted in rows of a shape, whose axes are then put in another order."""
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return ids.transpose(order) if order else ids
+
+
+def _mesh_groups(mesh: str, axes: str, order: np.ndarray | None) -> list[tuple[int, ...]]:
     sizes = {name: int(size) for name, size in re.findall(r"([^\s,=]+)=(\d+)", mesh)}
     dims: list[int] = []
     chosen: list[int] = []
@@ -406,7 +421,7 @@ def _mesh_groups(mesh: str, axes: str) -> list[tuple[int, ...]]:
         else:
             chosen += [len(dims)] if name in pieces else []
             dims.append(size)
-    ids = np.arange(math.prod(dims)).reshape(dims)
+    ids = (np.arange(math.prod(dims)) if order is None else order).reshape(dims)
     group = math.prod(dims[axis] for axis in chosen)
     last = range(len(dims) - len(chosen), len(dims))
     return [tuple(g) for g in np.moveaxis(ids, chosen, last).reshape(-1, group).tolist()]

@@ -416,12 +416,32 @@ def test_text_that_is_no_module():
         ("replica_groups=mesh['x'=2,'y'=4] {'x'}", [(0, 4), (1, 5), (2, 6), (3, 7)]),
         ("replica_groups=mesh['x'=2,'y'=4] {'y':(2)2}", [(0, 1), (2, 3), (4, 5), (6, 7)]),
         ("replica_groups=mesh['x'=8] {'x':(1)2}", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        # Rows of this mesh are (0, 4), (1, 5), (2, 6), (3, 7).
+        (
+            "replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}",
+            [(0, 1, 2, 3), (4, 5, 6, 7)],
+        ),
+        (
+            "replica_groups=mesh['w'=1,'x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}",
+            [(0, 4), (1, 5), (2, 6), (3, 7)],
+        ),
+        (
+            "replica_groups=mesh['x'=2,'y'=4], device_ids=([8]) {'x'}",
+            [(0, 4), (1, 5), (2, 6), (3, 7)],
+        ),
         ("replica_groups={}", [tuple(range(8))]),
     ],
 )
 def test_who_is_in_a_group(groups, members):
     made = Instruction("g", "all-gather", "", (), f"all-gather(%p), {groups}, dimensions={{0}}")
     assert hlo._groups(made, 8) == members
+
+
+@pytest.mark.parametrize("form", ["mesh['x'=2,'y'=4], device_ids=(7,6,5) {'x'}", "V4<2,4>"])
+def test_a_group_in_an_unknown_form_is_refused(form):
+    made = Instruction("g", "all-gather", "", (), f"all-gather(%p), replica_groups={form}, a=0")
+    with pytest.raises(ValueError, match="g is written in an unknown form: "):
+        hlo._groups(made, 8)
 
 
 @pytest.mark.parametrize(
