@@ -84,7 +84,8 @@ def make_batches(
 
 
 def global_arrays(batch: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
-    """This process's rows of a batch as its part of global `jax.Array`s.
+    """This process's rows of a batch as its part of global `jax.Array`s, which on a CPU may share
+    the batch's memory.
 
     Args:
       batch: one of `make_batches`, with this process's index and the number of processes.

@@ -44,10 +44,41 @@ _CHILD = (
 
 
 class Shared(NamedTuple):
-    """Arrays that the workers see too. Their memory is used again once nobody has a view of it."""
+    """Arrays that the workers see too, and what this process forks. Their memory is used again once
+    nobody has a view of it."""
 
     arrays: Arrays
     offset: int  # where they begin in the workers' file
+
+
+class _Block(NamedTuple):
+    """Memory of one layout, in a piece of the file that this process maps."""
+
+    offset: int
+    piece: mmap.mmap
+    at: int  # where it begins in the piece
+    size: int
+
+
+class _Free(list[_Block]):
+    """Blocks that nobody has a view of; beyond a few their pages go back to the system."""
+
+    keep = 8
+
+    def append(self, block: _Block) -> None:
+        if len(self) >= self.keep:
+            _empty(block)
+        super().append(block)
+
+    def close(self) -> None:
+        self.keep = 0
+        for block in self[:]:
+            _empty(block)
+
+
+def _empty(block: _Block) -> None:
+    with contextlib.suppress(AttributeError, OSError):  # not every system or file can
+        block.piece.madvise(mmap.MADV_REMOVE, block.at, block.size)
 
 
 class _Lease(np.ndarray):
@@ -84,12 +115,13 @@ class Workers:
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
         self._layout, self._size = layout, _pages(sum(_bytes(*one) for one in layout.values()))
-        self._free: list[tuple[int, mmap.mmap]] = []
-        self._end = _pages(8 * count)  # the notes are in front
+        self._free = _Free()
+        self._end, self._count = _pages(8 * count), 0  # the notes are in front
         self._fd = _file(self._end)
         # Also at the interpreter's end, and where the pool is dropped without a close.
-        self.close = weakref.finalize(self, _stop, self._workers, self._idle)
-        weakref.finalize(self, os.close, self._fd)  # what is shared stays while it has a view
+        self.close = weakref.finalize(self, _stop, self._workers, self._idle, self._free)
+        # Not by `close`: a thread may be in `share`. What is shared stays while it has a view.
+        weakref.finalize(self, os.close, self._fd).atexit = False
         for number in range(count):
             worker = _Worker(number, fill, layout, self._fd)
             self._workers.append(worker)
@@ -97,18 +129,25 @@ class Workers:
 
     def share(self) -> Shared:
         """New arrays of the layout, for `__call__` to fill. Raises WorkersClosed."""
-        try:
-            offset, memory = self._free.pop()
-        except IndexError:
-            with self._lock:
-                if not self.close.alive:
-                    raise WorkersClosed("the data workers are closed") from None
-                offset, self._end = self._end, self._end + self._size
-                os.ftruncate(self._fd, self._end)
-                memory = mmap.mmap(self._fd, self._size, offset=offset)
-        lease = np.frombuffer(memory, np.uint8).view(_Lease)
-        weakref.finalize(lease, self._free.append, (offset, memory)).atexit = False
-        return Shared(_arrays(lease, self._layout), offset)
+        with self._lock:
+            if not self.close.alive:
+                raise WorkersClosed("the data workers are closed")
+            if not self._free:
+                self._grow()
+            block = self._free.pop()
+        lease = np.frombuffer(block.piece, np.uint8, block.size, block.at).view(_Lease)
+        weakref.finalize(lease, self._free.append, block).atexit = False
+        return Shared(_arrays(lease, self._layout), block.offset)
+
+    def _grow(self) -> None:
+        """Twice the blocks: each piece that is mapped holds a descriptor."""
+        self._count = max(2, 2 * self._count)
+        begin, size = self._end, self._count * self._size
+        self._end += size
+        os.ftruncate(self._fd, self._end)
+        piece = mmap.mmap(self._fd, size, offset=begin)
+        for at in range(0, size, self._size):
+            list.append(self._free, _Block(begin + at, piece, at, self._size))
 
     def __call__(self, job: Any, shared: Shared | None = None, row: int | None = None) -> None:
         """Runs a job, which fills what is shared, or one row of it; waits for an idle worker.
@@ -188,8 +227,9 @@ class _Worker:
         return int(self._note[0])
 
 
-def _stop(workers: Sequence[_Worker], idle: queue.SimpleQueue[_Worker | None]) -> None:
+def _stop(workers: Sequence[_Worker], idle: queue.SimpleQueue[_Worker | None], free: _Free) -> None:
     idle.put(None)
+    free.close()
     for worker in workers:
         worker.process.kill()  # it has nothing to lose
     for worker in workers:
@@ -252,7 +292,7 @@ def serve(fd: int, number: int) -> None:
         fill, layout = connection.recv()
         size = _pages(sum(_bytes(*one) for one in layout.values()))
         head = np.frombuffer(mmap.mmap(fd, 8 * (number + 1)), np.int64)[number:]
-        seen: dict[int, Arrays] = {}  # by offset; the same few come again
+        memory = np.empty(0, np.uint8)  # the whole file; its pieces double, so it seldom grows
 
         def note(part: int) -> None:
             head[0] = part
@@ -260,10 +300,11 @@ def serve(fd: int, number: int) -> None:
         while True:
             job, offset, row = connection.recv()
             before = retry.counted()
-            if offset is not None and offset not in seen:
-                memory = mmap.mmap(fd, size, offset=offset)
-                seen[offset] = _arrays(np.frombuffer(memory, np.uint8), layout)
-            out = {} if offset is None else seen[offset]
+            out = {}
+            if offset is not None:
+                if offset + size > len(memory):
+                    memory = np.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), np.uint8)
+                out = _arrays(memory[offset : offset + size], layout)
             if row is not None:
                 out = {name: array[row] for name, array in out.items()}
             reply = _run(fill, job, out, note, head)

@@ -395,9 +395,8 @@ def _groups(i: Instruction, devices: int) -> list[tuple[int, ...]]:
     if named:
         dims, order = ([int(n) for n in (part or "").split(",") if n] for part in named.group(2, 3))
         return _mesh_groups(named[1], named[4], _ids(dims, order) if dims else None)
-    if "replica_groups={}" not in i.rest and "replica_groups=" in i.rest:
-        form = i.rest.partition("replica_groups=")[2][:80]
-        raise ValueError(f"who takes part in {i.name} is written in an unknown form: {form}")
+    if form := re.search(r"(?:replica_groups|source_target_pairs)=(?!\{\}).{,80}", i.rest):
+        raise ValueError(f"who takes part in {i.name} is written in an unknown form: {form[0]}")
     return [tuple(range(devices))]
 
 

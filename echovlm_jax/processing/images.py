@@ -100,7 +100,8 @@ def image_config(raw: Mapping[str, Any], source: str = "preprocessor_config.json
             f"{source}: min_pixels {config.min_pixels} exceeds max_pixels {config.max_pixels}"
         )
     with np.errstate(all="ignore"):
-        tables = [_normalized(_rescaled(config), config, channel) for channel in range(3)]
+        table = _rescaled(config.rescale_factor if config.do_rescale else None)
+        tables = [_normalized(table, config, channel) for channel in range(3)]
         if not np.isfinite(tables).all():
             raise InputError(
                 f"{source}: image_mean, image_std and rescale_factor together take a pixel's value"
@@ -213,21 +214,23 @@ def _cut(
         out = np.empty((t * h * w, 3 * s * p * p), np.float32)
     patches = out[: t * h * w]
     places = patches.reshape(t, h * w, 3, s, p * p)
-    values = _rescaled(config).take(blocks)
+    table = _rescaled(config.rescale_factor if config.do_rescale else None)
     for frame in range(count):
         # The last frame stands for those that a whole time step lacks.
         until = s if frame == count - 1 else frame % s + 1
         for channel in range(3):
-            one = _normalized(values[frame, channel % channels], config, channel)
+            if channel < channels:
+                values = table.take(blocks[frame, channel])
+            one = _normalized(values, config, channel)
             places[frame // s, :, channel, frame % s : until] = one[:, None]
     return patches, (t, h, w)
 
 
 @functools.lru_cache(maxsize=8)
-def _rescaled(config: ImageConfig) -> np.ndarray:
+def _rescaled(factor: float | None) -> np.ndarray:
     """What each 8-bit value becomes before normalisation, float32 [256], rounded as HF rounds."""
     values = np.arange(256, dtype=np.float64)
-    return (values * config.rescale_factor if config.do_rescale else values).astype(np.float32)
+    return (values if factor is None else values * factor).astype(np.float32)
 
 
 def _normalized(values: np.ndarray, config: ImageConfig, channel: int) -> np.ndarray:

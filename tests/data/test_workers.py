@@ -67,6 +67,34 @@ def test_memory_is_used_again_when_nobody_has_a_view_of_it() -> None:
     assert np.all(values == 2)  # it outlives the workers
 
 
+def test_many_that_are_kept_hold_few_descriptors() -> None:
+    workers, before = make(1), len(os.listdir("/proc/self/fd"))
+    kept = [workers.share() for _ in range(300)]
+    workers(("fill", 5), kept[-1])
+    assert len({shared.offset for shared in kept}) == 300 and np.all(kept[-1].arrays["values"] == 5)
+    assert len(os.listdir("/proc/self/fd")) - before < 12
+    worker = workers.pids[0]
+    assert len(os.listdir(f"/proc/{worker}/fd")) < 16
+    workers.close()
+    with pytest.raises(WorkersClosed):
+        workers.share()
+
+
+def test_memory_that_nobody_needs_goes_back() -> None:
+    def resident() -> int:
+        return os.fstat(workers._fd).st_blocks * 512
+
+    workers = make(1)
+    kept = [workers.share() for _ in range(40)]
+    for shared in kept:
+        workers(("fill", 5), shared)
+    one, most = kept[7].arrays["values"], resident()
+    del kept, shared
+    assert resident() < most / 3
+    workers.close()
+    assert resident() < most / 8 and np.all(one == 5)
+
+
 def test_what_a_job_raises_names_its_part(pool) -> None:
     with pytest.raises(InputError, match=r"^part 1 of 7: 7 is refused$"):
         pool(("refuse", 7), pool.share())

@@ -437,9 +437,16 @@ def test_who_is_in_a_group(groups, members):
     assert hlo._groups(made, 8) == members
 
 
-@pytest.mark.parametrize("form", ["mesh['x'=2,'y'=4], device_ids=(7,6,5) {'x'}", "V4<2,4>"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "replica_groups=mesh['x'=2,'y'=4], device_ids=(7,6,5) {'x'}",
+        "replica_groups=V4<2,4>",
+        "source_target_pairs=[4,2]<=[8]",
+    ],
+)
 def test_a_group_in_an_unknown_form_is_refused(form):
-    made = Instruction("g", "all-gather", "", (), f"all-gather(%p), replica_groups={form}, a=0")
+    made = Instruction("g", "all-gather", "", (), f"all-gather(%p), {form}, a=0")
     with pytest.raises(ValueError, match="g is written in an unknown form: "):
         hlo._groups(made, 8)
 
