@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from echovlm_jax.plan import hlo
+from echovlm_jax.plan.hlo_collectives import collective
 from echovlm_jax.plan.hlo_loops import Branches, Runs, count_runs
 from echovlm_jax.plan.hlo_memory import COLLECTIVES, DONE, START, traffic
 from echovlm_jax.plan.hlo_text import Computation, Instruction, Text
@@ -133,10 +134,10 @@ class _Schedule:
             work.begins += keys if target == f'"{START}"' else []
             work.ends += keys if target == f'"{DONE}"' else []
         devices = self._module.devices
-        if found := hlo.collective(i, here, devices, self._runs.fused, self._granules):
+        if found := collective(i, here, devices, self._runs.fused, self._granules):
             work.link_seconds = found.wire_bytes / self._rates.links
             work.link_seconds += found.network_bytes / self._rates.network
-            work.begins += [i.name] if i.opcode.endswith("-start") else []
+            work.begins += [i.name] if i.opcode.endswith("-start") or i.opcode == "recv" else []
         for name, _ in self._runs.calls.get(i.name, ()):
             inner = self._module.computations[name]
             for part in (self._work(j, inner) for j in inner.body.values()):

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from echovlm_jax.plan import hlo
+from echovlm_jax.plan import hlo, hlo_collectives
 from echovlm_jax.plan.hlo_text import Instruction, shapes
 
 MODULES = Path(__file__).parent / "hlo"
@@ -434,7 +434,7 @@ def test_text_that_is_no_module():
 )
 def test_who_is_in_a_group(groups, members):
     made = Instruction("g", "all-gather", "", (), f"all-gather(%p), {groups}, dimensions={{0}}")
-    assert hlo._groups(made, 8) == members
+    assert hlo_collectives.groups(made, 8) == members
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_who_is_in_a_group(groups, members):
 def test_a_group_in_an_unknown_form_is_refused(form):
     made = Instruction("g", "all-gather", "", (), f"all-gather(%p), {form}, a=0")
     with pytest.raises(ValueError, match="g is written in an unknown form: "):
-        hlo._groups(made, 8)
+        hlo_collectives.groups(made, 8)
 
 
 @pytest.mark.parametrize(
@@ -468,6 +468,41 @@ def test_what_comes_from_other_hosts(granules, groups, n, network):
         ROOT %g = f32[1024]{{0}} all-gather(%p), replica_groups={groups}, dimensions={{0}}
         """
     assert written(body, granules=granules).network_bytes == network
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "network"),
+    [
+        ("ALL_REDUCE", '"{1,2}x{0:3}"', 4096),
+        ("ALL_REDUCE", '"{1:4}x{0:3}"', 2 * 4096 * 3 / 4),
+        ("ALL_REDUCE", "{{100000,300000},{200000,400000}}", 4096),
+        ("ALL_GATHER", '"{1,2}x{0:3}"', 4096 / 2),
+        ("REDUCE_SCATTER", '"{1,2}x{0:3}"', 4096),  # what is received is the sum's half
+        ("ALL_TO_ALL", "{{100000,200000},{100001,200001}}", 4096 / 2),
+        ("ONE_TO_ONE", "{{100000->200000},{200000->100000}}", 4096),
+    ],
+)
+def test_what_slices_exchange_by_way_of_their_hosts(kind, target, network):
+    said = f'_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"'
+    said = f'is_host_transfer=true, frontend_attributes={{a="b",{said},c="d"}}'
+    body = f"""
+        %p = f32[8,128]{{1,0}} parameter(0)
+        %t = token[] after-all()
+        %s = (f32[8,128]{{1,0}}, u32[], token[]) send(%p, %t), channel_id=2, {said}
+        %e = token[] send-done(%s), channel_id=2, is_host_transfer=true
+        %r = (f32[8,128]{{1,0}}, u32[], token[]) recv(%t), channel_id=1, {said}
+        ROOT %d = (f32[8,128]{{1,0}}, token[]) recv-done(%r), channel_id=1, is_host_transfer=true
+        """
+    module = written(body, granules=[0] * 4 + [1] * 4)
+    assert module.network_bytes == network and not sum(module.collective_bytes.values())
+
+
+@pytest.mark.parametrize("said", ['target="all",TYPE="ALL_REDUCE"', 'target="{1}x{0}",TYPE="SOME"'])
+def test_an_exchange_in_an_unknown_form_is_refused(said):
+    said = "_xla_megascale_" + said.replace("TYPE", "_xla_megascale_transfer_type")
+    body = f"%r = (f32[8]{{0}}, u32[], token[]) recv(%t), frontend_attributes={{{said}}}"
+    with pytest.raises(ValueError, match="r is written in an unknown form: "):
+        written(body)
 
 
 # --- Conditions -----------------------------------------------------------------------------------

@@ -49,6 +49,19 @@ def test_a_collective_runs_beside_what_stands_between_its_start_and_its_done():
     assert of(entry(one, start), **NETWORK) == 2.0 + 3.5
 
 
+def test_what_slices_exchange_runs_beside_what_stands_between_too():
+    said = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    lines = (
+        "%t = token[] after-all()",
+        f"%r = (f32[500,1000]{{1,0}}, u32[], token[]) recv(%t), frontend_attributes={{{said}}}",
+        f"%p = {PRODUCT}",
+        "%d = (f32[500,1000]{1,0}, token[]) recv-done(%r)",
+    )
+    assert of(entry(*lines), flops=1e9, network=1e6) == 2.0
+    assert of(entry(*lines), flops=1e9, network=0.5e6) == 4.0
+    assert of(entry(*lines, f"%q = {PRODUCT}"), flops=1e9, network=0.5e6) == 6.0
+
+
 def test_collectives_follow_one_another():
     lines = (
         f"%s = {GATHER}", f"%t = {GATHER}", f"%p = {PRODUCT}",

@@ -8,13 +8,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from echovlm_jax.config import preset
 from echovlm_jax.errors import InputError
 from echovlm_jax.flops import Work, model_flops
-from echovlm_jax.mesh import make_mesh
+from echovlm_jax.mesh import make_mesh, topology_devices
 from echovlm_jax.model import param_specs
-from echovlm_jax.plan import Serving, plan
+from echovlm_jax.plan import Serving, hlo, plan
 from echovlm_jax.plan.hlo import CustomCall
 from echovlm_jax.plan.hlo_text import Shape
 from echovlm_jax.plan.kernels import kernel_flops
@@ -107,6 +108,18 @@ def test_bad_requests_are_refused():
         plan(config, "v5e:4x4", step="serve")
     with pytest.raises(InputError, match="chip 'v9' is unknown"):
         plan(config, "v9:4x4")
+
+
+@needs_libtpu
+def test_what_goes_between_slices_is_seen():
+    """Of half an array each, two slices fetch the other half, by way of their hosts."""
+    devices = topology_devices("v5e:2x2", slices=2)
+    mesh = make_mesh({"fsdp": 4}, devices, dcn={"data": 2})
+    split, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", None))
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    step = jax.jit(lambda x: x * 2, in_shardings=split, out_shardings=whole)
+    module = hlo.read(step.lower(x).compile().as_text() or "", granules=[0] * 4 + [1] * 4)
+    assert module.network_bytes == 4 * 1024 * 1024 / 2
 
 
 @needs_libtpu
