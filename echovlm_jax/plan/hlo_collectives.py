@@ -10,7 +10,6 @@ import numpy as np
 from echovlm_jax.plan.hlo_memory import COLLECTIVES, START
 from echovlm_jax.plan.hlo_text import Computation, Instruction, Shape
 
-MEGASCALE = "_xla_megascale_transfer_type="
 _BETWEEN_SLICES = {
     "ALL_REDUCE": "all-reduce",
     "ALL_GATHER": "all-gather",
@@ -59,7 +58,7 @@ def collective(
     i: Instruction, here: Computation, devices: int, fused: set[str], granules: Sequence[int] = ()
 ) -> Collective | None:
     """The collective that an instruction begins, run once; None where it begins none."""
-    if MEGASCALE in i.rest and i.opcode == "recv":
+    if i.opcode == "recv":
         return _between_slices(i)
     kind = i.opcode.removesuffix("-start")
     if kind not in COLLECTIVES or not _begins(i, here):
@@ -89,9 +88,10 @@ def _between_slices(i: Instruction) -> Collective:
     groups, {{100000,200000},…}, or as pairs, {{100000->200000},…}. No byte is on a slice's links.
 
     Raises:
-      ValueError: it says so in another form, which a newer compiler may write.
+      ValueError: it says so in another form, which a newer compiler may write; or it is no such
+        exchange, and nothing that the programs read so far had.
     """
-    said = re.search(rf'{MEGASCALE}"(\w+)"', i.rest)
+    said = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
     target = re.search(r'_xla_megascale_target=(?:"(.*?)"|\{(\{.*?\})\})', i.rest)
     by_slice, listed = target.groups() if target else (None, None)
     sizes = {

@@ -497,7 +497,10 @@ def test_what_slices_exchange_by_way_of_their_hosts(kind, target, network):
     assert module.network_bytes == network and not sum(module.collective_bytes.values())
 
 
-@pytest.mark.parametrize("said", ['target="all",TYPE="ALL_REDUCE"', 'target="{1}x{0}",TYPE="SOME"'])
+@pytest.mark.parametrize(
+    "said",
+    ['target="all",TYPE="ALL_REDUCE"', 'target="{1}x{0}",TYPE="SOME"', 'target="{1,2}x{0}"'],
+)
 def test_an_exchange_in_an_unknown_form_is_refused(said):
     said = "_xla_megascale_" + said.replace("TYPE", "_xla_megascale_transfer_type")
     body = f"%r = (f32[8]{{0}}, u32[], token[]) recv(%t), frontend_attributes={{{said}}}"
