@@ -196,7 +196,7 @@ def declared_dependencies(module: str, source: str) -> list[str]:
         normal.sub("-", re.split(r"[^\w.-]", line)[0]).lower()
         for extra, lines in project["optional-dependencies"].items()
         for line in lines
-        if extra != "dev"
+        if extra not in ("dev", "test")
     }
     complaints = []
     for name, lazy in _imports(module, source):
