@@ -16,6 +16,7 @@ from echovlm_jax.mesh import AXES
 from echovlm_jax.model.compute import REMAT
 from echovlm_jax.ops.moe.dispatch import DISPATCHES
 from echovlm_jax.storage.files import as_path, local_path
+from echovlm_jax.train.loss import WEIGHTINGS
 from echovlm_jax.train.stages import STAGES, read_rules
 from echovlm_jax.train.step import BALANCES
 
@@ -77,6 +78,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "moe_dispatch": _one_of((*DISPATCHES, "auto")),
     "balance_weight": _NOT_NEGATIVE._replace(optional=True),
     "balance_over": _one_of(BALANCES, optional=True),
+    "loss_weighting": _one_of(WEIGHTINGS, optional=True),
     "router_z_weight": _NOT_NEGATIVE._replace(optional=True),
     "capacity_factor": _ABOVE_0._replace(optional=True),
     "dtype": _DTYPE,

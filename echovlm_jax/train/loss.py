@@ -13,6 +13,8 @@ from echovlm_jax.ops.product.einsum import einsum
 from echovlm_jax.ops.product.weight import Quantized, as_operand, in_chunks
 
 IGNORE = -100  # a label that does not count
+# What a label weighs, in a sample with n of them: 1, 1 / √n or 1 / n.
+WEIGHTINGS = ("token", "square_root", "sample")
 # Bytes of logits that one device holds at a time. Smaller saves memory and runs more, narrower
 # products.
 LOGIT_BYTES = 128 * 2**20
@@ -96,6 +98,30 @@ def token_losses(
         ("batch", "length"),
     )
     return run(hidden, head, labels)
+
+
+def label_weights(
+    labels: Int[Array, "B T"], segment_ids: Int[Array, "B T"], weighting: str = "token"
+) -> Float[Array, "B T"]:
+    """What each label weighs in the loss, float32; 0 where there is none.
+
+    A report has a hundred labels and a diagnosis four: where every label weighs the same, the loss
+    is the reports'. With "sample" each answer weighs as much as any other, with "square_root" as
+    the root of its length (as in InternVL 2.5, arXiv 2412.05271).
+
+    Args:
+      labels: IGNORE is none.
+      segment_ids: number of the sample that each position belongs to, 0 of padding.
+      weighting: one of WEIGHTINGS.
+    """
+    counted = (jnp.asarray(labels) != IGNORE).astype(jnp.float32)
+    if weighting == "token":
+        return counted
+    length = counted.shape[1]
+    # [B, T + 1]: samples of a row are numbered from 1, and there are at most as many as tokens.
+    numbers = jax.vmap(lambda n, ids: jax.ops.segment_sum(n, ids, length + 1))(counted, segment_ids)
+    n = jnp.maximum(jnp.take_along_axis(numbers, jnp.asarray(segment_ids), axis=1), 1)
+    return counted / (n if weighting == "sample" else jnp.sqrt(n))
 
 
 def _chunks(vocab: int, bytes_per_column: int, most: int) -> int:

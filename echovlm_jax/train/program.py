@@ -195,6 +195,7 @@ def make_program(
         seed=config.seed,
         z_weight=config.get("router_z_weight") or 0.0,
         balance_over=config.get("balance_over") or "batch",
+        loss_weighting=config.get("loss_weighting") or "token",
     )
     jitted = jax.jit(
         step,

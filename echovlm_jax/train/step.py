@@ -14,7 +14,7 @@ from echovlm_jax.model import Compute, EchoVLM, param_specs
 from echovlm_jax.ops import Array
 from echovlm_jax.ops.moe.routing import balancing_losses, balancing_part
 from echovlm_jax.train.lora import scaled, with_dropout
-from echovlm_jax.train.loss import IGNORE, token_losses
+from echovlm_jax.train.loss import IGNORE, label_weights, token_losses
 from echovlm_jax.train.optimizer import global_norm, in_float32, updates_made
 from echovlm_jax.train.stages import merge
 from echovlm_jax.train.telemetry import mixture_sums, z_loss
@@ -52,6 +52,7 @@ class Totals(NamedTuple):
     """What the global means divide by, over the whole batch and all its accumulation steps."""
 
     labels: jax.Array  # labels that count
+    weight: jax.Array  # what they weigh together
     tokens: jax.Array  # tokens that are not padding
     chosen: jax.Array | None = None  # [E], how often each expert was; None: by the part itself
 
@@ -73,10 +74,11 @@ def loss_and_metrics(
     dtype: DTypeLike,
     z_weight: float = 0.0,
     balance_over: str = "batch",
+    loss_weighting: str = "token",
 ) -> tuple[jax.Array, Metrics]:
     """This batch's part of the global loss: parts add up to the loss over all of `totals`.
 
-    loss = Σ cross-entropy / totals.labels + coefficient · balancing
+    loss = Σ weight · cross-entropy / totals.weight + coefficient · balancing
     + z_weight · Σ router z-loss / totals.tokens.
 
     Args:
@@ -87,6 +89,7 @@ def loss_and_metrics(
       z_weight: of `telemetry.z_loss`.
       balance_over: one of BALANCES. Of "batch", over all tokens of the global batch; "row", in
         each row by itself, and the mean of that over the rows' tokens.
+      loss_weighting: of `label_weights`.
 
     Returns:
       The loss [] in float32, and parts of metrics that add up likewise.
@@ -98,7 +101,8 @@ def loss_and_metrics(
         head = text["lm_head"]["kernel"]
     wanted = targets(batch["labels"], batch["segment_ids"])
     losses = token_losses(out.hidden, head, wanted, layout=compute.layout)
-    cross_entropy = jnp.sum(losses) / totals.labels
+    weights = label_weights(wanted, batch["segment_ids"], loss_weighting)
+    cross_entropy = jnp.sum(weights * losses) / totals.weight
     loss, metrics = cross_entropy, {"ce_loss": cross_entropy}
     if config.moe is not None:
         counted = batch["segment_ids"] != 0
@@ -133,6 +137,7 @@ def make_train_step(
     seed: int = 0,
     z_weight: float = 0.0,
     balance_over: str = "batch",
+    loss_weighting: str = "token",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step for a model and a way to compute it; jit it with the state donated.
 
@@ -153,6 +158,7 @@ def make_train_step(
       balance_over: of BALANCES, see `loss_and_metrics`. With grad_accum above 1 "batch" costs a
         forward pass more: a part's loss needs to know how often each expert is chosen in the others
         too. "row" does not.
+      loss_weighting: what a label weighs, of `label_weights`.
     """
     ahead = balance_over == "batch" and grad_accum > 1 and config.moe is not None
 
@@ -181,11 +187,12 @@ def make_train_step(
             dtype=dtype,
             z_weight=z_weight,
             balance_over=balance_over,
+            loss_weighting=loss_weighting,
         )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = {name: compute.layout.constrain(x, *BATCH_AXES[name]) for name, x in batch.items()}
-        totals = totals_of(batch)
+        totals = totals_of(batch, loss_weighting)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), _DROPOUT)
         if ahead:
 
@@ -245,10 +252,12 @@ def make_eval_step(
     return step
 
 
-def totals_of(batch: Batch) -> Totals:
+def totals_of(batch: Batch, loss_weighting: str = "token") -> Totals:
     """What a batch's means divide by; 1 where there is nothing to count."""
     wanted = targets(batch["labels"], batch["segment_ids"])
+    weight = jnp.sum(label_weights(wanted, batch["segment_ids"], loss_weighting))
     return Totals(
+        weight=jnp.where(weight > 0, weight, 1.0),
         labels=jnp.maximum(jnp.sum(wanted != IGNORE), 1).astype(jnp.float32),
         tokens=jnp.maximum(jnp.sum(batch["segment_ids"] != 0), 1).astype(jnp.float32),
     )

@@ -161,8 +161,10 @@ def case_names(form: str) -> list[str]:
 def everything(params: dict, batch: dict, *, compute: Compute) -> dict:
     """Logits, loss, its parts, and the gradients of the loss with respect to all parameters."""
     wanted = targets(batch["labels"], batch["segment_ids"])
+    labels = jnp.sum(wanted != IGNORE).astype(jnp.float32)
     totals = Totals(
-        labels=jnp.sum(wanted != IGNORE).astype(jnp.float32),
+        labels=labels,
+        weight=labels,
         tokens=jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
     )
     hidden = []

@@ -16,7 +16,7 @@ from echovlm_jax.model import Compute, EchoVLM, abstract_params
 from echovlm_jax.model.compute import REMAT
 from echovlm_jax.plan import hlo
 from echovlm_jax.train import step as step_module
-from echovlm_jax.train.loss import IGNORE, token_losses
+from echovlm_jax.train.loss import IGNORE, WEIGHTINGS, token_losses
 from echovlm_jax.train.program import Program, init_state, make_program
 from echovlm_jax.train.stages import STAGES, count
 from echovlm_jax.train.step import TrainState, make_train_step
@@ -60,12 +60,21 @@ def params() -> dict:
 
 
 @functools.cache
-def plain_step(grad_accum: int = 1, remat: str = "none", model: ModelConfig = MODEL):
+def plain_step(
+    grad_accum: int = 1, remat: str = "none", model: ModelConfig = MODEL, weighting: str = "token"
+):
     """(params, batch) → (metrics, gradients) of one step on one device."""
     optimizer = optax.sgd(1.0, momentum=0.5)  # its first momentum is the gradient
     compute = Compute(moe_dispatch="ragged", remat=remat)
     step = jax.jit(
-        make_train_step(model, compute, optimizer, dtype=jnp.float32, grad_accum=grad_accum)
+        make_train_step(
+            model,
+            compute,
+            optimizer,
+            dtype=jnp.float32,
+            grad_accum=grad_accum,
+            loss_weighting=weighting,
+        )
     )
 
     def run(params: dict, batch: dict) -> tuple[dict, dict]:
@@ -94,7 +103,7 @@ def check_same(made: tuple[dict, dict], wanted: tuple[dict, dict], tolerance: fl
 
 
 @functools.cache
-def by_hand() -> dict[str, float]:
+def by_hand(weighting: str) -> dict[str, float]:
     """Loss and parts by their formulas, in numpy, from the model's logits."""
     batch = {name: np.asarray(x) for name, x in uneven_batch().items()}
     model = EchoVLM(MODEL)
@@ -106,14 +115,18 @@ def by_hand() -> dict[str, float]:
         return logits, out.router_logits
 
     logits, routers = (np.asarray(x, np.float64) for x in forward(params(), uneven_batch()))
-    total = labels = 0.0
+    samples: dict[tuple[int, int], list[float]] = {}
     for b in range(ROWS):
         for t in range(LENGTH - 1):
             label, segment = batch["labels"][b, t + 1], batch["segment_ids"][b, t]
             if label != IGNORE and segment and segment == batch["segment_ids"][b, t + 1]:
                 row = logits[b, t] - logits[b, t].max()
-                total += np.log(np.exp(row).sum()) - row[label]
-                labels += 1
+                loss = np.log(np.exp(row).sum()) - row[label]
+                samples.setdefault((b, segment), []).append(loss)
+    labels = sum(map(len, samples.values()))
+    power = {"token": 0.0, "square_root": 0.5, "sample": 1.0}[weighting]
+    total = sum(sum(each) / len(each) ** power for each in samples.values())
+    weight = sum(len(each) ** (1 - power) for each in samples.values())
     # Over all layers and tokens of the batch at once.
     counted = batch["segment_ids"] != 0
     rows = np.exp(routers[:, counted].reshape(-1, 4))
@@ -121,14 +134,15 @@ def by_hand() -> dict[str, float]:
     best = np.argsort(-rows, axis=-1)[:, :2]
     shares = np.array([(best == e).sum() / len(best) for e in range(4)])
     tokens = counted.sum()
-    ce, aux = total / labels, 4 * (shares * rows.mean(axis=0)).sum()
+    ce, aux = total / weight, 4 * (shares * rows.mean(axis=0)).sum()
     return {"loss": ce + 0.5 * aux, "ce_loss": ce, "aux_loss": aux, "labels": labels,
             "tokens": tokens, "dropped": 0.0}  # fmt: skip
 
 
-def test_the_loss_is_the_mean_over_all_labels():
-    metrics, gradients = plain_step()(params(), uneven_batch())
-    for name, value in by_hand().items():
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_loss_is_the_mean_over_all_labels(weighting):
+    metrics, gradients = plain_step(weighting=weighting)(params(), uneven_batch())
+    for name, value in by_hand(weighting).items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
     norm = np.sqrt(sum(float(jnp.sum(x**2)) for x in gradients.values()))
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-3)
@@ -169,10 +183,15 @@ def _nested(flat: dict) -> dict:
     return out
 
 
-@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_accumulation_makes_the_same_update(parts):
+@pytest.mark.parametrize(
+    ("parts", "weighting"),
+    [pytest.param(2, "token", marks=pytest.mark.slow), (4, "token"), (4, "sample")],
+)
+def test_accumulation_makes_the_same_update(parts, weighting):
     check_same(
-        plain_step(parts)(params(), uneven_batch()), plain_step()(params(), uneven_batch()), 1e-6
+        plain_step(parts, weighting=weighting)(params(), uneven_batch()),
+        plain_step(weighting=weighting)(params(), uneven_batch()),
+        1e-6,
     )
 
 
