@@ -1,9 +1,8 @@
 """The whole way on this machine: synthetic exams, two stages of training, evaluation, a report.
 
-Nothing is downloaded, so the model begins with random weights, and its first stage trains all of
-them; the second is the text half of the released recipe's, low-rank updates beside the experts. It
-learns synthetic exams and knows nothing of real ones. That the numbers are PyTorch's is shown too:
-PyTorch recorded its own in `demo_golden.npz`, from weights that `make_checkpoint` makes again.
+Nothing is downloaded, so the model begins with random weights, and both stages train all of them.
+It learns synthetic exams and knows nothing of real ones. That the numbers are PyTorch's is shown
+too: PyTorch recorded its own in `demo_golden.npz`, from weights that `make_checkpoint` makes again.
 """
 
 import contextlib
@@ -43,7 +42,6 @@ from echovlm_jax.processing.images import load_media
 from echovlm_jax.storage import layout
 from echovlm_jax.train.config_file import load_config, own_config
 from echovlm_jax.train.loop import train
-from echovlm_jax.train.stages import STAGES as STAGE_RULES
 
 GOLDEN = Path(__file__).with_name("demo_golden.npz")
 QUESTION = "Write the ultrasound report of these images."
@@ -57,11 +55,6 @@ _ASKED = ("report", "diagnosis")
 EVALUATION = EvalOptions(tasks=_ASKED, batch_size=35, max_new_tokens=128)
 _SPLITS = Options(validation=0.02, test=0.06)
 _CONTROLS = {"evaluation": "given", "blind": "blind", "shuffled": "shuffled"}
-_TEXT_RECIPE = tuple(
-    (rule.pattern, rule.how)
-    for rule in STAGE_RULES["instruction"]
-    if not rule.pattern.startswith("vision/")
-)
 _NO_TASK = {f"task_weights.{task}": 0.0 for task in TASKS}
 # An English report takes 150 tokens of the demo's tokenizer: small rows, so short steps.
 ROWS: Mapping[str, int] = {"global_batch_size": 4, "seq_len": 256, "max_patches": 256}
@@ -72,26 +65,25 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
     # diagnoses at chance.
     "alignment": {
         "stage_rules": ((".*", "full"),),
-        "steps": 1500,
+        "steps": 1100,
         "global_batch_size": 14,
         "seq_len": 80,
         "max_patches": 64,
         **_NO_TASK,
         "task_weights.diagnosis": 1.0,
     },
-    # The released recipe's second stage for the text, and the words' own vectors, which have seen
-    # no report yet. Vision tower and merger are left as they are: updates beside them unlearned
-    # what stage one had found (seed 0: from 80 % of held-out diagnoses to 65 %; without, 80 %).
+    # Reports beside diagnoses, at half the rate. All of it trains here too: low-rank updates of the
+    # text over a tower left as it is did not learn what reports state. Where every label weighs the
+    # same, diagnoses are unlearned: 69 % of the held-out ones were right, so 79 % (seed 0).
     "instruction": {
-        "stage_rules": (("text/(embed|lm_head)/.*", "full"), *_TEXT_RECIPE),
-        "steps": 400,
+        "stage_rules": ((".*", "full"),),
+        "steps": 680,
+        "learning_rate": 1e-3,
+        "loss_weighting": "square_root",
         **ROWS,
         **_NO_TASK,
         "task_weights.report": 1.0,
         "task_weights.diagnosis": 1.0,
-        "lora.rank": 16,
-        "lora.alpha": 32,
-        "lora.dropout": 0.0,
     },
 }
 

@@ -49,6 +49,7 @@ def _show(result: Result, args: argparse.Namespace) -> None:
     print(f"{'':24}" + "".join(f"{title:24}" for title in columns).rstrip())
     for name, title in (
         ("bleu1", "BLEU-1"),
+        ("facts_f1", "facts, F1"),
         ("diagnosis_accuracy", "diagnosis, % right"),
     ):
         values = (value(table, name) for table in tables)
