@@ -30,7 +30,13 @@ from echovlm_jax.train.config_file import check_config
 from echovlm_jax.train.lora import init_lora, lora_specs, of_experts
 from echovlm_jax.train.optimizer import in_float32, learning_rate, make_optimizer
 from echovlm_jax.train.stages import Rule, by_leaf, match_rules, read_rules, split
-from echovlm_jax.train.step import BATCH_AXES, TrainState, make_eval_step, make_train_step
+from echovlm_jax.train.step import (
+    BATCH_AXES,
+    Objective,
+    TrainState,
+    make_eval_step,
+    make_train_step,
+)
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes no type checker knows
 
@@ -193,9 +199,7 @@ def make_program(
         lora_scale=config.lora.alpha / config.lora.rank,
         lora_dropout=config.lora.dropout,
         seed=config.seed,
-        z_weight=config.get("router_z_weight") or 0.0,
-        balance_over=config.get("balance_over") or "batch",
-        loss_weighting=config.get("loss_weighting") or "token",
+        objective=_objective(config),
     )
     jitted = jax.jit(
         step,
@@ -220,6 +224,14 @@ def make_program(
         state,
         batch,
         config.get("optimization_level"),
+    )
+
+
+def _objective(config: Config) -> Objective:
+    return Objective(
+        z_weight=config.get("router_z_weight") or 0.0,
+        balance_over=config.get("balance_over") or "batch",
+        loss_weighting=config.get("loss_weighting") or "token",
     )
 
 

@@ -57,6 +57,23 @@ class Totals(NamedTuple):
     chosen: jax.Array | None = None  # [E], how often each expert was; None: by the part itself
 
 
+class Objective(NamedTuple):
+    """What the loss is made of.
+
+    Attributes:
+      z_weight: of the router's z-loss.
+      balance_over: one of BALANCES. Of "batch", over all tokens of the global batch; with
+        grad_accum above 1 that costs a forward pass more, because a part's loss needs to know how
+        often each expert is chosen in the others. "row": in each row by itself, and the mean of
+        that over the rows' tokens.
+      loss_weighting: what a label weighs, of `label_weights`.
+    """
+
+    z_weight: float = 0.0
+    balance_over: str = "batch"
+    loss_weighting: str = "token"
+
+
 def targets(labels: Array, segment_ids: Array) -> jax.Array:
     """Each position's next token, IGNORE where there is none in its segment. All [B, T] int32."""
     shifted = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
@@ -72,9 +89,7 @@ def loss_and_metrics(
     config: ModelConfig,
     compute: Compute,
     dtype: DTypeLike,
-    z_weight: float = 0.0,
-    balance_over: str = "batch",
-    loss_weighting: str = "token",
+    objective: Objective = Objective(),
 ) -> tuple[jax.Array, Metrics]:
     """This batch's part of the global loss: parts add up to the loss over all of `totals`.
 
@@ -86,10 +101,7 @@ def loss_and_metrics(
       batch: the model's batch with `labels` [B, T], IGNORE where a token does not count, and
         optionally `organs` [B, T], each token's organ by number.
       totals: of the global batch.
-      z_weight: of `telemetry.z_loss`.
-      balance_over: one of BALANCES. Of "batch", over all tokens of the global batch; "row", in
-        each row by itself, and the mean of that over the rows' tokens.
-      loss_weighting: of `label_weights`.
+      objective: what the loss is made of.
 
     Returns:
       The loss [] in float32, and parts of metrics that add up likewise.
@@ -101,7 +113,7 @@ def loss_and_metrics(
         head = text["lm_head"]["kernel"]
     wanted = targets(batch["labels"], batch["segment_ids"])
     losses = token_losses(out.hidden, head, wanted, layout=compute.layout)
-    weights = label_weights(wanted, batch["segment_ids"], loss_weighting)
+    weights = label_weights(wanted, batch["segment_ids"], objective.loss_weighting)
     cross_entropy = jnp.sum(weights * losses) / totals.weight
     loss, metrics = cross_entropy, {"ce_loss": cross_entropy}
     if config.moe is not None:
@@ -109,7 +121,7 @@ def loss_and_metrics(
         mixture = mixture_sums(
             out, batch, top_k=config.moe.top_k, organs=ORGAN_NUMBERS, layout=compute.layout
         )
-        if balance_over == "row":
+        if objective.balance_over == "row":
             share = jnp.sum(counted, axis=-1) / totals.tokens
             rows = balancing_losses(out.router_logits, counted, top_k=config.moe.top_k)
             metrics["aux_loss"] = jnp.sum(rows * share)
@@ -118,9 +130,9 @@ def loss_and_metrics(
             metrics["aux_loss"] = balancing_part(out.router_logits, counted, chosen, totals.tokens)
         metrics["dropped"] = jnp.sum(out.dropped).astype(jnp.float32)
         loss = loss + config.moe.router_aux_loss_coef * metrics["aux_loss"]
-        if z_weight:
+        if objective.z_weight:
             metrics["z_loss"] = z_loss(out.router_logits, counted / totals.tokens)
-            loss = loss + z_weight * metrics["z_loss"]
+            loss = loss + objective.z_weight * metrics["z_loss"]
         metrics |= mixture
     return loss, {"loss": loss, **metrics}
 
@@ -135,9 +147,7 @@ def make_train_step(
     lora_scale: float = 1.0,
     lora_dropout: float = 0.0,
     seed: int = 0,
-    z_weight: float = 0.0,
-    balance_over: str = "batch",
-    loss_weighting: str = "token",
+    objective: Objective = Objective(),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step for a model and a way to compute it; jit it with the state donated.
 
@@ -154,13 +164,9 @@ def make_train_step(
       lora_dropout: of the updates' inputs.
       seed: with a step's number and a part's it makes the keys of all that is random in them: a run
         that goes on draws what it would have drawn.
-      z_weight: of the router's z-loss.
-      balance_over: of BALANCES, see `loss_and_metrics`. With grad_accum above 1 "batch" costs a
-        forward pass more: a part's loss needs to know how often each expert is chosen in the others
-        too. "row" does not.
-      loss_weighting: what a label weighs, of `label_weights`.
+      objective: what the loss is made of.
     """
-    ahead = balance_over == "batch" and grad_accum > 1 and config.moe is not None
+    ahead = objective.balance_over == "batch" and grad_accum > 1 and config.moe is not None
 
     def variables_of(trainable: Any, frozen: Any, key: Any) -> dict[str, Any]:
         variables = _variables(trainable, frozen, lora_scale)
@@ -185,14 +191,12 @@ def make_train_step(
             config=config,
             compute=compute,
             dtype=dtype,
-            z_weight=z_weight,
-            balance_over=balance_over,
-            loss_weighting=loss_weighting,
+            objective=objective,
         )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = {name: compute.layout.constrain(x, *BATCH_AXES[name]) for name, x in batch.items()}
-        totals = totals_of(batch, loss_weighting)
+        totals = totals_of(batch, objective.loss_weighting)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), _DROPOUT)
         if ahead:
 

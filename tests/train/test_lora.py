@@ -17,7 +17,7 @@ from echovlm_jax.train import step as step_module
 from echovlm_jax.train.lora import init_lora, lora_specs, scaled, with_dropout
 from echovlm_jax.train.program import init_state
 from echovlm_jax.train.stages import how_it_trains
-from echovlm_jax.train.step import TrainState, make_eval_step, make_train_step
+from echovlm_jax.train.step import Objective, TrainState, make_eval_step, make_train_step
 from tests.distributed.train_steps import place, random_batch
 from tests.train.test_step import LENGTH, MODEL, program
 
@@ -137,7 +137,7 @@ def noises(step_number: int, *, grad_accum: int = 1, seed: int = 0, rate: float 
         grad_accum=grad_accum,
         lora_dropout=rate,
         seed=seed,
-        balance_over="row",  # over the batch it asks the model itself
+        objective=Objective(balance_over="row"),  # over the batch it asks the model itself
     )
     after, _ = jax.jit(update)(state, TINY_BATCH)
     moved = after.trainable["lora"]["vision"]["merger"]

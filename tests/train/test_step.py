@@ -19,7 +19,7 @@ from echovlm_jax.train import step as step_module
 from echovlm_jax.train.loss import IGNORE, WEIGHTINGS, token_losses
 from echovlm_jax.train.program import Program, init_state, make_program
 from echovlm_jax.train.stages import STAGES, count
-from echovlm_jax.train.step import TrainState, make_train_step
+from echovlm_jax.train.step import Objective, TrainState, make_train_step
 from tests.distributed.train_steps import CONFIG, SMALL, place, random_batch
 
 ROWS, LENGTH = 8, 32
@@ -73,7 +73,7 @@ def plain_step(
             optimizer,
             dtype=jnp.float32,
             grad_accum=grad_accum,
-            loss_weighting=weighting,
+            objective=Objective(loss_weighting=weighting),
         )
     )
 
